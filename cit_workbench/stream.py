@@ -171,9 +171,12 @@ def all_streams() -> list:
 
 # %% ../nbs/01_stream.ipynb #cd9c8ff4
 def get_stream(name:str, # An embedded stream, or SUITE:FOLDER such as "coin:/data/CoIN"
+               limit:int|None=None, # At most so many training examples per task
+               eval_limit:int|None=None, # At most so many validation and test examples per task
                **args, # Arguments of that stream
               ) -> Stream:
     "The stream of that name."
+    if limit is not None or eval_limit is not None: return get_stream(name, **args).limit(limit, eval_limit)
     suite, colon, folder = name.partition(":")
     if not colon: return _streams[one_of("stream", name, [*_streams, "coin:FOLDER"] if name not in _streams else _streams)](**args)
     module = f"cit_workbench.suites.{suite}"
