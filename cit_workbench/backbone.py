@@ -248,7 +248,7 @@ def embed(self:Backbone,
          ) -> tuple: # (embeddings [B, P+T, d], mask, labels)
     "Token embeddings with projected image features in place, and the soft prompt after the first real token."
     e, mask, labels = self.lm.embed_tokens(b.ids), b.mask, b.labels
-    if b.feats is not None: e = e.masked_scatter((b.ids == self.image_id)[..., None], self.projector(b.feats.to(self.dtype)).to(e.dtype))
+    if b.feats is not None: e = e.masked_scatter((b.ids == self.image_id)[..., None], self.projector(b.feats.to(self.projector.linear_1.weight.dtype)).to(e.dtype))
     if b.prefix is None: return e, mask, labels
     (B, T), P, first = b.ids.shape, b.prefix.shape[1], mask.argmax(1, keepdim=True)
     col = torch.arange(T, device=e.device)[None]

@@ -78,7 +78,7 @@ def make_model(tok, seed:int=0, width:int=192, layers:int=3) -> LlavaForConditio
     text = LlamaConfig(vocab_size=len(tok), hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=6,
                        num_key_value_heads=6, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=False,
                        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    cfg = LlavaConfig(vision, text, image_token_index=tok.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+    cfg = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tok.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
                       vision_feature_select_strategy="default", image_seq_length=9, tie_word_embeddings=False)
     model = LlavaForConditionalGeneration(cfg)
     for m in model.model.multi_modal_projector.modules():

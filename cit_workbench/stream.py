@@ -219,7 +219,7 @@ def _backgrounds():
     "Eight noisy backgrounds per domain [8, 48, 48, 3]."
     g, (y, x) = np.random.default_rng(0), np.mgrid[:size, :size]
     base = {"day": 232 + 0*x, "night": 34 + 0*x, "digits": np.where((x + y) % 6 < 3, 60, 84), "bars": np.where(y % 8 == 7, 176, 208)}
-    return {d: (b[None, ..., None] + g.integers(-6, 7, (8, size, size, 1))).repeat(3, -1).astype(np.uint8) for d, b in base.items()}
+    return {d: (b[None, ..., None] + 5*g.integers(-1, 2, (8, size, size, 1))).repeat(3, -1).astype(np.uint8) for d, b in base.items()}
 
 @cache
 def _sprite(domain, shape, hue, variant, bg):
@@ -230,10 +230,11 @@ def _sprite(domain, shape, hue, variant, bg):
 # %% ../nbs/01_stream.ipynb #69957f92
 @cache
 def _digits():
-    "Coverage of each handwritten digit [n, 16, 16], 0 to 1, and its instances by (split, digit)."
+    "Coverage of each handwritten digit [n, 18, 18], 0 to 1, and its instances by (split, digit)."
     from sklearn.datasets import load_digits
     d = load_digits()
     ink = np.kron(np.minimum(d.images / 12, 1), np.ones((1, 2, 2))).astype(np.float32)
+    ink = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
     part = np.array([blake2b(b"%d" % i, digest_size=1).digest()[0] for i in range(len(ink))])
     of = {"train": part < 180, "val": (part >= 180) & (part < 216), "test": part >= 216}
     return ink, {(s, k): np.flatnonzero(m & (d.target == k)) for s, m in of.items() for k in range(10)}
@@ -264,7 +265,8 @@ class Thing:
 
 def _put_digit(im, y, x, t, r, split):
     ink, instances = _digits()
-    a = ink[r.pick(instances[split, int(t.kind)])][..., None]
+    k, dy, dx = r.pick(instances[split, int(t.kind)]), r.below(3), r.below(3)
+    a = ink[k, dy:dy+cell_px, dx:dx+cell_px, None]
     at = im[y:y+cell_px, x:x+cell_px]
     at[:] = at*(1-a) + palette[hue(t.color, "digits")]*a
 

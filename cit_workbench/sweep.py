@@ -190,6 +190,7 @@ def plan(file, # A TOML file
     for name, page in zip(spec["sweep"]["pages"], pages):
         for given in grid_points(spec, name):
             params = check_parameters(given, page)
+            given = {k: params[k] for k in given}
             key = digest(page.stem, params, code_digest(page, params.get("plus", "")), *data(canonical({k: params[k] for k in ("stream", "stream_args", "backbone") if k in params})))
             cells.append(Cell(page, given, params, key, folder))
     return list({c.key: c for c in cells}.values())
@@ -249,8 +250,8 @@ def expected(cell:Cell, # About to be executed
 def duration(seconds:float) -> str:
     "Seconds as a person says them."
     if seconds != seconds: return "an unknown time"
-    if seconds < 90: return f"{seconds:.0f} s"
-    return f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h"
+    if seconds < 90: return f"about {seconds:.0f} s"
+    return f"about {seconds/60:.0f} min" if seconds < 5400 else f"about {seconds/3600:.1f} h"
 
 # %% ../nbs/12_sweep.ipynb #548bfaa1
 def recorded() -> list: # Notes
@@ -298,7 +299,7 @@ def sweep(file, # A TOML file
     todo = kinds["new"] + (kinds["stale"] if force else [])
     seconds = sum(expected(c, notes(folder.parent) + recorded()) for c in todo)/min(workers, len(todo) or 1)
     print(f"sweep {name}: {len(cells)} cells, {len(kinds['finished'])} finished, {len(todo)} to run"
-          + (f", about {duration(seconds)}" if todo else "") + f", in {_near(folder)}")
+          + (f", {duration(seconds)}" if todo and not seconds < 60 else "") + f", in {_near(folder)}")
     if not force:
         for c in kinds["stale"]: print(f"stale: {c} (its code or data changed; --force runs it again)")
     bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
