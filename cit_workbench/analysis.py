@@ -47,8 +47,8 @@ class Picture:
         return buf.getvalue()
 
     def _repr_png_(self) -> bytes:
-        "Small, for a notebook: 64 colours are enough for lines and squares."
-        small = io.BytesIO(); Image.open(io.BytesIO(self.data(dpi=120))).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+        "Small, for a notebook: 40 colours are enough for lines and squares."
+        small = io.BytesIO(); Image.open(io.BytesIO(self.data(dpi=92))).convert("RGB").quantize(40).save(small, "PNG", optimize=True)
         return small.getvalue()
 
     def __repr__(self): return f"Picture({' × '.join(f'{x:.1f} in' for x in self.figure.get_size_inches())})"
@@ -72,7 +72,7 @@ def _cell(ax, x:float, y:float, v:float, framed:bool, size:float):
     "One score: a coloured square with its number."
     miss = v != v; shade = "white" if miss else colormaps["Blues"](.04 + .82*min(max(v, 0), 100)/100)
     ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc=shade, ec="#c8c8c8" if miss else "white", lw=.8, hatch="////" if miss else None))
-    if framed: ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
+    if framed and not miss: ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
     if size and not miss: ax.text(x, y, f"{v:.0f}", ha="center", va="center", fontsize=size, color="white" if v > 58 else "black")
 
 # %% ../nbs/10_analysis.ipynb #9f87d254
@@ -121,12 +121,12 @@ def _draw_curves(ax, rec):
     heights = _spread(R[np.flatnonzero(done)[-1], :T], 7.5) if done.any() else []
     for i in range(len(heights)):
         hue, mark, y = _hues[i % 8], _marks[i % 8], R[:, i]
-        ax.plot(range(len(R)), y, ls=(0, (2, 2)) if own else "-", lw=.7, color=hue)
+        ax.plot(range(len(R)), y, ls=(0, (2, 2)) if own else "-", lw=.7, marker=None if own else mark, color=hue)
         if own:
             ax.plot(range(i+1, len(R)), y[i+1:], color=hue)
             ax.plot(i+1, y[i+1], mark, color=hue)
         ax.annotate(rec.columns[i][0], (len(R)-1, heights[i]), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7, color=hue, annotation_clip=False)
-    _axes_of_rows(ax, rec.rows); ax.set_ylabel("score, %"); ax.set_title("each task over the stream: dashed before it is learned")
+    _axes_of_rows(ax, rec.rows); ax.set_title("each task over the stream, %")
 
 # %% ../nbs/10_analysis.ipynb #15825e80
 def _methods(recs) -> dict: # {label: [records]}
@@ -153,8 +153,9 @@ def _longest(recs) -> list:
     return max((r.rows for r in recs), key=len)
 
 def _one_stream(recs) -> list:
-    "Records whose stream columns are the same tasks, in any order; raises `CitError`."
+    "Records of the same stream tasks, those without a row per task last; raises `CitError`."
     recs = find_runs(recs)
+    recs.sort(key=lambda r: len(r.rows) <= len(r.of("stream")))
     if not recs: raise CitError("there is no run to draw: the list of records is empty")
     tasks = [sorted(r.columns[i][0] for i in r.of("stream")) for r in recs]
     for r, t in zip(recs, tasks):
@@ -196,24 +197,26 @@ def kinds(rec:Record, ax=None):
     return _panel(lambda ax: _draw_kinds(ax, rec), ax, 3.4, .9 + .34*len(rec.of("stream")))
 
 # %% ../nbs/10_analysis.ipynb #dea75a03
-def _bands(ax, rec):
-    "Shade every other task's steps and name the tasks above."
-    steps = rec.events("step"); k = 0
-    for name, group in groupby(steps, key=lambda e: e.get("task")):
-        at = [e["global"] for e in group]; lo, hi = at[0], max(at[-1], at[0] + 1)
-        if k % 2: ax.axvspan(lo, hi, color="#f1f1f1", lw=0, zorder=0)
-        ax.annotate(str(name), ((lo + hi)/2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=6, color="#555555")
-        k += 1
+def _bands(ax, rec) -> int: # Space above, in points
+    "Shade every other task's steps and name the tasks above, slanted when they are many."
+    spans = [(name, [e["global"] for e in group]) for name, group in groupby(rec.events("step"), key=lambda e: e.get("task"))]
+    many = len(spans) > 5; look = dict(rotation=25, ha="left", rotation_mode="anchor") if many else dict(ha="center")
+    for k, (name, at) in enumerate(spans):
+        if k % 2: ax.axvspan(at[0], at[-1], color="#f1f1f1", lw=0, zorder=0)
+        ax.annotate(str(name), (at[0] if many else (at[0] + at[-1])/2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+                    va="bottom", fontsize=6, color="#555555", **look)
+    return 22 if many else 12
 
-def _draw_series(ax, rec, name:str, title:str, hue:str, bands:bool=True):
+def _draw_series(ax, rec, name:str, title:str, hue:str):
     "One quantity of the steps."
     x, y = rec.series(name); seen = ~np.isnan(y); good = y[seen]
-    if bands: _bands(ax, rec)
+    pad = _bands(ax, rec)
     ax.plot(x[seen], good, color=hue, lw=1.1)
-    if not good.size: ax.text(.5, .5, "not recorded", ha="center", va="center", color="#777777", transform=ax.transAxes)
-    if good.size and good.min() > 0 and good.max() > 30*good.min(): ax.set_yscale("log")
+    if not good.size: ax.set(xticks=[], yticks=[]); ax.text(.5, .5, "not recorded", ha="center", va="center", color="#777777", transform=ax.transAxes)
+    elif good.min() > 0 and good.max() > 30*good.min(): ax.set_yscale("log")
     else: ax.yaxis.set_major_locator(MaxNLocator(4))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True)); ax.set_xlabel("step"); ax.set_title(title, pad=12 if bands else 4)
+    if good.size: ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlabel("step"); ax.set_title(title, pad=pad)
 
 def losses(rec:Record, ax=None):
     "The training loss over all tasks; logarithmic when it spans more than a factor of 30."
@@ -269,14 +272,13 @@ def _footer(s:dict) -> str:
 def report(rec:Record):
     "R, forgetting curves, what was forgotten, loss, statistics and cost of one run."
     s, stats, T = rec.summary(), rec.stats[:2], len(rec.of("stream"))
-    panels = [["R", "curves"], ["kinds", "loss"]] + ([["s0", "s1"]] if stats else [])
-    high = [max(2.3, 1.2 + .25*len(rec.rows)), .75 + .27*T, 1.35][:len(panels)]
+    panels = [["R", "curves"], ["kinds", "loss"]] + ([["s0", f"s{len(stats)-1}"]] if stats else [])
+    high = [max(2.3, 1.15 + min(.26, 3./len(rec.columns))*len(rec.rows)), .9 + .19*T, 1.4][:len(panels)]
     out = Picture(7.4, sum(high) + .7)
     with rc_context(_style):
         ax = out.figure.subplot_mosaic(panels, height_ratios=high)
         heat(rec, ax=ax["R"]); curves(rec, ax=ax["curves"]); kinds(rec, ax=ax["kinds"]); losses(rec, ax=ax["loss"])
         for k, name in enumerate(stats): _draw_series(ax[f"s{k}"], rec, name, name, _hues[k + 1])
-        if len(stats) == 1: ax["s1"].axis("off")
         out.figure.suptitle(f"{s['method']} on {s['stream']}, seed {s['seed']}" + ("" if rec.finished else " (unfinished)"), x=.01, ha="left", fontsize=10, fontweight="bold")
         out.figure.supxlabel(_footer(s), x=.01, ha="left", fontsize=7.5)
     return out

@@ -171,8 +171,9 @@ class Net:
         rank:int=0, # This process
         world:int=1, # How many there are
         plan=None, # What the method's `plan` made of the stream
+        tuning:Tune=Tune(), # What the run says about LoRA
     ):
-        self.plan = plan or stream
+        self.plan, self.tuning = plan or stream, tuning
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
         self.clock, self.task, self.seen, self.first = ("start", "", 0, 0), None, [], False
@@ -191,10 +192,10 @@ class Net:
 
 # %% ../nbs/05_method.ipynb #7b587945
 @patch
-def tune(self:Net, tune:Tune):
-    "Insert plain LoRA and free the start model's parameters that `tune.train` names."
-    self.peft = add_lora(self.model, tune, (self.seed, "lora"))
-    return self.free(tune.train)
+def lora(self:Net):
+    "Insert plain LoRA and free the start model's parameters that the run's `tune` names."
+    self.peft = add_lora(self.model, self.tuning, (self.seed, "lora"))
+    return self.free(self.tuning.train)
 
 @patch
 def free(self:Net,

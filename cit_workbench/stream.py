@@ -112,6 +112,7 @@ class Stream:
     tasks:list
     held_in:list = field(default_factory=list)
     unseen:list = field(default_factory=list)
+    image_mode:str = "plain" # How images are squared: "plain" as the processor does, "pad" as LLaVA-1.5 and CoIN do
 
     def __len__(self): return len(self.tasks)
     def __iter__(self): return iter(self.tasks)

@@ -232,7 +232,7 @@ def log(self:Run, w, net:Net, task, phase:Phase, s:int, got:dict):
 @patch
 def probe(self:Run, w, net:Net, task, s:int):
     "Scores of every task seen so far on val, without touching the training."
-    names = [t.name for t in self.data if t.name in net.seen or task.name == "joint"]
+    names = [t.name for t in self.data if t.name in net.seen or self.plan is not self.data]
     got = net.ask([(n, i) for n in names for i in range(self.data.task(n).n["val"])], "val", self.oracle)
     w.event("probe", task=task.name, step=s, **{"global": self.done - 1}, scores={n: column_scores(self.data.task(n), [got[n, i] for i in range(self.data.task(n).n["val"])]) for n in names})
     net.model.train()
@@ -297,9 +297,9 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.set_num_threads(c.threads or torch.get_num_threads())
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
-    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or getattr(self.data, "image_mode", "plain"), c.four_bit)
+    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
     self.opt = recipe(self.opt, bb)
-    net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan)
+    net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     if self.plan is not self.data: net.observed |= {"total_T", "old_data"}
     w = RecordWriter(self.folder).open(self.describe(net, asked)) if rank == 0 else _Quiet()
     if rank == 0: self._clean()
@@ -315,8 +315,8 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
 @patch
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
-    if overrides(net.method, "wrap"): net.method.wrap(net); net.free(self.tuning.train)
-    else: net.tune(self.tuning)
+    if overrides(net.method, "wrap"): net.method.wrap(net).free(self.tuning.train)
+    else: net.lora()
 
 # %% ../nbs/06_train.ipynb #440edbe0
 def git_state() -> dict:
