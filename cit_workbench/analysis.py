@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from .core import CitError, one_of, write_atomic
+from .core import CitError, digest, one_of, write_atomic
 from .record import Record, _labels, _last, find_runs
 
 # %% ../nbs/10_analysis.ipynb #28ec0d10
@@ -47,8 +47,8 @@ class Picture:
         return buf.getvalue()
 
     def _repr_png_(self) -> bytes:
-        "Small, for a notebook: 40 colours are enough for lines and squares."
-        small = io.BytesIO(); Image.open(io.BytesIO(self.data(dpi=92))).convert("RGB").quantize(40).save(small, "PNG", optimize=True)
+        "Small, for a notebook: 32 colours are enough for lines and squares."
+        small = io.BytesIO(); Image.open(io.BytesIO(self.data(dpi=84))).convert("RGB").quantize(32).save(small, "PNG", optimize=True)
         return small.getvalue()
 
     def __repr__(self): return f"Picture({' × '.join(f'{x:.1f} in' for x in self.figure.get_size_inches())})"
@@ -303,11 +303,12 @@ def _draw_bars(ax, recs):
 def compare(recs):
     "R of each method, the first task's score over the stream, and accuracy learned against accuracy kept."
     recs = _one_stream(recs); groups = _methods(recs); cols = min(4, len(groups)); rows = -(-len(groups)//cols)
-    top, low = 1.6*rows, 1.9 + .08*len(groups); first = recs[0].columns[0][0]
+    size = [len(rs[0].rows) for rs in groups.values()]; high = [.5 + .13*max(size[k:k+cols]) for k in range(0, len(size), cols)]
+    top, low = sum(high), 1.9 + .08*len(groups); first = recs[0].columns[0][0]
     out = Picture(7.4, top + low)
     with rc_context(_style):
         upper, lower = out.figure.subfigures(2, 1, height_ratios=[top, low])
-        axes = list(upper.subplots(rows, cols, squeeze=False).flat); line, bars = lower.subplots(1, 2)
+        axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat); line, bars = lower.subplots(1, 2)
         for k, (label, rs) in enumerate(groups.items()):
             _draw_heat(axes[k], _mean_R(rs), rs[0].rows, rs[0].columns, label, size=0 if len(rs[0].columns) > 9 else 5, names="" if k % cols else "y")
         for ax in axes[len(groups):]: ax.axis("off")
@@ -317,10 +318,11 @@ def compare(recs):
 
 # %% ../nbs/10_analysis.ipynb #3a8e95be
 def _sets(recs) -> dict: # {file name prefix: [records]}
-    "Finished records that may share a picture: one stream, one protocol."
+    "Finished records that may share a picture: one stream and one protocol, whatever the methods train."
     out = defaultdict(list)
     for r in recs:
-        if r.finished: out[str(r.config.get("stream")), str(r.run.get("protocol"))].append(r)
+        fields = {k: v for k, v in (r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}).items() if k != "trained"}
+        if r.finished: out[str(r.config.get("stream")), digest(fields)].append(r)
     streams = [s for s, _ in out]
     safe = lambda s: "".join(c if c.isalnum() or c in "-_" else "-" for c in s)
     return {safe(s + (f"-{p[:6]}" if streams.count(s) > 1 else "")): rs for (s, p), rs in out.items()}

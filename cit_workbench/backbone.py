@@ -7,7 +7,7 @@ __all__ = ['Batch', 'Out', 'Backbone', 'load_image', 'pad_square', 'all_backbone
            'current']
 
 # %% ../nbs/02_backbone.ipynb #3d61194c
-import json
+import json, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,6 +157,7 @@ def get_backbone(
     "Load a start model; nothing is fetched. Raises `CitError` for an unknown name or an unreadable folder."
     where, kw = _where(name), {}
     if image_mode not in ("plain", "pad"): raise CitError(f"image_mode is {image_mode!r}; allowed: plain, pad")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)): raise CitError(f"device is {device!r}; allowed: cpu, cuda, cuda:NUMBER")
     if str(device).startswith("cuda") and not torch.cuda.is_available(): raise CitError(f"device {device!r} was asked for, but this torch sees no CUDA GPU; allowed: cpu")
     dtype = dtype or ("bfloat16" if str(device).startswith("cuda") else "float32")
     if dtype not in ("float32", "bfloat16", "float16"): raise CitError(f"dtype is {dtype!r}; allowed: float32, bfloat16, float16")

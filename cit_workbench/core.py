@@ -42,7 +42,11 @@ def _fits(v, t) -> bool:
     if t is float: return isinstance(v, (int, float)) and not isinstance(v, bool)
     if t is int: return isinstance(v, int) and not isinstance(v, bool)
     if t in (list, tuple): return isinstance(v, (list, tuple))
+    if t is type(None): return v is None
     return t not in _named or isinstance(v, t)
+
+def _said(t) -> str:
+    return " or ".join(map(_said, get_args(t))) if get_args(t) and get_origin(t) not in (list, dict, tuple) else "nothing" if t is type(None) else _named.get(get_origin(t) or t, str(t))
 
 # %% ../nbs/00_core.ipynb #aed36153
 def check_args(cls, # A dataclass
@@ -54,7 +58,7 @@ def check_args(cls, # A dataclass
     for k in args: one_of(f"field of {what}", k, known)
     for k, v in args.items():
         t = known[k].type
-        if not _fits(v, t): raise CitError(f"{what}: field {k!r} is {v!r}, but must be {_named.get(t, t)}")
+        if not _fits(v, t): raise CitError(f"{what}: field {k!r} is {v!r}, but must be {_said(t)}")
     return {k: float(v) if known[k].type is float else v for k, v in args.items()}
 
 # %% ../nbs/00_core.ipynb #9feaf749

@@ -327,10 +327,10 @@ def __repr__(self:Record) -> str:
 
 # %% ../nbs/09_record.ipynb #a98d4037
 @patch
-def series(self:Record, name:str="loss", # "loss", "lr", "grad_norm", or a statistic of the method
+def series(self:Record, name:str="loss", # "loss", "added" (the method's term), "lr", "grad_norm", or a statistic of the method
           ) -> tuple: # (steps [n] over the whole stream, values [n]); NaN where it was not recorded
     "A quantity of the training steps."
-    steps = self.events("step"); top = ("loss", "lr", "grad_norm")
+    steps = self.events("step"); top = ("loss", "added", "lr", "grad_norm")
     one_of("series", name, {*top, *self.stats})
     v = [(e if name in top else e.get("stats") or {}).get(name) for e in steps]
     return np.array([e["global"] for e in steps], int), np.array([np.nan if x is None else x for x in v], float)
@@ -453,8 +453,14 @@ def _blocks(records:list) -> dict: # {heading: records}
     for r in records: groups[r.run.get("protocol")].append(r)
     fields = {p: rs[0].run.get("protocol_fields") or {} for p, rs in groups.items()}
     odd = sorted({name for f in fields.values() for name, *_ in differences(next(iter(fields.values())), f)})
-    get = lambda f, name: (get(f.get(name.split(".", 1)[0]) or {}, name.split(".", 1)[1]) if "." in name and name not in f else f.get(name))
-    return {("" if len(groups) == 1 else f"protocol {p}: " + ", ".join(f"{n} = {get(fields[p], n)}" for n in odd)): rs for p, rs in groups.items()}
+    of = lambda f: ", ".join(f"{n} = {str(_at(f, n))[:40]}" for n in odd)
+    return {("" if len(groups) == 1 else f"protocol {p}: {of(fields[p])}"): rs for p, rs in groups.items()}
+
+def _at(fields, name:str):
+    "A nested field by its dotted name; a key may hold dots itself."
+    if not isinstance(fields, dict) or name in fields: return fields.get(name) if isinstance(fields, dict) else None
+    head = next((k for k in fields if name.startswith(f"{k}.")), None)
+    return _at(fields[head], name[len(head)+1:]) if head else None
 
 def _line(block:str, label:str, summaries:list) -> dict:
     "Mean and sample standard deviation of each metric over runs."
