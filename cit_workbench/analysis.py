@@ -47,8 +47,9 @@ class Picture:
         return buf.getvalue()
 
     def _repr_png_(self) -> bytes:
-        "Small, for a notebook: 32 colours are enough for lines and squares."
-        small = io.BytesIO(); Image.open(io.BytesIO(self.data(dpi=84))).convert("RGB").quantize(32).save(small, "PNG", optimize=True)
+        "Small, for a notebook: 96 colours, chosen so that thin lines keep theirs."
+        full = Image.open(io.BytesIO(self.data(dpi=88))).convert("RGB"); small = io.BytesIO()
+        full.quantize(96, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
 
     def __repr__(self): return f"Picture({' × '.join(f'{x:.1f} in' for x in self.figure.get_size_inches())})"

@@ -8,6 +8,7 @@ __all__ = ['Batch', 'Out', 'Backbone', 'load_image', 'pad_square', 'all_backbone
 
 # %% ../nbs/02_backbone.ipynb #3d61194c
 import json, re
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -288,39 +289,46 @@ def forward(self:Backbone,
 
 # %% ../nbs/02_backbone.ipynb #5c8b8c69
 @patch
+def _step(self:Backbone, tokens, mask, pos, cache):
+    "Logits after new tokens [B, t], the cache holding all before them."
+    return self.head(self.lm(inputs_embeds=self.lm.embed_tokens(tokens), attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True).last_hidden_state).float()
+
+@patch
 @torch.no_grad()
 def answer(self:Backbone,
            b:Batch, # Left-padded prompts, on the stack
            max_new:int=20, # Longest answer, tokens
-          ) -> tuple: # (ids per row, EOS excluded; log-probabilities of the first token [B, V])
-    "Greedy answers; rows may belong to different tasks."
+           choices:list|None=None, # Per row: token ids of each choice, [] for none
+          ) -> tuple: # (ids per row, EOS excluded; per row log-likelihoods of its choices [n_choices] or None)
+    "Greedy answers and forced choice from one prefill; rows may belong to different tasks."
     cache = DynamicCache(config=self.lm.config)
     h, _, mask, _ = self.hidden(b, past_key_values=cache)
-    logits = self.head(h[:, -1]).float(); first = logits.log_softmax(-1)
+    logits = self.head(h[:, -1]).float()
+    lls = self._choose(b, cache, mask, logits.log_softmax(-1), choices) if choices else None
     pos, done, out = mask.sum(1, keepdim=True), torch.zeros(len(b), dtype=torch.bool, device=h.device), []
     for i in range(max_new):
         tok = logits.argmax(-1).masked_fill(done, self.eos); done = done | (tok == self.eos); out.append(tok)
         if done.all() or i + 1 == max_new: break
         mask = F.pad(mask, (0, 1), value=1)
-        h = self.lm(inputs_embeds=self.lm.embed_tokens(tok[:, None]), attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True).last_hidden_state
-        logits, pos = self.head(h[:, -1]).float(), pos + 1
+        logits, pos = self._step(tok[:, None], mask, pos, cache)[:, -1], pos + 1
     rows = torch.stack(out, 1).tolist()
-    return [r[:r.index(self.eos)] if self.eos in r else r for r in rows], first
+    return [r[:r.index(self.eos)] if self.eos in r else r for r in rows], lls
 
 # %% ../nbs/02_backbone.ipynb #5f00dce0
 @patch
-@torch.no_grad()
-def likelihood(self:Backbone,
-               examples:list, # `Example`s with `choices`
-               feats:torch.Tensor|None=None, # Tower features of those with an image [n, P, d_v]
-               route=lambda b: b, # Turns the batch into a routed one
-              ) -> list: # A tensor [n_choices] per example
-    "Log-likelihood of each choice after the prompt, the end token left out."
-    rows = [replace(e, answer=c) for e in examples for c in e.choices]
-    if feats is not None: feats = feats.repeat_interleave(torch.tensor([len(e.choices) for e in examples if e.image is not None], device=feats.device), 0)
-    b = self.collate(rows, feats)
-    b = replace(b, labels=b.labels.masked_fill(b.labels == self.eos, -100))
-    with at(route(b)) as routed: out = self.forward(routed)
-    ll = out.logits.log_softmax(-1).gather(1, out.labels[:, None])[:, 0]
-    total = torch.zeros(len(rows), device=ll.device).index_add(0, out.row, ll)
-    return list(total.split([len(e.choices) for e in examples]))
+def _choose(self:Backbone, b, cache, mask, first, choices):
+    "Log-likelihoods of the choices of every row; `first` are log-probabilities of the first token [B, V]."
+    row, toks = zip(*[(j, t) for j, cs in enumerate(choices) for t in cs]) if any(choices) else ((), ())
+    ll = first[list(row), [t[0] for t in toks]]
+    if more := [i for i, t in enumerate(toks) if len(t) > 1]:
+        idx, n = torch.tensor([row[i] for i in more], device=mask.device), max(len(toks[i]) for i in more)
+        ids = torch.tensor([toks[i] + [self.pad]*(n - len(toks[i])) for i in more], device=mask.device)
+        wide = deepcopy(cache); wide.batch_select_indices(idx)
+        pos = mask[idx].sum(1, keepdim=True) + torch.arange(n - 1, device=mask.device)
+        pick = lambda d: {k: v[idx] for k, v in d.items()}
+        with at(replace(b, route=pick(b.route), ctx=pick(b.ctx), prompt=None)): logits = self._step(ids[:, :-1], F.pad(mask[idx], (0, n - 1), value=1), pos, wide)
+        lp = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        real = torch.tensor([[j < len(toks[i]) for j in range(1, n)] for i in more], device=mask.device)
+        ll = ll.index_add(0, torch.tensor(more, device=ll.device), (lp*real).sum(1))
+    parts = iter(ll.split([len(cs) for cs in choices if cs]))
+    return [next(parts) if cs else None for cs in choices]

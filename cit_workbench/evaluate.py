@@ -7,7 +7,6 @@ __all__ = ['score_line', 'column_scores']
 
 # %% ../nbs/07_evaluate.ipynb #5993b5f4
 import json
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -69,8 +68,8 @@ def ask(self:Net,
     chunks = [items[i:i+size] for i in range(0, len(items), size)]
     for c in progress(chunks[self.rank::self.world], "answering"):
         b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
-        ids, first = self.answer(b, max(room[r][0] for r in c))
-        lls = self.choose(b, first, oracle)
+        choices = [[self.backbone.encode(e.question, x, e.image is not None)[1][:-1] for x in e.choices] for e in b.examples]
+        ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
         for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
     return self._gather(lines)
 
@@ -80,29 +79,6 @@ def _gather(self:Net, lines:dict) -> dict:
     if self.world == 1: return lines
     every = [None]*self.world; dist.all_gather_object(every, lines)
     return {k: v for d in every for k, v in d.items()}
-
-# %% ../nbs/07_evaluate.ipynb #bf0d1a71
-@patch
-@torch.no_grad()
-def choose(self:Net,
-           b, # The left-padded batch that was answered
-           first:torch.Tensor, # Log-probabilities of the first token [B, V]
-           oracle:bool=False, # Show the task label
-           most:int=512, # Sequences per forward
-          ) -> list: # Per row: log-likelihood of each choice, None without choices
-    "Forced choice: from the first token where choices are single tokens, by a forward over all of them elsewhere."
-    out, later, enc = [None]*len(b), [], self.backbone.encode
-    for j, e in enumerate(b.examples):
-        toks = [enc(e.question, c, e.image is not None)[1][:-1] for c in e.choices]
-        if toks and all(len(t) == 1 for t in toks): out[j] = first[j, [t[0] for t in toks]].cpu()
-        elif toks: later.append(j)
-    while later:
-        n = max(1, most//len(b.examples[later[0]].choices)); now, later = later[:n], later[n:]
-        got = self.rows([b.refs[j] for j in now], b.split)
-        route = lambda big: self.method.route(self, replace(big, task=[b.task[j] for j in now for _ in b.examples[j].choices], split=b.split))
-        self.model.eval()
-        for j, ll in zip(now, self.backbone.likelihood(got.examples, got.feats, route)): out[j] = ll.cpu()
-    return out
 
 # %% ../nbs/07_evaluate.ipynb #3f363430
 @patch

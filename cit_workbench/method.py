@@ -314,10 +314,11 @@ def __call__(self:Net,
 def answer(self:Net,
            batch:Batch, # Left-padded prompts
            max_new:int=20, # Longest answer, tokens
-          ) -> tuple: # (token ids per row, log-probabilities of the first token [B, V])
-    "Greedy answers through the method's routes."
+           choices:list|None=None, # Per row: token ids of each choice
+          ) -> tuple: # (token ids per row, log-likelihoods of the choices per row)
+    "Greedy answers and forced choice through the method's routes."
     self.model.eval()
-    with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new)
+    with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new, choices)
 
 # %% ../nbs/05_method.ipynb #6e96aaae
 @patch
