@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, style
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -30,10 +30,22 @@ _hues = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 _marks = "osD^vPXh"
 _meta = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
+def _house():
+    "matplotlib's defaults and ours, whatever the caller's settings are."
+    return style.context(["default", _style])
+
+def _palette() -> Image.Image:
+    "Our hues blended with white, the blues of R, and greys: all that a picture needs."
+    blend = [[round(255 + (int(h[k:k+2], 16) - 255)*a/4) for k in (1, 3, 5)] for h in _hues for a in range(1, 5)]
+    blues = [[round(255*c) for c in colormaps["Blues"](x)[:3]] for x in np.linspace(.02, .88, 40)]
+    greys = [[g]*3 for g in range(15, 256, 24)] + [[236]*3, [221]*3]
+    out = Image.new("P", (1, 1)); out.putpalette(sum(blend + blues + greys, []))
+    return out
+
 class Picture:
     "A matplotlib figure (`figure`) that shows itself and saves reproducibly."
     def __init__(self, width:float, height:float): # Inches
-        with rc_context(_style): self.figure = Figure(figsize=(width, height), layout="constrained")
+        with _house(): self.figure = Figure(figsize=(width, height), layout="constrained")
 
     @property
     def axes(self) -> list: return self.figure.axes
@@ -43,13 +55,13 @@ class Picture:
             ) -> bytes:
         "The picture as a file's content."
         buf = io.BytesIO(); one_of("format", format, _meta)
-        with rc_context(_style): self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
+        with _house(): self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
         return buf.getvalue()
 
     def _repr_png_(self) -> bytes:
-        "Small, for a notebook: 96 colours, chosen so that thin lines keep theirs."
-        full = Image.open(io.BytesIO(self.data(dpi=88))).convert("RGB"); small = io.BytesIO()
-        full.quantize(96, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        "Small, for a notebook: every colour is one of the palette's."
+        full = Image.open(io.BytesIO(self.data(dpi=80))).convert("RGB"); small = io.BytesIO()
+        full.quantize(palette=_palette(), dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
 
     def __repr__(self): return f"Picture({' × '.join(f'{x:.1f} in' for x in self.figure.get_size_inches())})"
@@ -58,7 +70,7 @@ class Picture:
 def _panel(draw, ax, width:float, height:float):
     "Call `draw(ax)` in the house style, on `ax` (which is returned) or on a new picture."
     out = Picture(width, height) if ax is None else ax
-    with rc_context(_style): draw(out.figure.add_subplot() if ax is None else ax)
+    with _house(): draw(out.figure.add_subplot() if ax is None else ax)
     return out
 
 # %% ../nbs/10_analysis.ipynb #9d42b543
@@ -93,7 +105,7 @@ def _draw_heat(ax, M, rows, columns, title:str="", size:float=7, names:str="xy")
 def heat(rec:Record, what:str="formatted", # Or "valid", "content"
          ax=None):
     "R as a heat map: the start model on top, stream, held-in and unseen columns apart."
-    M = rec.matrix(what); w, h = .42*M.shape[1] + 1.2, .4*M.shape[0] + 1.1
+    M = rec.matrix(what); w, h = .42*M.shape[1] + 1.2, .4*M.shape[0] + 1.5
     title = "score of each task after each task, %" if what == "formatted" else f"{what} answers after each task, %"
     return _panel(lambda ax: _draw_heat(ax, M, rec.rows, rec.columns, title), ax, w, h)
 
@@ -169,7 +181,7 @@ def curves(recs, # A record, or several of one stream
     recs = _one_stream(recs); T = len(recs[0].of("stream"))
     if len(recs) == 1: return _panel(lambda ax: _draw_curves(ax, recs[0]), ax, 1.8 + .42*len(recs[0].rows), 2.5)
     cols = min(4, T); out = Picture(.5 + 1.75*cols, .5 + 1.75*-(-T//cols))
-    with rc_context(_style):
+    with _house():
         axes = out.figure.subplots(-(-T//cols), cols, sharex=True, sharey=True, squeeze=False)
         for ax, (task, _) in zip(axes.flat, recs[0].columns): _draw_task(ax, recs, task, _longest(recs))
         for ax in axes.flat[T:]: ax.set_visible(False)
@@ -203,7 +215,7 @@ def _bands(ax, rec) -> int: # Space above, in points
     spans = [(name, [e["global"] for e in group]) for name, group in groupby(rec.events("step"), key=lambda e: e.get("task"))]
     many = len(spans) > 5; look = dict(rotation=25, ha="left", rotation_mode="anchor") if many else dict(ha="center")
     for k, (name, at) in enumerate(spans):
-        if k % 2: ax.axvspan(at[0], at[-1], color="#f1f1f1", lw=0, zorder=0)
+        if k % 2: ax.axvspan(at[0], at[-1], color="#ececec", lw=0, zorder=0)
         ax.annotate(str(name), (at[0] if many else (at[0] + at[-1])/2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
                     va="bottom", fontsize=6, color="#555555", **look)
     return 22 if many else 12
@@ -228,7 +240,7 @@ def stats_plot(rec:Record):
     "One small panel for each statistic the method recorded."
     names = rec.stats; cols = min(3, max(1, len(names))); rows = max(1, -(-len(names)//cols))
     out = Picture(.4 + 2.3*cols, .3 + 1.55*rows)
-    with rc_context(_style):
+    with _house():
         axes = out.figure.subplots(rows, cols, squeeze=False)
         for k, (ax, name) in enumerate(zip(axes.flat, names)): _draw_series(ax, rec, name, name, _hues[k % 8])
         for ax in axes.flat[len(names):]: ax.axis("off")
@@ -258,7 +270,7 @@ def _draw_cost(ax, recs, key:str):
 def costs(recs):
     "What each method took; of the seconds, training is dark, evaluation and loading light."
     recs = find_runs(recs); out = Picture(7.4, .5 + .24*len(_methods(recs)))
-    with rc_context(_style):
+    with _house():
         for ax, key in zip(out.figure.subplots(1, 4, sharey=True), _costs): _draw_cost(ax, recs, key)
     return out
 
@@ -276,7 +288,7 @@ def report(rec:Record):
     panels = [["R", "curves"], ["kinds", "loss"]] + ([["s0", f"s{len(stats)-1}"]] if stats else [])
     high = [max(2.3, 1.15 + min(.26, 3./len(rec.columns))*len(rec.rows)), .9 + .19*T, 1.4][:len(panels)]
     out = Picture(7.4, sum(high) + .7)
-    with rc_context(_style):
+    with _house():
         ax = out.figure.subplot_mosaic(panels, height_ratios=high)
         heat(rec, ax=ax["R"]); curves(rec, ax=ax["curves"]); kinds(rec, ax=ax["kinds"]); losses(rec, ax=ax["loss"])
         for k, name in enumerate(stats): _draw_series(ax[f"s{k}"], rec, name, name, _hues[k + 1])
@@ -304,10 +316,11 @@ def _draw_bars(ax, recs):
 def compare(recs):
     "R of each method, the first task's score over the stream, and accuracy learned against accuracy kept."
     recs = _one_stream(recs); groups = _methods(recs); cols = min(4, len(groups)); rows = -(-len(groups)//cols)
-    size = [len(rs[0].rows) for rs in groups.values()]; high = [.5 + .13*max(size[k:k+cols]) for k in range(0, len(size), cols)]
+    size = [len(rs[0].rows) for rs in groups.values()]; cell = min(.2, 1.6/len(recs[0].columns))
+    high = [.6 + cell*max(size[k:k+cols]) for k in range(0, len(size), cols)]
     top, low = sum(high), 1.9 + .08*len(groups); first = recs[0].columns[0][0]
     out = Picture(7.4, top + low)
-    with rc_context(_style):
+    with _house():
         upper, lower = out.figure.subfigures(2, 1, height_ratios=[top, low])
         axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat); line, bars = lower.subplots(1, 2)
         for k, (label, rs) in enumerate(groups.items()):
