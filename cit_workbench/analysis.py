@@ -15,21 +15,24 @@ import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .core import CitError, digest, one_of, write_atomic
 from .record import Record, _labels, _last, find_runs
 
 # %% ../nbs/10_analysis.ipynb #28ec0d10
-_style = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 8,
-          "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "xtick.major.width": .6, "ytick.major.width": .6,
-          "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4,
-          "hatch.linewidth": .4, "svg.hashsalt": "cit_workbench", "pdf.fonttype": 42, "figure.dpi": 100}
+_style = {"font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7,
+          "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.linewidth": .6,
+          "axes.spines.top": False, "axes.spines.right": False, "xtick.major.width": .6, "ytick.major.width": .6,
+          "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.4, "lines.markersize": 4,
+          "legend.frameon": False, "hatch.linewidth": .4, "svg.hashsalt": "cit_workbench", "pdf.fonttype": 42}
 _hues = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _marks = "osD^vPXh"
-_meta = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+_meta = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+         "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
+# %% ../nbs/10_analysis.ipynb #7213a328
 def _house():
     "matplotlib's defaults and ours, whatever the caller's settings are."
     return style.context(["default", _style])
@@ -42,6 +45,7 @@ def _palette() -> Image.Image:
     out = Image.new("P", (1, 1)); out.putpalette(sum(blend + blues + greys, []))
     return out
 
+# %% ../nbs/10_analysis.ipynb #4e8cd779
 class Picture:
     "A matplotlib figure (`figure`) that shows itself and saves reproducibly."
     def __init__(self, width:float, height:float): # Inches
@@ -74,6 +78,7 @@ def _panel(draw, ax, width:float, height:float):
     return out
 
 # %% ../nbs/10_analysis.ipynb #9d42b543
+_slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 _roles = {"stream": "stream", "held_in": "held-in", "unseen": "unseen"}
 
 def _places(columns, gap:float=.35) -> np.ndarray: # [columns]
@@ -83,24 +88,31 @@ def _places(columns, gap:float=.35) -> np.ndarray: # [columns]
 
 def _cell(ax, x:float, y:float, v:float, framed:bool, size:float):
     "One score: a coloured square with its number."
-    miss = v != v; shade = "white" if miss else colormaps["Blues"](.04 + .82*min(max(v, 0), 100)/100)
-    ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc=shade, ec="#c8c8c8" if miss else "white", lw=.8, hatch="////" if miss else None))
-    if framed and not miss: ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
-    if size and not miss: ax.text(x, y, f"{v:.0f}", ha="center", va="center", fontsize=size, color="white" if v > 58 else "black")
+    if v != v:
+        ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc="white", ec="#c8c8c8", lw=.8, hatch="////"))
+        return
+    shade = colormaps["Blues"](.04 + .82*min(max(v, 0), 100)/100)
+    ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc=shade, ec="white", lw=.8))
+    if framed: ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
+    ink = "white" if v > 58 else "black"
+    if size: ax.text(x, y, f"{v:.0f}", ha="center", va="center", fontsize=size, color=ink)
 
 # %% ../nbs/10_analysis.ipynb #9f87d254
 def _draw_heat(ax, M, rows, columns, title:str="", size:float=7, names:str="xy"):
     "R as squares on `ax`; `names` says which axes are labelled."
-    xs, ys, T = _places(columns), np.arange(len(rows)) + .35*(np.arange(len(rows)) > 0), sum(r == "stream" for _, r in columns)
+    xs, T = _places(columns), [r for _, r in columns].count("stream")
+    ys = np.arange(len(rows)) + .35*(np.arange(len(rows)) > 0)
     for t, y in enumerate(ys):
         for i, x in enumerate(xs): _cell(ax, x, y, M[t, i], t == i+1 and len(rows) == T+1 and i < T, size)
-    ax.set_xticks(xs if "x" in names else [], [c for c, _ in columns] if "x" in names else [], rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ys if "y" in names else [], rows if "y" in names else [], fontsize=7 if "x" in names else 5.5)
+    small, pad = (7, 17) if "x" in names else (5.5, 11)
+    ax.set_xticks([]); ax.set_yticks([])
+    if "x" in names: ax.set_xticks(xs, [c for c, _ in columns], **_slanted)
+    if "y" in names: ax.set_yticks(ys, rows, fontsize=small)
     for role in dict.fromkeys(r for _, r in columns):
         at = [x for x, (_, r) in zip(xs, columns) if r == role]
-        ax.text(np.mean(at), -.62, _roles[role], ha="center", va="bottom", fontsize=7 if "x" in names else 5.5, color="#555555")
+        ax.text(np.mean(at), -.62, _roles[role], ha="center", va="bottom", fontsize=small, color="#555555")
     ax.set(xlim=(-.5, xs[-1]+.5), ylim=(ys[-1]+.5, -.5), aspect="equal", anchor="NW")
-    ax.tick_params(length=0, pad=2); ax.spines[:].set_visible(False); ax.set_title(title, pad=17 if "x" in names else 11)
+    ax.tick_params(length=0, pad=2); ax.spines[:].set_visible(False); ax.set_title(title, pad=pad)
 
 def heat(rec:Record, what:str="formatted", # Or "valid", "content"
          ax=None):
@@ -123,8 +135,9 @@ def _spread(ys, gap:float, lo:float=0, hi:float=100) -> np.ndarray:
 
 def _axes_of_rows(ax, rows):
     "Rows of R on the x axis, percent on the y axis."
-    ax.set_xticks(range(len(rows)), rows, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set(ylim=(-3, 103), yticks=range(0, 101, 25), xlim=(-.15, len(rows) - .85)); ax.grid(axis="y", lw=.4, color="#dddddd"); ax.set_axisbelow(True)
+    ax.set_xticks(range(len(rows)), rows, **_slanted)
+    ax.set(ylim=(-3, 103), yticks=range(0, 101, 25), xlim=(-.15, len(rows) - .85))
+    ax.grid(axis="y", lw=.4, color="#dddddd"); ax.set_axisbelow(True)
 
 # %% ../nbs/10_analysis.ipynb #e51f28a9
 def _draw_curves(ax, rec):
@@ -138,7 +151,8 @@ def _draw_curves(ax, rec):
         if own:
             ax.plot(range(i+1, len(R)), y[i+1:], color=hue)
             ax.plot(i+1, y[i+1], mark, color=hue)
-        ax.annotate(rec.columns[i][0], (len(R)-1, heights[i]), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7, color=hue, annotation_clip=False)
+        ax.annotate(rec.columns[i][0], (len(R)-1, heights[i]), xytext=(5, 0), textcoords="offset points", va="center",
+                    fontsize=7, color=hue, annotation_clip=False)
     _axes_of_rows(ax, rec.rows); ax.set_title("each task over the stream, %")
 
 # %% ../nbs/10_analysis.ipynb #15825e80
@@ -148,14 +162,14 @@ def _methods(recs) -> dict: # {label: [records]}
     for label, r in zip(_labels(recs), recs): out[label].append(r)
     return dict(out)
 
-def _draw_task(ax, recs, task:str, rows, name:bool=True):
+def _draw_task(ax, recs, task:str, rows):
     "Several records: the score of one task, a line per method."
     for k, (label, rs) in enumerate(_methods(recs).items()):
-        ys = [r.R[:, [c for c, _ in r.columns].index(task)] for r in rs if task in [c for c, _ in r.columns]]
-        ys = np.array([y if len(y) == len(rows) else np.full(len(rows), y[-1]) for y in ys]); look = dict(color=_hues[k % 8], label=label if name else None)
-        if not len(ys): continue
-        if any(len(r.R) == len(rows) for r in rs): ax.plot(range(len(rows)), ys.mean(0), marker=_marks[k % 8], **look)
-        else: ax.plot(range(len(rows)), ys.mean(0), ls=(0, (4, 2)), lw=1, **look)
+        ys = [r.R[:, [c for c, _ in r.columns].index(task)] for r in rs]
+        ys = np.array([y if len(y) == len(rows) else np.full(len(rows), y[-1]) for y in ys])
+        own = len(rs[0].rows) == len(rows)
+        look = dict(marker=_marks[k % 8]) if own else dict(ls=(0, (4, 2)), lw=1)
+        ax.plot(range(len(rows)), ys.mean(0), color=_hues[k % 8], label=label, **look)
         if len(ys) > 1: ax.fill_between(range(len(rows)), ys.min(0), ys.max(0), color=_hues[k % 8], alpha=.15, lw=0)
     if task in rows: ax.axvline(rows.index(task), color="#999999", lw=.6, ls=":")
     _axes_of_rows(ax, rows); ax.set_title(task)
@@ -172,9 +186,12 @@ def _one_stream(recs) -> list:
     if not recs: raise CitError("there is no run to draw: the list of records is empty")
     tasks = [sorted(r.columns[i][0] for i in r.of("stream")) for r in recs]
     for r, t in zip(recs, tasks):
-        if t != tasks[0]: raise CitError(f"{r.name} and {recs[0].name} have different tasks and cannot share a picture: {', '.join(t)}, and {', '.join(tasks[0])}")
+        if t == tasks[0]: continue
+        raise CitError(f"{r.name} and {recs[0].name} have different tasks and cannot share a picture: "
+                       f"{', '.join(t)}, and {', '.join(tasks[0])}")
     return recs
 
+# %% ../nbs/10_analysis.ipynb #ab913580
 def curves(recs, # A record, or several of one stream
            ax=None): # For one record
     "The score of each task over the training rows."
@@ -212,20 +229,28 @@ def kinds(rec:Record, ax=None):
 # %% ../nbs/10_analysis.ipynb #dea75a03
 def _bands(ax, rec) -> int: # Space above, in points
     "Shade every other task's steps and name the tasks above, slanted when they are many."
-    spans = [(name, [e["global"] for e in group]) for name, group in groupby(rec.events("step"), key=lambda e: e.get("task"))]
+    groups = groupby(rec.events("step"), key=lambda e: e.get("task"))
+    spans = [(name, [e["global"] for e in group]) for name, group in groups]
     many = len(spans) > 5; look = dict(rotation=25, ha="left", rotation_mode="anchor") if many else dict(ha="center")
     for k, (name, at) in enumerate(spans):
         if k % 2: ax.axvspan(at[0], at[-1], color="#ececec", lw=0, zorder=0)
-        ax.annotate(str(name), (at[0] if many else (at[0] + at[-1])/2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+        where = at[0] if many else (at[0] + at[-1])/2, 1
+        ax.annotate(str(name), where, xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
                     va="bottom", fontsize=6, color="#555555", **look)
     return 22 if many else 12
+
+# %% ../nbs/10_analysis.ipynb #a8a10b89
+def _note(ax, text:str):
+    "A sentence where there is nothing to draw."
+    ax.set(xticks=[], yticks=[])
+    ax.text(.5, .5, text, ha="center", va="center", color="#777777", transform=ax.transAxes)
 
 def _draw_series(ax, rec, name:str, title:str, hue:str):
     "One quantity of the steps."
     x, y = rec.series(name); seen = ~np.isnan(y); good = y[seen]
     pad = _bands(ax, rec)
     ax.plot(x[seen], good, color=hue, lw=1.1)
-    if not good.size: ax.set(xticks=[], yticks=[]); ax.text(.5, .5, "not recorded", ha="center", va="center", color="#777777", transform=ax.transAxes)
+    if not good.size: _note(ax, "not recorded")
     elif good.min() > 0 and good.max() > 30*good.min(): ax.set_yscale("log")
     else: ax.yaxis.set_major_locator(MaxNLocator(4))
     if good.size: ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -244,11 +269,12 @@ def stats_plot(rec:Record):
         axes = out.figure.subplots(rows, cols, squeeze=False)
         for k, (ax, name) in enumerate(zip(axes.flat, names)): _draw_series(ax, rec, name, name, _hues[k % 8])
         for ax in axes.flat[len(names):]: ax.axis("off")
-        if not names: axes[0, 0].text(.5, .5, f"{rec.config.get('method')} records no statistics", ha="center", va="center", transform=axes[0, 0].transAxes)
+        if not names: _note(axes[0, 0], f"{rec.config.get('method')} records no statistics")
     return out
 
 # %% ../nbs/10_analysis.ipynb #1ad13295
-_costs = {"seconds": "seconds", "trainable": "trainable parameters", "stored_bytes": "stored", "extra_forwards": "extra forward passes"}
+_costs = {"seconds": "seconds", "trainable": "trainable parameters", "stored_bytes": "stored",
+          "extra_forwards": "extra forward passes"}
 
 def _amount(x:float, bytes:bool=False) -> str:
     "A count or a size, short."
@@ -257,14 +283,18 @@ def _amount(x:float, bytes:bool=False) -> str:
         x /= 1000
     return ("0" if x == 0 else f"{x:.3g}") + (f" {unit}B" if bytes else f" {unit}" if unit else "")
 
+# %% ../nbs/10_analysis.ipynb #1f5a6ef1
 def _draw_cost(ax, recs, key:str):
     "One cost, a bar per method; seconds split into training and the rest."
     names, of = list(_methods(recs)), [[r.summary() for r in rs] for rs in _methods(recs).values()]
     full = np.array([np.mean([s[key] for s in ss]) for ss in of]); y = np.arange(len(names))
     ax.barh(y, full, .62, color="#b9b9b9" if key == "seconds" else _hues[0])
     if key == "seconds": ax.barh(y, [np.mean([s["train_seconds"] for s in ss]) for ss in of], .62, color=_hues[0])
-    for k, v in enumerate(full): ax.annotate(_amount(v, key == "stored_bytes"), (v, k), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
-    ax.set_yticks(y, names); ax.set(xlim=(0, 1.35*max(full.max(), 1e-9)), ylim=(len(names) - .5, -.5)); ax.set_xticks([])
+    for k, v in enumerate(full):
+        ax.annotate(_amount(v, key == "stored_bytes"), (v, k), xytext=(3, 0), textcoords="offset points",
+                    va="center", fontsize=7)
+    ax.set_yticks(y, names); ax.set_xticks([])
+    ax.set(xlim=(0, 1.35*max(full.max(), 1e-9)), ylim=(len(names) - .5, -.5))
     ax.tick_params(axis="y", length=0); ax.spines["bottom"].set_visible(False); ax.set_title(_costs[key])
 
 def costs(recs):
@@ -277,11 +307,15 @@ def costs(recs):
 # %% ../nbs/10_analysis.ipynb #a40e427e
 def _footer(s:dict) -> str:
     "Headline and cost of a run in two lines."
-    n = lambda k: "–" if s[k] != s[k] else f"{s[k]:.1f}"
-    cost = f"{_amount(s['trainable'])} trainable · {_amount(s['stored_bytes'], True)} stored · {_amount(s['extra_forwards'])} extra forwards · {s['seconds']:.0f} s"
-    return (f"AP {n('average_accuracy')} · learning accuracy {n('learning_accuracy')} · forgetting {n('forgetting')} · valid {n('mean_instruction_following')}"
-            f" · content {n('content')}\n{cost} · told: {', '.join(s['leaks']) or 'nothing'}")
+    scores = {"AP": "average_accuracy", "learning accuracy": "learning_accuracy", "forgetting": "forgetting",
+              "valid": "mean_instruction_following", "content": "content"}
+    cost = [f"{_amount(s['trainable'])} trainable", f"{_amount(s['stored_bytes'], True)} stored",
+            f"{_amount(s['extra_forwards'])} extra forwards", f"{s['seconds']:.0f} s",
+            f"told: {', '.join(s['leaks']) or 'nothing'}"]
+    said = [f"{name} {'–' if s[k] != s[k] else f'{s[k]:.1f}'}" for name, k in scores.items()]
+    return " · ".join(said) + "\n" + " · ".join(cost)
 
+# %% ../nbs/10_analysis.ipynb #fd01c44e
 def report(rec:Record):
     "R, forgetting curves, what was forgotten, loss, statistics and cost of one run."
     s, stats, T = rec.summary(), rec.stats[:2], len(rec.of("stream"))
@@ -292,7 +326,8 @@ def report(rec:Record):
         ax = out.figure.subplot_mosaic(panels, height_ratios=high)
         heat(rec, ax=ax["R"]); curves(rec, ax=ax["curves"]); kinds(rec, ax=ax["kinds"]); losses(rec, ax=ax["loss"])
         for k, name in enumerate(stats): _draw_series(ax[f"s{k}"], rec, name, name, _hues[k + 1])
-        out.figure.suptitle(f"{s['method']} on {s['stream']}, seed {s['seed']}" + ("" if rec.finished else " (unfinished)"), x=.01, ha="left", fontsize=10, fontweight="bold")
+        name = f"{s['method']} on {s['stream']}, seed {s['seed']}" + ("" if rec.finished else " (unfinished)")
+        out.figure.suptitle(name, x=.01, ha="left", fontsize=10, fontweight="bold")
         out.figure.supxlabel(_footer(s), x=.01, ha="left", fontsize=7.5)
     return out
 
@@ -308,12 +343,13 @@ def _draw_bars(ax, recs):
     mean = lambda k: np.array([np.mean([s[k] for s in ss]) for ss in of.values()])
     ax.barh(y, np.nan_to_num(mean("learning_accuracy")), .62, color="#cfe3f2")
     ax.barh(y, mean("average_accuracy"), .34, color=_hues[0])
-    for k, v in enumerate(mean("average_accuracy")): ax.text(v + 1, k, f"{v:.0f}", va="center", fontsize=7, color="black")
-    ax.set_yticks(y, list(of)); ax.set(xlim=(0, 108), ylim=(len(of) - .5, -.5), xlabel="mean over tasks, %"); ax.tick_params(axis="y", length=0)
+    for k, v in enumerate(mean("average_accuracy")): ax.text(v + 1, k, f"{v:.0f}", va="center", fontsize=7)
+    ax.set_yticks(y, list(of)); ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 108), ylim=(len(of) - .5, -.5), xlabel="mean over tasks, %")
     ax.set_title("just learned (light) and kept to the end (dark)")
 
 # %% ../nbs/10_analysis.ipynb #96f8f659
-def compare(recs):
+def compare(recs): # Records, or where to find them
     "R of each method, the first task's score over the stream, and accuracy learned against accuracy kept."
     recs = _one_stream(recs); groups = _methods(recs); cols = min(4, len(groups)); rows = -(-len(groups)//cols)
     size = [len(rs[0].rows) for rs in groups.values()]; cell = min(.2, 1.6/len(recs[0].columns))
@@ -322,9 +358,11 @@ def compare(recs):
     out = Picture(7.4, top + low)
     with _house():
         upper, lower = out.figure.subfigures(2, 1, height_ratios=[top, low])
-        axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat); line, bars = lower.subplots(1, 2)
+        axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat)
+        line, bars = lower.subplots(1, 2)
         for k, (label, rs) in enumerate(groups.items()):
-            _draw_heat(axes[k], _mean_R(rs), rs[0].rows, rs[0].columns, label, size=0 if len(rs[0].columns) > 9 else 5, names="" if k % cols else "y")
+            numbers, names = 0 if len(rs[0].columns) > 9 else 5, "" if k % cols else "y"
+            _draw_heat(axes[k], _mean_R(rs), rs[0].rows, rs[0].columns, label, numbers, names)
         for ax in axes[len(groups):]: ax.axis("off")
         _draw_task(line, recs, first, _longest(recs)); line.set_title(f"first task, {first}: score over the stream, %")
         _draw_bars(bars, recs); lower.legend(*line.get_legend_handles_labels(), loc="outside lower left", ncols=8)
@@ -335,12 +373,14 @@ def _sets(recs) -> dict: # {file name prefix: [records]}
     "Finished records that may share a picture: one stream and one protocol, whatever the methods train."
     out = defaultdict(list)
     for r in recs:
-        fields = {k: v for k, v in (r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}).items() if k != "trained"}
-        if r.finished: out[str(r.config.get("stream")), digest(fields)].append(r)
+        fields = r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}
+        key = digest({k: v for k, v in fields.items() if k != "trained"})
+        if r.finished: out[str(r.config.get("stream")), key].append(r)
     streams = [s for s, _ in out]
     safe = lambda s: "".join(c if c.isalnum() or c in "-_" else "-" for c in s)
     return {safe(s + (f"-{p[:6]}" if streams.count(s) > 1 else "")): rs for (s, p), rs in out.items()}
 
+# %% ../nbs/10_analysis.ipynb #b52bf28a
 def figures(src="runs", # Run folders, packed runs, Records, or folders of those
             out="figures", # Where to write
             formats=("pdf", "svg", "png"),

@@ -20,7 +20,8 @@ def _matrix(R) -> np.ndarray: # [T, T] or [1, T], float
     "`R` as an array of the allowed shape; raises `CitError`."
     R = np.asarray(R, float)
     if R.ndim == 2 and R.shape[1] and R.shape[0] in (1, R.shape[1]): return R
-    raise CitError(f"R must hold one row per training task and one column per task, [T, T], or [1, T] for joint training; got shape {R.shape}")
+    raise CitError("R must hold one row per training task and one column per task, [T, T], or [1, T] for "
+                   f"joint training; got shape {R.shape}")
 
 def _vector(what:str, v, T:int) -> np.ndarray: # [T], float
     "`v` with one number per task; raises `CitError`."
@@ -48,7 +49,7 @@ def learning_accuracy(R, # [T, T], percent
 # %% ../nbs/08_metrics.ipynb #bebe1c34
 def mean_average_accuracy(R, # [T, T], percent; cells above the diagonal are not read
                          ) -> float: # Percent
-    "Mean over t of the mean score on the tasks seen by then: $\\frac1T\\sum_t\\frac1t\\sum_{i\\le t}R_{t,i}$ (MAA, MAP)."
+    "Mean over t of the score on the tasks seen by then: $\\frac1T\\sum_t\\frac1t\\sum_{i\\le t}R_{t,i}$ (MAA, MAP)."
     R = _square(R)
     return float("nan") if R is None else float(np.mean([R[t, :t+1].mean() for t in range(len(R))]))
 
@@ -161,7 +162,8 @@ def cider_scores(texts, # One caption per image
     "CIDEr-D of each caption against its references, with rarity counted over all `references`."
     refs = [[_grams(s, n) for s in ([r] if isinstance(r, str) else r)] for r in references]
     if len(refs) != len(texts) or not all(refs):
-        raise CitError(f"CIDEr needs at least one reference for each caption; got {len(texts)} captions and {sum(map(bool, refs))} with references")
+        raise CitError(f"CIDEr needs at least one reference for each caption; got {len(texts)} captions "
+                       f"and {sum(map(bool, refs))} with references")
     df, N = Counter(g for rs in refs for g in set().union(*rs)), len(refs)
     size = lambda counts: sum(c for g, c in counts.items() if len(g) == 1)
     def one(text, rs):

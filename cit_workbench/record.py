@@ -16,8 +16,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import CitError, append_jsonl, canonical, one_of, plain, read_json, write_atomic
-from .metrics import (ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer, learning_accuracy,
-                                   mean_average_accuracy, mean_instruction_following)
+from .metrics import (ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
+                                   learning_accuracy, mean_average_accuracy, mean_instruction_following)
 
 # %% ../nbs/09_record.ipynb #cce18152
 class Lines:
@@ -32,7 +32,8 @@ class Lines:
         with open(self.path, "rb") as f: f.seek(self.at); *whole, self.torn = f.read().split(b"\n")
         for line in whole:
             try: self.rows.append(json.loads(line))
-            except ValueError as e: raise CitError(f"{self.path} line {len(self.rows)+1} is not valid JSON: {e}") from None
+            except ValueError as e:
+                raise CitError(f"{self.path} line {len(self.rows)+1} is not valid JSON: {e}") from None
             self.at += len(line) + 1
         return self.rows
 
@@ -56,8 +57,8 @@ class RecordWriter:
         if not f.exists(): write_atomic(f, json.dumps(run, indent=1, sort_keys=True, allow_nan=False) + "\n")
         else:
             for name, a, b in differences(read_json(f, "run file").get("config"), run.get("config"))[:1]:
-                raise CitError(f"{self.path} holds a run of another configuration: {name or 'config'} is {a!r} there and {b!r} here; "
-                               "choose another `out` folder or delete that one")
+                raise CitError(f"{self.path} holds a run of another configuration: {name or 'config'} is {a!r} there "
+                               f"and {b!r} here; choose another `out` folder or delete that one")
         for name in ("events", "clock"): self._cut(name)
         return self
 
@@ -69,7 +70,7 @@ def _cut(self:RecordWriter, name:str):
     if not lines.torn: return
     os.truncate(lines.path, lines.at)
     self.time("cut", file=lines.path.name, bytes=len(lines.torn))
-    warnings.warn(f"{lines.path}: the last line was torn by a crash and has been cut ({len(lines.torn)} bytes after event {n})")
+    warnings.warn(f"{lines.path}: a last line torn by a crash has been cut ({len(lines.torn)} bytes after line {n})")
 
 @patch
 def event(self:RecordWriter, kind:str, **fields):
@@ -85,13 +86,15 @@ def time(self:RecordWriter, what:str, seconds:float|None=None, **fields):
 @patch(as_prop=True)
 def n_events(self:RecordWriter) -> int: return len(Lines(self.path/"events.jsonl").read())
 
+# %% ../nbs/09_record.ipynb #5bd030b8
 @patch
 def truncate(self:RecordWriter, n:int, # How many events to keep
             ):
     "Keep the first `n` events; the run is unfinished again."
     f = self.path/"events.jsonl"
     rows = f.read_bytes().splitlines(keepends=True) if f.exists() else []
-    if n > len(rows): raise CitError(f"{f} holds {len(rows)} events, but the checkpoint was taken after {n}: the record is damaged")
+    if n > len(rows):
+        raise CitError(f"{f} holds {len(rows)} events, but the checkpoint was taken after {n}: the record is damaged")
     write_atomic(f, b"".join(rows[:n]))
     (self.path/"result.json").unlink(missing_ok=True)
 
@@ -135,12 +138,14 @@ class Record:
     @property
     def run(self) -> dict:
         "run.json as it was written."
-        if self._run is None: self._run = self._of("run") if self.packed else read_json(self.path/"run.json", "run file")
+        if self._run is None:
+            self._run = self._of("run") if self.packed else read_json(self.path/"run.json", "run file")
         return self._run
 
     def _of(self, kind):
         "The one line of that kind in a packed file, without its kind; raises `CitError` when it has no run line."
-        found = [{k: v for k, v in x.items() if k != "kind"} for x in self._lines["all"].read() if x.get("kind") == kind]
+        rows = [x for x in self._lines["all"].read() if x.get("kind") == kind]
+        found = [{k: v for k, v in x.items() if k != "kind"} for x in rows]
         if kind == "run" and not found: raise CitError(f"{self.path} is not a packed run: it has no line of kind 'run'")
         return found[-1] if found else None
 
@@ -168,24 +173,6 @@ def seconds(self:Record, what:str|None=None, # "train", "evaluate", "load"; None
     "Wall-clock seconds spent, work that was done twice included."
     return float(sum(e["seconds"] or 0 for e in self.clock() if what in (None, e["what"])))
 
-# %% ../nbs/09_record.ipynb #9cc47910
-@patch
-def answers(self:Record, row, # Row index or name
-            column:str, # Column name
-           ) -> list: # Result lines in question order; scores under "metadata"
-    "What the model answered."
-    t = row if isinstance(row, int) else self.rows.index(one_of("row", row, self.rows))
-    f = self.path/"answers"/str(t)/f"{_file(one_of('column', column, [c for c, _ in self.columns]))}.jsonl"
-    if self.packed: raise CitError(f"{self.path} is a packed run, which keeps no answers: open the run folder instead")
-    if not f.is_file(): raise CitError(f"{self.path} has no answers for row {row!r}, column {column!r}: that cell was not measured")
-    return Lines(f).read()
-
-@patch
-def array(self:Record, name:str) -> np.ndarray:
-    "An array the run stored."
-    have = [] if self.packed else [f.stem for f in sorted((self.path/"arrays").glob("*.npy"))]
-    return np.load(self.path/"arrays"/f"{one_of('array', _file(name), have)}.npy", allow_pickle=False)
-
 # %% ../nbs/09_record.ipynb #add18d4d
 @patch(as_prop=True)
 def columns(self:Record) -> list: # (name, role); role: stream | held_in | unseen; stream first, in training order
@@ -199,11 +186,12 @@ def rows(self:Record) -> list: # "start", then the training tasks after `plan`
 
 # %% ../nbs/09_record.ipynb #f33fdaa1
 @patch
-def matrix(self:Record, what:str="formatted", # "formatted", "valid", "content", "n", or another score the rows hold, such as "cider"
+def matrix(self:Record, what:str="formatted", # "formatted", "valid", "content", "n", "cider" or what else the rows hold
           ) -> np.ndarray: # [rows, columns], percent; NaN: not measured
     "One score over all rows and columns."
     names, events = [c for c, _ in self.columns], self.events("row")
-    one_of("score", what, {"formatted", "valid", "content", "n"}.union(*(s for e in events for s in e["scores"].values())))
+    known = {"formatted", "valid", "content", "n"}.union(*(s for e in events for s in e["scores"].values()))
+    one_of("score", what, known)
     M = np.full((len(self.rows), len(names)), np.nan)
     for e in events: M[e["row"]] = [np.nan if (v := e["scores"].get(c, {}).get(what)) is None else v for c in names]
     return M
@@ -224,6 +212,29 @@ def core(self:Record, what:str="formatted") -> np.ndarray: # [T, T]; [1, T] for 
     "A score without row 0, stream columns only."
     return self.matrix(what)[1:, self.of("stream")]
 
+# %% ../nbs/09_record.ipynb #9cc47910
+@patch
+def _answers_file(self:Record, t:int, column:str) -> Path: return self.path/"answers"/str(t)/f"{_file(column)}.jsonl"
+
+@patch
+def answers(self:Record, row, # Row index or name
+            column:str, # Column name
+           ) -> list: # Result lines in question order; scores under "metadata"
+    "What the model answered."
+    t = row if isinstance(row, int) else self.rows.index(one_of("row", row, self.rows))
+    f = self._answers_file(t, one_of("column", column, [c for c, _ in self.columns]))
+    if self.packed: raise CitError(f"{self.path} is a packed run, which keeps no answers: open the run folder instead")
+    if not f.is_file():
+        raise CitError(f"{self.path} has no answers for row {row!r}, column {column!r}: that cell was not measured")
+    return Lines(f).read()
+
+# %% ../nbs/09_record.ipynb #1928ea2f
+@patch
+def array(self:Record, name:str) -> np.ndarray:
+    "An array the run stored."
+    have = [] if self.packed else [f.stem for f in sorted((self.path/"arrays").glob("*.npy"))]
+    return np.load(self.path/"arrays"/f"{one_of('array', _file(name), have)}.npy", allow_pickle=False)
+
 # %% ../nbs/09_record.ipynb #a24b3c9b
 def _mean(v) -> float:
     "Mean over what was measured; NaN when nothing was."
@@ -233,6 +244,10 @@ def _mean(v) -> float:
 def _trajectory(f, R, *args) -> float:
     "A metric, or NaN when R has no row per task."
     return f(R, *args) if len(R) == R.shape[1] else float("nan")
+
+def _content_forgetting(K) -> float:
+    "`forgetting` over the tasks that have a content score."
+    return _mean([K[i:-1, i].max() - K[-1, i] for i in range(len(K)-1)])
 
 def _last(M) -> np.ndarray: # [columns]
     "The last row that was measured, else the first."
@@ -246,11 +261,11 @@ def _scores(self:Record) -> dict:
     cols = self.of("stream"); C, V, K = (self.core(k) for k in ("formatted", "valid", "content"))
     last = lambda f, what: f((self.core(what) if len(C) else self.matrix(what)[:1, cols])[-1:])
     return {"average_accuracy": last(average_accuracy, "formatted"),
-            **{f.__name__: _trajectory(f, C) for f in (learning_accuracy, mean_average_accuracy, backward_transfer, forgetting)},
+            **{f.__name__: _trajectory(f, C) for f in (learning_accuracy, mean_average_accuracy, backward_transfer)},
+            "forgetting": _trajectory(forgetting, C), "forgetting_valid": _trajectory(forgetting, V),
+            "forgetting_content": _trajectory(_content_forgetting, K),
             "forward_transfer": _trajectory(forward_transfer, C, self.R[0, cols]),
-            "mean_instruction_following": last(mean_instruction_following, "valid"), "content": last(_mean, "content"),
-            "forgetting_valid": _trajectory(forgetting, V),
-            "forgetting_content": _trajectory(lambda K: _mean([K[i:-1, i].max() - K[-1, i] for i in range(len(K)-1)]), K)}
+            "mean_instruction_following": last(mean_instruction_following, "valid"), "content": last(_mean, "content")}
 
 # %% ../nbs/09_record.ipynb #25ced6cf
 @patch
@@ -263,11 +278,14 @@ def _cost(self:Record) -> dict:
 @patch
 def summary(self:Record) -> dict:
     "Every metric, cost and leak of the run, from run.json, events and clock."
-    R = self.R; ends = {f"{role}_{when}": _mean(row[self.of(role)]) for role in ("held_in", "unseen")
-                        for when, row in (("start", R[0]), ("end", _last(R)))}
+    ends = {"start": self.R[0], "end": _last(self.R)}
+    means = {f"{role}_{when}": _mean(row[self.of(role)])
+             for role in ("held_in", "unseen") for when, row in ends.items()}
+    captions = any("cider" in s for e in self.events("row") for s in e["scores"].values())
     said = {k: self.config.get(k) for k in ("method", "stream", "backbone", "seed", "order", "protocol")}
-    cider = _mean(_last(self.matrix("cider"))) if any("cider" in s for e in self.events("row") for s in e["scores"].values()) else float("nan")
-    return {**said, "finished": self.finished, **self._scores(), **ends, "cider": cider, **self._cost(), "leaks": sorted(self.run.get("leaks") or [])}
+    return {**said, "finished": self.finished, **self._scores(), **means,
+            "cider": _mean(_last(self.matrix("cider"))) if captions else float("nan"),
+            **self._cost(), "leaks": sorted(self.run.get("leaks") or [])}
 
 @patch(as_prop=True)
 def finished(self:Record) -> bool: return self.result is not None
@@ -284,8 +302,8 @@ def finish(self:RecordWriter, summary:dict|None=None, # Default: `Record.summary
           ) -> Record:
     "Write result.json: the run is finished."
     rec = Record(self.path)
-    out = {"summary": {**(summary or rec.summary()), "finished": True}, "rows": rec.rows, "columns": rec.columns, "R": rec.R,
-           "valid": rec.matrix("valid"), "content": rec.matrix("content"), "seconds": rec.seconds()}
+    out = {"summary": {**(summary or rec.summary()), "finished": True}, "rows": rec.rows, "columns": rec.columns,
+           "R": rec.R, "valid": rec.matrix("valid"), "content": rec.matrix("content"), "seconds": rec.seconds()}
     write_atomic(self.path/"result.json", json.dumps(plain(out), indent=1, sort_keys=True, allow_nan=False) + "\n")
     return rec
 
@@ -302,7 +320,8 @@ def text_table(head, rows, left:int=1) -> str:
     "A plain-text table with aligned columns."
     rows = [[str(c) for c in r] for r in (head, *rows)]
     width = [max(map(len, c)) for c in zip(*rows)]
-    line = lambda r: "  ".join(c.ljust(n) if i < left else c.rjust(n) for i, (c, n) in enumerate(zip(r, width))).rstrip()
+    pad = lambda i, c: c.ljust(width[i]) if i < left else c.rjust(width[i])
+    line = lambda r: "  ".join(pad(i, c) for i, c in enumerate(r)).rstrip()
     return "\n".join([line(rows[0]), "  ".join("-"*n for n in width), *map(line, rows[1:])])
 
 # %% ../nbs/09_record.ipynb #d9e33c38
@@ -310,24 +329,27 @@ def _number(x, digits:int=1) -> str:
     "A number for a table; a dot where nothing was measured."
     return "·" if x is None or x != x else f"{x:.{digits}f}"
 
-_heads = {"average_accuracy": "AP", "learning_accuracy": "learning accuracy", "forgetting": "forgetting", "mean_instruction_following": "valid"}
+_heads = {"average_accuracy": "AP", "learning_accuracy": "learning accuracy", "forgetting": "forgetting",
+          "mean_instruction_following": "valid"}
 
 @patch
 def _repr_markdown_(self:Record) -> str:
     "R as a table, and the headline numbers."
     role = {"stream": "", "held_in": "held-in: ", "unseen": "unseen: "}
-    table = markdown_table(["after", *(role[r] + c for c, r in self.columns)], [[n, *map(_number, r)] for n, r in zip(self.rows, self.R)])
-    s = self.summary(); said = ", ".join(f"{h} {_number(s[k])}" for k, h in _heads.items())
-    return f"**{s['method']}** on {s['stream']}, seed {s['seed']}{'' if self.finished else ' (unfinished)'}: {said}\n\n{table}"
+    head = ["after", *(role[r] + c for c, r in self.columns)]
+    body = [[n, *map(_number, r)] for n, r in zip(self.rows, self.R)]
+    s, left = self.summary(), "" if self.finished else " (unfinished)"
+    said = ", ".join(f"{h} {_number(s[k])}" for k, h in _heads.items())
+    return f"**{s['method']}** on {s['stream']}, seed {s['seed']}{left}: {said}\n\n{markdown_table(head, body)}"
 
 @patch
 def __repr__(self:Record) -> str:
-    done = len(self.events("row"))
-    return f"Record({self.name}: {self.config.get('method')}, {done} of {len(self.rows)} rows{'' if self.finished else ', unfinished'})"
+    done, left = len(self.events("row")), "" if self.finished else ", unfinished"
+    return f"Record({self.name}: {self.config.get('method')}, {done} of {len(self.rows)} rows{left})"
 
 # %% ../nbs/09_record.ipynb #a98d4037
 @patch
-def series(self:Record, name:str="loss", # "loss", "added" (the method's term), "lr", "grad_norm", or a statistic of the method
+def series(self:Record, name:str="loss", # "loss", "added" (the method's term), "lr", "grad_norm", or a statistic
           ) -> tuple: # (steps [n] over the whole stream, values [n]); NaN where it was not recorded
     "A quantity of the training steps."
     steps = self.events("step"); top = ("loss", "added", "lr", "grad_norm")
@@ -345,7 +367,8 @@ def _thin(events:list, steps:int) -> list:
     "`events` with about `steps` of kind step at most: evenly spread, the last of each task and phase always kept."
     at = [i for i, e in enumerate(events) if e["kind"] == "step"]
     last = {(events[i].get("task"), events[i].get("phase")): i for i in at}.values()
-    keep = {*last, *(at[j] for j in np.linspace(0, len(at)-1, max(0, min(len(at), steps - len(last)))).round().astype(int))}
+    free = max(0, min(len(at), steps - len(last)))
+    keep = {*last, *(at[j] for j in np.linspace(0, len(at)-1, free).round().astype(int))}
     return [e for i, e in enumerate(events) if e["kind"] != "step" or i in keep]
 
 def _short(o):
@@ -365,7 +388,7 @@ def pack(run_dir, # A run folder
     rec = Record(run_dir); clock = defaultdict(float)
     for e in rec.clock(): clock[e["what"], e.get("task")] += e["seconds"] or 0
     drop = lambda d: {k: v for k, v in d.items() if k not in _local}
-    run = {**drop(rec.run), "config": drop(rec.run.get("config") or {}), "packed": {"steps": steps, "of": len(rec.events("step"))}}
+    run = {**drop(rec.run), "config": drop(rec.run.get("config") or {}), "packed": {"of": len(rec.events("step"))}}
     events = [_short(e) if e["kind"] == "step" else e for e in _thin(rec.events(), steps)]
     times = [{"kind": "time", "what": w, "task": t, "seconds": round(s, 3)} for (w, t), s in clock.items()]
     result = [{"kind": "result", **rec.result}] if rec.finished else []
@@ -402,9 +425,10 @@ def _labels(records:list) -> list:
     return [label(r) for r in records]
 
 # %% ../nbs/09_record.ipynb #5bae40c6
-_table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1), "forgetting": ("forgetting", 1),
-          "mean_instruction_following": ("valid", 1), "content": ("content", 1), "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1),
-          "trainable": ("trainable", 0), "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
+_table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1),
+          "forgetting": ("forgetting", 1), "mean_instruction_following": ("valid", 1), "content": ("content", 1),
+          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "trainable": ("trainable", 0),
+          "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
 
 def _norms(records:list) -> list:
     "AP_norm of each record of one protocol; NaN without a `single` run on the same stream or without chance scores."
@@ -413,8 +437,9 @@ def _norms(records:list) -> list:
         if r.config.get("method") == "single" and len(C := r.core()) == C.shape[1]:
             for i, x in zip(r.of("stream"), C.diagonal()): own[r.config.get("stream")][r.columns[i][0]].append(x)
     def one(r):
-        at = r.of("stream"); names, alone = [r.columns[i][0] for i in at], own[r.config.get("stream")]
-        return ap_norm(_last(r.R)[at], [(r.run.get("chance") or {}).get(n, np.nan) for n in names], [_mean(alone[n]) for n in names])
+        at, chance, alone = r.of("stream"), r.run.get("chance") or {}, own[r.config.get("stream")]
+        names = [r.columns[i][0] for i in at]
+        return ap_norm(_last(r.R)[at], [chance.get(n, np.nan) for n in names], [_mean(alone[n]) for n in names])
     return [one(r) for r in records]
 
 # %% ../nbs/09_record.ipynb #d9a571e7
@@ -427,7 +452,8 @@ class Table:
     def _cells(self, keys, r) -> list:
         def cell(k):
             m, sd, d = r[k], r.get(f"{k}_sd"), _table[k][1]
-            return (f"{m:,.0f}" if d == 0 and m == m else _number(m, d)) + (f" ± {sd:.{d}f}" if sd is not None and sd == sd and d else "")
+            mean = f"{m:,.0f}" if d == 0 and m == m else _number(m, d)
+            return mean + (f" ± {sd:.{d}f}" if d and sd is not None and sd == sd else "")
         return [r["method"], str(r["runs"]), *map(cell, keys)]
 
     def _render(self, table, bold) -> str:
@@ -480,44 +506,55 @@ def table(records, # Records, or where to find them
     names, rows = dict(zip([r.path for r in records], _labels(records))), []
     for block, rs in _blocks(records).items():
         lines = defaultdict(list)
-        for r, n in zip(rs, _norms(rs)): lines[r.config.get("stream"), names[r.path]].append({**r.summary(), "ap_norm": n})
+        for r, n in zip(rs, _norms(rs)):
+            lines[r.config.get("stream"), names[r.path]].append({**r.summary(), "ap_norm": n})
         many = len({s for s, _ in lines}) > 1
         rows += [_line(block, f"{label} on {stream}" if many else label, ss) for (stream, label), ss in lines.items()]
     why = ", ".join(f"{list(left.values()).count(w)} {w}" for w in out if w in left.values())
     return Table(rows, [f"Left out: {why}."] if left else [])
 
 # %% ../nbs/09_record.ipynb #7f903bf7
-_types = {"runs": {"run": "TEXT", "method": "TEXT", "stream": "TEXT", "backbone": "TEXT", "seed": "BIGINT", "protocol": "TEXT", "finished": "BOOLEAN",
-                   "config": "JSON", **{k: "DOUBLE" for k in (*list(_table)[1:], "backward_transfer", "forward_transfer", "mean_average_accuracy")}},
-          "events": {"run": "TEXT", "i": "BIGINT", "kind": "TEXT", "task": "TEXT", "step": "BIGINT", "global": "BIGINT", "loss": "DOUBLE", "data": "JSON"},
-          "cells": {"run": "TEXT", "row": "BIGINT", "after": "TEXT", "task": "TEXT", "role": "TEXT",
-                    **{k: "DOUBLE" for k in ("formatted", "valid", "content", "n")}},
-          "answers": {"run": "TEXT", "row": "BIGINT", "task": "TEXT", "question_id": "TEXT", "prompt": "TEXT", "text": "TEXT", "answer": "TEXT",
-                      **{k: "DOUBLE" for k in ("formatted", "valid", "content")}}}
+_metrics = (*list(_table)[1:], "backward_transfer", "forward_transfer", "mean_average_accuracy")
 
-def _tuples(rec, what:str, run:str):
+def _schema(text:str="", whole:str="", real="", **other) -> dict: # {column: DuckDB type}
+    "Columns by type, `run` first."
+    types = {"TEXT": text.split(), "BIGINT": whole.split(), "DOUBLE": real.split()}
+    return {"run": "TEXT", **{k: t for t, names in types.items() for k in names}, **other}
+
+_types = {"runs": _schema("method stream backbone protocol", "seed", " ".join(_metrics),
+                          finished="BOOLEAN", config="JSON"),
+          "events": _schema("kind task", "i step global", "loss", data="JSON"),
+          "cells": _schema("after task role", "row", "formatted valid content n"),
+          "answers": _schema("task question_id prompt text answer", "row", "formatted valid content")}
+
+# %% ../nbs/09_record.ipynb #69fed299
+def _lines_of(rec, what:str) -> list: # One dict per line
     "The lines of one view for one run."
-    roles = dict(rec.columns)
-    if what == "runs": yield {**rec.summary(), "config": rec.run.get("config")}
-    if what == "events": yield from ({**e, "i": i, "data": e} for i, e in enumerate(rec.events()))
-    if what == "cells": yield from ({"row": e["row"], "after": e["name"], "task": c, "role": roles.get(c), **s}
-                                    for e in rec.events("row") for c, s in e["scores"].items())
-    if what == "answers": yield from ({**a, **a.get("metadata", {}), "row": t, "task": c} for t in range(len(rec.rows)) for c in roles
-                                      if (rec.path/"answers"/str(t)/f"{_file(c)}.jsonl").is_file() for a in rec.answers(t, c))
+    roles, rows = dict(rec.columns), rec.events("row")
+    if what == "runs": return [{**rec.summary(), "config": rec.run.get("config")}]
+    if what == "events": return [{**e, "i": i, "data": e} for i, e in enumerate(rec.events())]
+    if what == "cells":
+        return [{"row": e["row"], "after": e["name"], "task": c, "role": roles.get(c), **s}
+                for e in rows for c, s in e["scores"].items()]
+    have = [(e["row"], c) for e in rows for c in roles if rec._answers_file(e["row"], c).is_file()]
+    return [{**a, **a.get("metadata", {}), "row": t, "task": c} for t, c in have for a in rec.answers(t, c)]
 
-# %% ../nbs/09_record.ipynb #6600ba5c
+# %% ../nbs/09_record.ipynb #8a49a277
 def query(sql:str, # A SELECT over the views runs, events, cells, answers
           dirs="runs", # Where the runs are, as in `find_runs`
          ): # pandas.DataFrame
     "Ask SQL of any number of runs; needs duckdb."
     try: duckdb = importlib.import_module("duckdb")
-    except ImportError: raise CitError("`query` needs the package duckdb, which is not installed: pip install duckdb") from None
+    except ImportError:
+        raise CitError("`query` needs the package duckdb, which is not installed: pip install duckdb") from None
     records = find_runs(dirs)
     with tempfile.TemporaryDirectory() as tmp, duckdb.connect() as db:
         for what, types in _types.items():
-            lines = ({**{k: x.get(k) for k in types}, "run": str(r.path)} for r in records for x in _tuples(r, what, str(r.path))) if what in sql else ()
-            Path(tmp, what).write_text("".join(canonical(x) + "\n" for x in lines))
+            lines = [{**x, "run": str(r.path)} for r in records if what in sql for x in _lines_of(r, what)]
+            Path(tmp, what).write_text("".join(canonical({k: x.get(k) for k in types}) + "\n" for x in lines))
             columns = ", ".join(f"'{k}': '{t}'" for k, t in types.items())
-            db.execute(f"create table {what} as from read_json('{tmp}/{what}', format='newline_delimited', columns={{{columns}}})")
+            source = f"read_json('{tmp}/{what}', format='newline_delimited', columns={{{columns}}})"
+            db.execute(f"create table {what} as from {source}")
         try: return db.execute(sql).df()
-        except duckdb.Error as e: raise CitError(f"the query failed: {str(e).splitlines()[0]} (views: {', '.join(_types)})") from None
+        except duckdb.Error as e:
+            raise CitError(f"the query failed: {str(e).splitlines()[0]} (views: {', '.join(_types)})") from None
