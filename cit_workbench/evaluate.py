@@ -27,10 +27,11 @@ def score_line(task, # A `Task`
     "Score one answer."
     fmt = task.format
     content = None if ll is None else float(example.choices[int(torch.as_tensor(ll).argmax())] == example.answer)
-    return {"question_id": example.id, "prompt": example.question, "text": text, "answer_id": digest(example.id, text, model_id), "model_id": model_id,
-            "metadata": {"answer": example.answer, "formatted": float(fmt.score(example, text)), "valid": float(fmt.valid(text)), "content": content}}
+    more = {k: example.meta[k] for k in ("references",) if k in example.meta}
+    return {"question_id": example.meta.get("question_id", example.id), "prompt": example.question, "text": text, "answer_id": digest(example.id, text, model_id), "model_id": model_id,
+            "metadata": {"answer": example.answer, "formatted": float(fmt.score(example, text)), "valid": float(fmt.valid(text)), "content": content, **more}}
 
-# %% ../nbs/07_evaluate.ipynb #ef30bf5e
+# %% ../nbs/07_evaluate.ipynb #587c1fe7
 def column_scores(task, # A `Task`
                   lines:list, # Its scored result lines
                  ) -> dict: # Percent; "content" None without closed sets; "cider" for captions
@@ -38,7 +39,7 @@ def column_scores(task, # A `Task`
     get = lambda k: [l["metadata"][k] for l in lines if l["metadata"][k] is not None]
     mean = lambda v: 100*sum(v)/len(v) if v else None
     out = {k: mean(get(k)) for k in ("formatted", "valid", "content")} | {"n": len(lines)}
-    return out | ({"cider": cider([l["text"] for l in lines], [l["metadata"]["answer"] for l in lines])} if task.format.kind == "caption" else {})
+    return out | ({"cider": cider([l["text"] for l in lines], [l["metadata"].get("references", l["metadata"]["answer"]) for l in lines])} if task.format.kind == "caption" else {})
 
 # %% ../nbs/07_evaluate.ipynb #c8311d3c
 @patch
