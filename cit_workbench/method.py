@@ -70,6 +70,7 @@ class Method:
     def stats(self, net): return {} # What shows that the method acts
     def __add__(self, other): return Chain([*parts(self), *parts(other)])
 
+# %% ../nbs/05_method.ipynb #c39afec7
 def overrides(m, hook:str) -> bool:
     "Does a method change this hook?"
     return any(getattr(type(p), hook) is not getattr(Method, hook) for p in parts(m))

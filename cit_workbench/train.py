@@ -90,6 +90,25 @@ class Run(Spec):
         return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, "tune": asdict(self.tuning), "optim": asdict(self.opt), "compute": asdict(self.comp)})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
+# %% ../nbs/06_train.ipynb #204110c2
+def draw(seed:int, # Of the run
+         task, # A `Task`
+         batch:int, # Rows per step
+         step:int, # Step within the phase
+        ) -> list: # (task name, index) pairs
+    "The rows of a step: epochs of permutations, each keyed by (seed, task, epoch)."
+    n, at_ = task.n["train"], range(step*batch, (step + 1)*batch)
+    perms = {e: rng(seed, task.name, "epoch", e).permutation(n) for e in {k//n for k in at_}}
+    return [(task.name, int(perms[k//n][k % n])) for k in at_]
+
+def rate(step:int, # Step within the phase
+         steps:int, # Steps of the phase
+         warmup:float, # Share of the steps
+        ) -> float: # Factor of the peak rate
+    "Linear warm-up, then a cosine down to zero."
+    w = max(1, round(warmup*steps))
+    return (step + 1)/w if step < w else .5*(1 + math.cos(math.pi*(step - w)/max(1, steps - w)))
+
 # %% ../nbs/06_train.ipynb #0c5c6e8e
 @patch
 def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) -> dict:
@@ -153,25 +172,6 @@ def take_task_grad(self:Net, side:dict) -> dict:
     for n, g in side.items():
         g = self.reduce(g); p = self.params[n]; p.grad = g.clone() if p.grad is None else p.grad + g
     return task
-
-# %% ../nbs/06_train.ipynb #204110c2
-def draw(seed:int, # Of the run
-         task, # A `Task`
-         batch:int, # Rows per step
-         step:int, # Step within the phase
-        ) -> list: # (task name, index) pairs
-    "The rows of a step: epochs of permutations, each keyed by (seed, task, epoch)."
-    n, at_ = task.n["train"], range(step*batch, (step + 1)*batch)
-    perms = {e: rng(seed, task.name, "epoch", e).permutation(n) for e in {k//n for k in at_}}
-    return [(task.name, int(perms[k//n][k % n])) for k in at_]
-
-def rate(step:int, # Step within the phase
-         steps:int, # Steps of the phase
-         warmup:float, # Share of the steps
-        ) -> float: # Factor of the peak rate
-    "Linear warm-up, then a cosine down to zero."
-    w = max(1, round(warmup*steps))
-    return (step + 1)/w if step < w else .5*(1 + math.cos(math.pi*(step - w)/max(1, steps - w)))
 
 # %% ../nbs/06_train.ipynb #1296a642
 @patch
