@@ -146,6 +146,6 @@ def cache_dir() -> Path:
     "Where answers already given are kept: `$CIT_CACHE`, else `~/.cache/cit_workbench`; may be deleted at any time."
     return Path(os.environ.get("CIT_CACHE") or Path.home()/".cache"/"cit_workbench")
 
-def progress(iterable=None, desc:str="", total:int|None=None, **kw):
+def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
     "A progress bar that shows itself only for work longer than a second."
-    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=bool(os.environ.get("CIT_QUIET")), **kw)
+    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)

@@ -183,10 +183,12 @@ class Net:
     def find(self, name:str):
         "A task of the plan, else of the stream."
         return next((t for t in self.plan.tasks if t.name == name), None) or self.stream.task(name)
-    def refresh(self): self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+    def refresh(self):
+        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.start -= {id(p) for p in self.params.values()}
     def own(self) -> dict:
         "What a checkpoint must hold: every parameter that is not the untouched start model's."
-        return {n: p for n, p in self.model.named_parameters() if id(p) not in self.start or p.requires_grad}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in self.start}
     def rng(self, owner:str) -> np.random.Generator:
         "Randomness of one owner at this task, phase, step, micro-batch and rank."
         return rng(self.seed, *self.clock, self.rank, owner)
@@ -327,6 +329,11 @@ def reduce(self:Net, x:torch.Tensor) -> torch.Tensor:
     "Sum over processes."
     if self.world > 1: dist.all_reduce(x)
     return x
+
+@patch
+def spent(self:Net) -> int:
+    "Rows run through the model for the method's own sake, over all processes."
+    return int(self.reduce(torch.tensor(self.extra_forwards, device=self.backbone.device)))
 
 @patch
 def grad(self:Net,
