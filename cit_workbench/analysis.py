@@ -253,6 +253,7 @@ def _draw_series(ax, rec, name:str, title:str, hue:str):
     if not good.size: _note(ax, "not recorded")
     elif good.min() > 0 and good.max() > 30*good.min(): ax.set_yscale("log")
     else: ax.yaxis.set_major_locator(MaxNLocator(4))
+    if good.size: ax.set_xlim(x[0] - .02*(x[-1] - x[0]) - 1, x[-1] + .02*(x[-1] - x[0]) + 1)
     if good.size: ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_xlabel("step"); ax.set_title(title, pad=pad)
 
@@ -343,7 +344,7 @@ def _draw_bars(ax, recs):
     mean = lambda k: np.array([np.mean([s[k] for s in ss]) for ss in of.values()])
     ax.barh(y, np.nan_to_num(mean("learning_accuracy")), .62, color="#cfe3f2")
     ax.barh(y, mean("average_accuracy"), .34, color=_hues[0])
-    for k, v in enumerate(mean("average_accuracy")): ax.text(v + 1, k, f"{v:.0f}", va="center", fontsize=7)
+    for k, v in enumerate(mean("average_accuracy")): ax.text(v + 1, k, f"{v:.1f}", va="center", fontsize=7)
     ax.set_yticks(y, list(of)); ax.tick_params(axis="y", length=0)
     ax.set(xlim=(0, 108), ylim=(len(of) - .5, -.5), xlabel="mean over tasks, %")
     ax.set_title("just learned (light) and kept to the end (dark)")
@@ -361,7 +362,7 @@ def compare(recs): # Records, or where to find them
         axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat)
         line, bars = lower.subplots(1, 2)
         for k, (label, rs) in enumerate(groups.items()):
-            numbers, names = 0 if len(rs[0].columns) > 9 else 5, "" if k % cols else "y"
+            numbers, names = 5*((7.4/cols - .5)/len(rs[0].columns) > .17), "" if k % cols else "y"
             _draw_heat(axes[k], _mean_R(rs), rs[0].rows, rs[0].columns, label, numbers, names)
         for ax in axes[len(groups):]: ax.axis("off")
         _draw_task(line, recs, first, _longest(recs)); line.set_title(f"first task, {first}: score over the stream, %")

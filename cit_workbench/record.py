@@ -378,7 +378,7 @@ def _short(o):
     return float(f"{o:.6g}") if isinstance(o, float) else o
 
 # %% ../nbs/09_record.ipynb #bd0174af
-_local = ("out", "argv", "cwd", "host", "pid", "user", "python")
+_local = ("out", "argv", "cwd", "host", "pid", "user", "python", "platform")
 
 def pack(run_dir, # A run folder
          out, # The .jsonl file to write
