@@ -124,18 +124,18 @@ def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) ->
     m, parts, batches, kept, side = net.method, np.array_split(np.arange(len(refs)), self.opt.accum), [], [], {}
     net.model.train(); losses = torch.zeros(2, device=net.backbone.device)
     for i, rows in enumerate(parts):
-        net.clock = (task.name, phase.name, index, i)
+        net.tick(task.name, phase.name, index, i)
         batches.append(m.batch(net, net.rows([refs[j] for j in rows], task=[task.name]*len(rows))))
     totals = net.token_totals(batches)
     for i, b in enumerate(batches):
-        net.clock = (task.name, phase.name, index, i)
+        net.tick(task.name, phase.name, index, i)
         with at(m.route(net, replace(b, totals=totals, ctx={}))) as b:
             out = net.forward(b) if phase.lm else Out(torch.zeros((), device=net.backbone.device))
             extra = m.loss(net, b, out)/(len(parts)*net.world)
             if "task_grad" in m.needs: net.split_backward(out.loss, extra, side)
-            else: (out.loss + extra).backward()
+            elif (total := out.loss + extra).requires_grad: total.backward()
         kept.append(out.keep); losses += torch.stack([out.loss.detach(), torch.as_tensor(extra, device=losses.device).detach()])
-    net.reduce_grads()
+    net.tick(task.name, phase.name, index); net.reduce_grads()
     task_grad = net.take_task_grad(side) if "task_grad" in m.needs else None
     old = {n: p.detach().clone() for n, p in net.params.items()} if "old" in m.needs else None
     s = Step(batches, kept, old, task_grad, net.rng("step"), opt.param_groups[0]["lr"], index)
@@ -155,13 +155,21 @@ def token_totals(self:Net, batches:list) -> dict:
     return {g: int(c) for g, c in enumerate(n.tolist()) if c}
 
 @patch
+def reduced(self:Net,
+            gs:dict, # Gradients by name, of this process
+           ) -> dict: # Their sums; a parameter no process reached is left out
+    "One all-reduce of the flattened gradients."
+    if self.world == 1: return gs
+    ps = self.params.values()
+    has = self.reduce(torch.tensor([float(n in gs) for n in self.params], device=self.backbone.device))
+    flat = self.reduce(torch.cat([gs.get(n, torch.zeros_like(p)).flatten() for n, p in self.params.items()]))
+    return {n: g.view_as(p).to(p.dtype, copy=True) for n, p, h, g in zip(self.params, ps, has.tolist(), flat.split([p.numel() for p in ps])) if h}
+
+@patch
 def reduce_grads(self:Net):
-    "One all-reduce of the flattened gradients; a parameter no process reached keeps none."
-    if self.world == 1: return
-    ps = list(self.params.values())
-    has = self.reduce(torch.tensor([float(p.grad is not None) for p in ps], device=self.backbone.device))
-    flat = self.reduce(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in ps]))
-    for p, h, g in zip(ps, has.tolist(), flat.split([p.numel() for p in ps])): p.grad = g.view_as(p).clone() if h else None
+    "Put the gradients of all processes into `p.grad`."
+    got = self.reduced({n: p.grad for n, p in self.params.items() if p.grad is not None})
+    for n, p in self.params.items(): p.grad = got.get(n)
 
 # %% ../nbs/06_train.ipynb #2629f5f1
 @patch
@@ -177,8 +185,8 @@ def split_backward(self:Net, loss, extra, side:dict):
 def take_task_grad(self:Net, side:dict) -> dict:
     "The reduced gradient of the task loss, after which the added term's is put into p.grad."
     task = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.params.items()}
-    for n, g in side.items():
-        g = self.reduce(g); p = self.params[n]; p.grad = g.clone() if p.grad is None else p.grad + g
+    for n, g in self.reduced(side).items():
+        p = self.params[n]; p.grad = g.clone() if p.grad is None else p.grad + g
     return task
 
 # %% ../nbs/06_train.ipynb #1296a642
@@ -202,7 +210,7 @@ def groups(self:Run, net:Net, phase:Phase) -> list:
 def train_task(self:Run, net:Net, task, w, state:dict):
     "Tune on one task, from its beginning or from where a checkpoint was taken."
     m, tic, resumed = net.method, time.time(), state.get("stage") == "steps"
-    net.task, net.clock = task.name, (task.name, "begin", 0, 0)
+    net.task = task.name; net.tick(task.name, "begin")
     if not resumed: net.seen.append(task.name); net.first = len(net.seen) == 1; m.begin(net, task); net.first = False; net.refresh()
     free = {n for n, p in net.model.named_parameters() if p.requires_grad}
     if not resumed: w.event("begin", task=task.name, trainable=sum(p.numel() for p in net.params.values()), tensors=len(net.params))
@@ -222,7 +230,7 @@ def train_task(self:Run, net:Net, task, w, state:dict):
         for n, p in net.model.named_parameters(): p.requires_grad_(n in free)
         net.refresh()
     w.time("train", time.time() - tic, task=task.name, samples=self.opt.batch*sum(self.steps(task, p) for p in m.phases(task)))
-    net.clock = (task.name, "end", 0, 0); net.model.eval(); m.end(net, task); net.refresh()
+    net.tick(task.name, "end"); net.model.eval(); m.end(net, task); net.refresh()
 
 # %% ../nbs/06_train.ipynb #50016b9e
 @patch
@@ -324,6 +332,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
 @patch
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
+    net.tick("start", "wrap")
     if overrides(net.method, "wrap"): net.method.wrap(net).free(self.tuning.train)
     else: net.lora()
 
@@ -339,9 +348,9 @@ def git_state() -> dict:
 def describe(self:Run, net:Net, asked:dict) -> dict:
     "run.json: configuration, versions, hashes and the protocol, by which tables put like with like."
     bb, o = net.backbone, asdict(self.opt)
-    fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": self.data.digest(), "dtype": str(bb.dtype), "decoding": "greedy",
+    fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": digest(sorted((r, t.digest()) for t, r in self.data.roles())), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
-              "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "trained": asdict(self.tuning) if not overrides(self.m, "wrap") else "method"}
+              "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     return plain({"config": {**asked, "optim": o}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": None}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
@@ -406,7 +415,7 @@ def load(self:Run, net:Net, w) -> dict: # State, {} when there is nothing to res
     self.insert(net); own = dict(net.model.named_parameters())
     if missing := [n for n in state["weights"] if n not in own]: raise CitError(f"checkpoint {path} holds {missing[0]}, which {net.method.name} does not build from its memory")
     with torch.no_grad():
-        for n, v in state.pop("weights").items(): own[n].copy_(v)
+        for n, v in state.pop("weights").items(): own[n].copy_(v); net.start.discard(id(own[n]))
     for n, p in own.items(): p.requires_grad_(n in state["trainable"])
     net.refresh(); net.seen, net.observed, net.extra_forwards = state["seen"], set(state["observed"]), 0 if net.rank else state["extra_forwards"]
     self.t = state["t"]; w.truncate(state["events"])
