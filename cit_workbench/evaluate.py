@@ -92,7 +92,7 @@ def evaluate(self:Net,
     "Answers and scores of every column, from the store where the same model was asked before."
     state = self.state_key()
     where = {n: cache_dir()/"answers"/f"{digest(state, self.stream.task(n).digest(), self.stream.task(n).n[split], split, oracle, torch.__version__)}.jsonl" for n in names}
-    have = {n: _stored(where[n], self.stream.task(n).n[split]) for n in names}
+    have = self._agree({n: _stored(where[n], self.stream.task(n).n[split]) for n in names})
     got = self.ask([(n, i) for n in names if have[n] is None for i in range(self.stream.task(n).n[split])], split, oracle) if any(v is None for v in have.values()) else {}
     for n in names:
         if have[n] is not None: continue
@@ -100,6 +100,13 @@ def evaluate(self:Net,
         if self.rank == 0: write_atomic(where[n], "".join(canonical(l) + "\n" for l in have[n]))
     out = {n: [l | {"model_id": model_id} for l in have[n]] for n in names}
     return {n: (column_scores(self.stream.task(n), lines), lines) for n, lines in out.items()}
+
+@patch
+def _agree(self:Net, have):
+    "What the first process found, on all of them."
+    box = [have]
+    if self.world > 1: dist.broadcast_object_list(box)
+    return box[0]
 
 def _stored(path, n):
     "Lines of an earlier answer file, None unless all `n` are there."

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from .adapt import Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
-from .core import CitError, check_args, one_of, rng
+from .core import CitError, check_args, one_of, rng, seed_of
 from .memory import stored_bytes
 
 # %% ../nbs/05_method.ipynb #2b7a9f79
@@ -177,7 +177,7 @@ class Net:
         self.plan, self.tuning = plan or stream, tuning
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
-        self.clock, self.task, self.seen, self.first = ("start", "", 0, 0), None, [], False
+        self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False
         self.observed, self.extra_forwards, self.peft, self._feats, self._drawn = set(), 0, None, {}, {}
         self.refresh()
     def find(self, name:str):
@@ -189,9 +189,15 @@ class Net:
     def own(self) -> dict:
         "What a checkpoint must hold: every parameter that is not the untouched start model's."
         return {n: p for n, p in self.model.named_parameters() if id(p) not in self.start}
+    def key(self) -> tuple:
+        "What draws depend on: seed, task, phase, step, micro-batch and rank; hooks that all processes run alike share one key."
+        return (self.seed, *self.clock, self.rank if self.clock[3] >= 0 else 0)
+    def tick(self, task:str, phase:str, step:int=0, micro:int=-1):
+        "Set the clock, and torch's generator with it: dropout and initial values are keyed like all other draws."
+        self.clock = (task, phase, step, micro); torch.manual_seed(seed_of(*self.key(), "torch"))
     def rng(self, owner:str) -> np.random.Generator:
-        "Randomness of one owner at this task, phase, step, micro-batch and rank."
-        return rng(self.seed, *self.clock, self.rank, owner)
+        "Randomness of one owner at this moment of the run."
+        return rng(*self.key(), owner)
 
 # %% ../nbs/05_method.ipynb #7b587945
 @patch
@@ -336,6 +342,7 @@ def spent(self:Net) -> int:
     return int(self.reduce(torch.tensor(self.extra_forwards, device=self.backbone.device)))
 
 @patch
+@torch.enable_grad()
 def grad(self:Net,
          batch:Batch, # Rows with labels
          fn=lambda out: out.loss, # Scalar of the forward
@@ -357,8 +364,11 @@ def _linear_grads(self:Net, batch, fn):
     seen, names = [], {id(p): n for n, p in self.params.items()}
     hook = lambda m, x, y: seen.append((m, x[0].detach(), y))
     hooks = [m.register_forward_hook(hook) for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in names]
+    if not hooks: return {}
     try:
-        with at(self.method.route(self, replace(batch, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)).sum(), [y for *_, y in seen], allow_unused=True) if seen else ()
+        with at(self.method.route(self, replace(batch, ctx={}))) as b:
+            total = fn(self.forward(b)).sum()
+            gs = torch.autograd.grad(total, [y for *_, y in seen], allow_unused=True)
     finally:
         for h in hooks: h.remove()
     out = defaultdict(float)
@@ -370,6 +380,7 @@ def _linear_grads(self:Net, batch, fn):
 
 # %% ../nbs/05_method.ipynb #31d2fe48
 @patch
+@torch.enable_grad()
 def sample_grads(self:Net,
                  task:str, # A task seen so far
                  fn=row_nll, # Takes `Out`, returns a scalar per row [B]
