@@ -178,7 +178,7 @@ class Net:
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
         self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False
-        self.observed, self.extra_forwards, self.peft, self._feats, self._drawn = set(), 0, None, {}, {}
+        self.observed, self.extra_forwards, self.peft, self._feats, self._drawn, self._ready = set(), 0, None, {}, {}, {}
         self.refresh()
     def find(self, name:str):
         "A task of the plan, else of the stream."
@@ -234,6 +234,12 @@ def example(self:Net,
     return self._drawn[key]
 
 @patch
+def roomy(self:Net, task, split:str) -> bool:
+    "Do the tower features of all of a split's images fit into the store?"
+    w = self.backbone.projector.linear_1.weight
+    return task.n[split]*self.backbone.n_vis*w.shape[1]*w.element_size() <= _room
+
+@patch
 def feats_of(self:Net,
              task, # A `Task`
              split:str, # "train", "val" or "test"
@@ -241,12 +247,32 @@ def feats_of(self:Net,
             ) -> torch.Tensor: # [n, P, d_v]
     "Tower features of some rows of a split, from the store when all of the split's fit into 2 GB."
     bb, n = self.backbone, task.n[split]
-    if n*bb.n_vis*bb.projector.linear_1.in_features*bb.projector.linear_1.weight.element_size() > _room: return bb.tower(bb.pixels([self.example(task.name, split, i).image for i in index]))
+    if not self.roomy(task, split): return bb.tower(torch.cat([self.pixels_of(task.name, split, i) for i in index]))
     for c in {i//_chunk for i in index} - {k[2] for k in self._feats if k[:2] == (task.name, split)}:
         rows = [self.example(task.name, split, i) for i in range(c*_chunk, min(n, (c + 1)*_chunk))]
         seen = bb.tower(bb.pixels([e.image if e.image is not None else np.zeros((8, 8, 3), np.uint8) for e in rows]))
         self._feats[task.name, split, c] = seen
     return torch.stack([self._feats[task.name, split, i//_chunk][i % _chunk] for i in index])
+
+# %% ../nbs/05_method.ipynb #ac7cef27
+@patch
+def ahead(self:Net,
+          pool, # A `ThreadPoolExecutor`
+          refs:list, # (task name, index) pairs of the step that comes next
+         ):
+    "Open and preprocess images in the background."
+    for t, i in refs:
+        if not self.roomy(self.find(t), "train") and (t, "train", i) not in self._ready: self._ready[t, "train", i] = pool.submit(self._open, t, "train", i)
+
+@patch
+def _open(self:Net, *key):
+    im = self.find(key[0]).example(*key[1:]).image
+    return None if im is None else self.backbone.pixels([im])
+
+@patch
+def pixels_of(self:Net, *key) -> torch.Tensor: # [1, 3, H, W]
+    "Pixels of one row, from a thread that opened it before or opened now."
+    return self._ready.pop(key).result() if key in self._ready else self._open(*key)
 
 # %% ../nbs/05_method.ipynb #44cad0d5
 @patch

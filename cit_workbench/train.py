@@ -7,6 +7,7 @@ __all__ = ['Optim', 'Compute', 'Spec', 'code_of', 'Run', 'draw', 'rate', 'recipe
            'read_checkpoint', 'resume']
 
 # %% ../nbs/06_train.ipynb #cd2600b6
+from concurrent.futures import ThreadPoolExecutor
 import hashlib, inspect, json, math, os, platform, re, shutil, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -48,6 +49,7 @@ class Compute:
     four_bit: bool = False # Frozen weights in 4 bits (CUDA)
     checkpointing: bool = False # Compute activations again in the backward, to save memory
     image_mode: str|None = None # "plain" or "pad"; None: what the stream asks for
+    workers: int = 2 # Threads that open images of the next step
     save_every: int = 0 # Steps between checkpoints inside a task, 0: at task ends only
 
 # %% ../nbs/06_train.ipynb #6a647e85
@@ -223,6 +225,7 @@ def train_task(self:Run, net:Net, task, w, state:dict):
         for s in range(state.pop("step", 0), steps):
             for g, base in zip(opt.param_groups, groups): g["lr"] = base.setdefault("peak", base["lr"])*rate(s, steps, self.opt.warmup)
             refs = draw(self.seed, task, self.opt.batch, s)[net.rank::net.world]
+            if self.comp.workers: net.ahead(self.pool, draw(self.seed, task, self.opt.batch, s + 1)[net.rank::net.world])
             got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
             if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
             if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
@@ -277,7 +280,7 @@ def train(self:Run) -> Record: # The finished record
     net, w, state = self.open()
     total = sum(self.steps(t, p) for t in self.plan.tasks for p in net.method.phases(t))
     self.done = state.get("done", 0)
-    with progress(desc=f"{net.method.name} on {self.stream}", total=total, initial=self.done, unit="step", hide=net.rank > 0) as self.bar:
+    with progress(desc=f"{net.method.name} on {self.stream}", total=total, initial=self.done, unit="step", hide=net.rank > 0) as self.bar, ThreadPoolExecutor(self.comp.workers or 1) as self.pool:
         for t, task in enumerate(self.plan.tasks, 1):
             if t < state.get("t", 1): continue
             if state.get("stage") != "end":
