@@ -165,10 +165,14 @@ def get_backbone(
     if four_bit:
         if not str(device).startswith("cuda"): raise CitError("four_bit needs a CUDA GPU; leave it out on CPU")
         from transformers import BitsAndBytesConfig
-        kw = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)), device_map={"": device})
+        keep = [".*lm_head", ".*multi_modal_projector", ".*vision_tower"]
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype),
+                                  llm_int8_skip_modules=keep)
+        kw = dict(quantization_config=four, device_map={"": device})
     try:
         proc = AutoProcessor.from_pretrained(where, local_files_only=True)
         model = LlavaForConditionalGeneration.from_pretrained(where, dtype=getattr(torch, dtype), local_files_only=True, **kw)
+    except ImportError as e: raise CitError(f"backbone {name!r} needs a package that is not installed: {str(e).splitlines()[0]}") from e
     except (OSError, ValueError, KeyError) as e: raise CitError(f"backbone {name!r} cannot be read as a LLaVA checkpoint: {str(e).splitlines()[0]}") from e
     if not four_bit: model = model.to(device)
     return Backbone(model, proc, name, image_mode, weights_hash(where) if Path(where).is_dir() else digest(where))

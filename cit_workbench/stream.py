@@ -7,8 +7,8 @@ __all__ = ['scorers', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_n
            'code_words', 'palette', 'formats', 'templates', 'catalogue', 'Example', 'exact', 'slots', 'iou', 'boxed',
            'Format', 'Task', 'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw',
            'scatter', 'two_digits', 'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'locate', 'read', 'parity',
-           'verify', 'colors', 'compare', 'describe', 'caption', 'in_format', 'make_example', 'make_task', 'ShapesArgs',
-           'shapes']
+           'verify', 'colors', 'compare', 'describe', 'caption', 'region', 'in_format', 'make_example', 'make_task',
+           'ShapesArgs', 'shapes']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
 import random, re
@@ -418,6 +418,15 @@ def caption(r, domain):
     text = ", ".join(f"{'framed ' * t.framed}{t.color} {t.kind} {places[t.cell]}" for t in ts) + "."
     return Ask(ts, "", text, (text,))
 
+
+@skill("Describe the {}.", "Describe only the {}.", "Caption the {}.", "Write a caption of the {}.", "Tell me about the {}.", "The {} looks how?")
+def region(r, domain):
+    by = r.pick(("shape", "color"))
+    ts = r.sample(two_digits(r), 2) if domain == "digits" else scatter(r, by)
+    t = ts[0]
+    text = f"{'framed ' * t.framed}{t.color} {t.kind} {places[t.cell]}."
+    return Ask(ts, t.kind if by == "shape" else f"{t.color} one", text, (text,))
+
 # %% ../nbs/01_stream.ipynb #9d47940f
 formats = {f.name: f for f in (
     Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d \d".format("|".join(code_words)), 4), Format("letter", "[A-D]", 4),
@@ -456,13 +465,14 @@ catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name
     ("col-night", "night", "color", "word", 100/6),  ("col-code", "day", "color", "code", 100/6),
     ("col-digits", "digits", "color", "letter", 25.), ("col-para", "day", "color", "word", 100/6),
     ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
-    ("shp-mcq", "day", "shape", "letter", 25.),      ("shp-pos", "day", "shape_at", "word", 20.),
+    ("shp-mcq", "day", "shape_at", "letter", 25.),      ("shp-pos", "day", "shape_at", "word", 20.),
     ("cnt-day", "day", "count", "word", 25.),        ("cnt-night", "night", "count", "word", 25.),
     ("read", "digits", "read", "word", 1.),          ("par-digits", "digits", "parity", "yesno", 50.),
     ("box", "day", "locate", "cell", 100/9),         ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
     ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3), ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
-    ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.))}
+    ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.),
+    ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.))}
 
 def make_task(name:str, # A name of the catalogue
               n_train:int=2000, n_val:int=64, n_test:int=100, # Examples per split
