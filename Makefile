@@ -7,7 +7,7 @@ PIP    ?= $(VENV)/bin/python -m pip
 TORCH  ?=
 bin     = $(CURDIR)/$(VENV)/bin
 ready   = $(VENV)/.ready
-one     = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PATH="$(bin):$$PATH"
+one     = OMP_NUM_THREADS=1 PATH="$(bin):$$PATH"
 
 .PHONY: demo test lab sync
 .DEFAULT_GOAL = demo
@@ -35,8 +35,8 @@ $(ready): settings.ini constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "== installing into $(VENV) (a few minutes the first time)"
-	@$(if $(TORCH),$(PIP) install --quiet -c constraints.txt $(TORCH))
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@$(if $(TORCH),grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; $(PIP) install --quiet $(TORCH))
+	@$(PIP) install --quiet -c $(if $(TORCH),$(VENV)/)constraints.txt -e '.[dev]'
 	@touch $(ready)
 
 ifneq ($(TORCH),)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'pair', 'add_parameters', 'Parser', 'parse', 'call', 'nested', 'given', 'run', 'resume', 'sweep', 'table',
            'figures', 'entries', 'list_', 'export_stream', 'versions', 'gpus', 'doctor', 'demo', 'usage', 'sentence',
-           'main']
+           'quiet', 'main']
 
 # %% ../nbs/13_cli.ipynb #8ca52376
-import argparse, ast, errno, inspect, os, sys
+import argparse, ast, errno, inspect, os, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -106,7 +106,7 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
     kw = given(method_args=nested(set), stream_args=stream_args, tune=nested(tune), optim=nested(optim), compute=nested(compute),
                order=[o.strip() for o in order.split(",") if o.strip()], probe_every=probe_every, out=out)
     record = Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **kw).train()
-    print(f"{record}\n{record.path}")
+    print(f"{record._repr_markdown_()}\n\n{record.path}")
 
 # %% ../nbs/13_cli.ipynb #b983ad2d
 def resume(run:str, # Run folder
@@ -117,7 +117,7 @@ def resume(run:str, # Run folder
     if not record.finished:
         from cit_workbench import train
         record = train.resume(run)
-    print(f"{record}\n{record.path}")
+    print(f"{record._repr_markdown_()}\n\n{record.path}")
 
 # %% ../nbs/13_cli.ipynb #70a3da71
 def sweep(file:str, # A TOML file: [sweep] name, pages; [set] parameters; [grid] lists of values
@@ -218,7 +218,7 @@ def demo(out:str="runs/demo", # Where pictures go
     print("Forgetting, from committed records:", flush=True)
     draw(root/"records"/"demo", Path(out)/"recorded")
     print("The same, live:", flush=True)
-    live = sweep(root/"sweeps/demo.toml")
+    live = sweep(root/"sweeps/demo.toml", workers=min(2, os.cpu_count()))
     print(live)
     if live.failed: sys.exit(f"cit: {live.sentence}")
     draw(live.folder, Path(out)/"live")
@@ -247,11 +247,21 @@ def sentence(e:BaseException, # What went wrong
     return ""
 
 # %% ../nbs/13_cli.ipynb #6f7a9b59
+def quiet():
+    "Let the terminal show what concerns the person before it."
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty(): os.environ.setdefault("CIT_QUIET", "1")
+    for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter("ignore", kind)
+    warnings.showwarning = lambda message, *args, **kw: print(f"cit: warning: {message}", file=sys.stderr)
+
+# %% ../nbs/13_cli.ipynb #6e6a95c4
 def main(argv=None, # Words; default: those of the process
         ):
     "The program `cit`."
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    if not debug: quiet()
     argv = [a for a in argv if a != "--debug"]
     try:
         if not argv or argv[0] in ("-h", "--help"): return print(usage())
