@@ -662,4 +662,5 @@ d = { 'settings': { 'branch': 'main',
                                      'cit_workbench.train.rate': ('train.html#rate', 'cit_workbench/train.py'),
                                      'cit_workbench.train.read_checkpoint': ('train.html#read_checkpoint', 'cit_workbench/train.py'),
                                      'cit_workbench.train.recipe': ('train.html#recipe', 'cit_workbench/train.py'),
-                                     'cit_workbench.train.resume': ('train.html#resume', 'cit_workbench/train.py')}}}
+                                     'cit_workbench.train.resume': ('train.html#resume', 'cit_workbench/train.py'),
+                                     'cit_workbench.train.unshared': ('train.html#unshared', 'cit_workbench/train.py')}}}

@@ -15,23 +15,27 @@ from .core import CitError
 def split_tree(tree, # Dicts, lists, scalars, tensors
                tensors:dict|None=None, # Filled with the tensors found
                at:str="", # Path so far
-              ) -> tuple: # (plain tree with {"$tensor": key} in the places of tensors, {key: tensor})
+              ) -> tuple: # (plain tree with {"$tensor": key, "on": device} in the places of tensors, {key: tensor on CPU})
     "Split a memory into a JSON tree and its tensors; raises `CitError` for anything else."
     tensors = {} if tensors is None else tensors
     if isinstance(tree, torch.Tensor):
-        tensors[at] = tree.detach().cpu().contiguous(); return {"$tensor": at}, tensors
-    if isinstance(tree, dict): return {str(k): split_tree(v, tensors, f"{at}/{k}")[0] for k, v in tree.items()}, tensors
-    if isinstance(tree, (list, tuple)): return [split_tree(v, tensors, f"{at}/{i}")[0] for i, v in enumerate(tree)], tensors
+        tensors[at] = tree.detach().cpu().contiguous(); return {"$tensor": at, "on": tree.device.type}, tensors
+    if isinstance(tree, dict) and all(isinstance(k, str) for k in tree): return {k: split_tree(v, tensors, f"{at}/{k}")[0] for k, v in tree.items()}, tensors
+    if isinstance(tree, list): return [split_tree(v, tensors, f"{at}/{i}")[0] for i, v in enumerate(tree)], tensors
     if tree is None or isinstance(tree, (bool, int, float, str)): return tree, tensors
-    raise CitError(f"mem{at} holds a {type(tree).__name__}; allowed: dicts with string keys, lists, numbers, strings, None, tensors")
+    what = next((f"a key that is {k!r}" for k in tree if not isinstance(k, str)), "") if isinstance(tree, dict) else f"a {type(tree).__name__}"
+    raise CitError(f"mem{at} holds {what}; allowed: dicts with string keys, lists, numbers, strings, None, tensors")
 
 # %% ../nbs/04_memory.ipynb #afa1bab2
 def join_tree(tree, # What `split_tree` made of the tree
               tensors:dict, # Its tensors
+              device="cpu", # Where tensors go that were not on the CPU
              ):
     "Put the tensors back."
-    if isinstance(tree, dict): return tensors[tree["$tensor"]] if tree.keys() == {"$tensor"} else {k: join_tree(v, tensors) for k, v in tree.items()}
-    return [join_tree(v, tensors) for v in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list): return [join_tree(v, tensors, device) for v in tree]
+    if not isinstance(tree, dict): return tree
+    if "$tensor" in tree: return tensors[tree["$tensor"]].to("cpu" if tree["on"] == "cpu" else device)
+    return {k: join_tree(v, tensors, device) for k, v in tree.items()}
 
 # %% ../nbs/04_memory.ipynb #dd007b19
 def stored_bytes(tree, # A memory

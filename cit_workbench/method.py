@@ -212,7 +212,7 @@ def free(self:Net,
         ):
     "Let some of the start model's own parameters be trained."
     if train:
-        hit = [p for n, p in self.model.named_parameters() if id(p) in self.start and re.fullmatch(train, n)]
+        hit = [p for n, p in self.model.named_parameters() if (id(p) in self.start or p.requires_grad) and re.fullmatch(train, n)]
         if not hit: raise CitError(f"tune: train {train!r} matches no parameter of the start model; names look like 'model.multi_modal_projector.linear_1.weight'")
         for p in hit: p.data = p.data.float(); p.requires_grad_(True)
     self.refresh()

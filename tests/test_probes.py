@@ -1,4 +1,4 @@
-"Throwaway methods that ask of the contract what twenty methods will ask: routes inside layers, phases without the model, projected updates."
+"Throwaway methods that ask of the contract what real ones will: inner routes, phases without the model, projections."
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +13,7 @@ from cit_workbench.method import Method, Phase
 from cit_workbench.train import Run, rate
 
 
-REFS = [(t, i) for i in range(4) for t in [*TASKS, "list-day"]]
+REFS = [(t, i) for i in range(2) for t in [*TASKS, "list-day", "par-digits", "cmp-bars"]]
 
 
 # A route found inside a layer
@@ -25,7 +25,8 @@ class Experts(nn.Module):
         g = torch.Generator().manual_seed(len(name))
         d, o = base.in_features, base.out_features
         self.base, self.name, self.soft, self.decided = base, name, soft, 0
-        self.A, self.B = nn.Parameter(torch.randn(2, 2, d, generator=g)*.1), nn.Parameter(torch.randn(2, o, 2, generator=g)*.1)
+        self.A = nn.Parameter(torch.randn(2, 2, d, generator=g)*.1)
+        self.B = nn.Parameter(torch.randn(2, o, 2, generator=g)*.1)
         self.router = nn.Linear(d, 2, bias=False)
         with torch.no_grad(): self.router.weight.copy_(torch.randn(2, d, generator=g))
 
@@ -113,8 +114,9 @@ def slow_answer(net, ref, max_new):
     out = []
     while len(out) < max_new:
         more = torch.tensor([out], dtype=torch.long)
-        whole = replace(b, ids=torch.cat([b.ids, more], 1), mask=torch.cat([b.mask, torch.ones_like(more)], 1), labels=torch.cat([b.labels, more], 1), ctx={})
-        with at(net.method.route(net, whole)) as w, torch.no_grad(): tok = int(bb.head(bb.hidden(w)[0][:, -1]).argmax())
+        wide = {k: torch.cat([getattr(b, k), v], 1) for k, v in (("ids", more), ("mask", more*0 + 1), ("labels", more))}
+        with at(net.method.route(net, replace(b, **wide, ctx={}))) as whole, torch.no_grad():
+            tok = int(bb.head(bb.hidden(whole)[0][:, -1]).argmax())
         if tok == bb.eos: break
         out.append(tok)
     return out
@@ -134,7 +136,8 @@ def test_layer_route_forced_choice(routed):
     choices = [[bb.encode(e.question, c)[1][:-1] for c in e.choices] for e in b.examples]
     _, lls = routed.answer(b, 1, choices)
     for e, ll in zip(b.examples, lls):
-        with at(bb.collate([replace(e, answer=c) for c in e.choices])) as whole, torch.no_grad(): out = routed.forward(whole)
+        whole = bb.collate([replace(e, answer=c) for c in e.choices])
+        with at(whole), torch.no_grad(): out = routed.forward(whole)
         each = out.logits.log_softmax(-1).gather(1, out.labels[:, None])[:, 0]*(out.labels != bb.eos)
         want = torch.zeros(len(whole)).index_add(0, out.row, each)
         torch.testing.assert_close(ll, want, rtol=1e-4, atol=1e-4)
@@ -193,7 +196,8 @@ def test_phase_without_the_language_model(tmp_path, watched):
         else: assert forwards == 1 and moved and all("lora_" in n for n in moved)
     assert [n for n, *_ in watched["params"]] == (["keys"]*3 + ["tune"]*4)*3
     lrs = [(e["phase"], e["step"], e["lr"]) for e in run.rec.events("step")][:4]
-    assert lrs == [("keys", 0, .5), ("keys", 2, .5*rate(2, 3, .03)), ("tune", 0, 3e-3), ("tune", 3, 3e-3*rate(3, 4, .03))]
+    assert lrs == [("keys", 0, .5), ("keys", 2, .5*rate(2, 3, .03)),
+                   ("tune", 0, 3e-3), ("tune", 3, 3e-3*rate(3, 4, .03))]
     assert all(e["loss"] == 0 < e["added"] for e in run.rec.events("step") if e["phase"] == "keys")
     assert run.net.extra_forwards == 0 and set(run.net.params) == {n for n in run.net.own()}
     assert not torch.equal(run.net.method.mem[TASKS[0]], run.net.method.mem[TASKS[2]])
@@ -231,7 +235,8 @@ def test_projected_update(tmp_path):
         assert p.dtype == torch.float64 and d.norm() > 1e-3
         assert (d @ got.net.method.basis(p)).norm() <= 1e-12*d.norm(), n
     free = train(tmp_path/"free", type("Free", (Projected,), {"update": Method.update}), optim={"weight_decay": .1})
-    assert max(float(((p.detach() - start[n]) @ got.net.method.basis(p)).norm()/(p.detach() - start[n]).norm()) for n, p in free.net.params.items()) > 1e-3
+    kept = [((p.detach() - start[n]) @ free.net.method.basis(p)).norm() for n, p in free.net.params.items()]
+    assert min(kept) > 1e-4
 
 
 # A soft prefix
@@ -262,18 +267,23 @@ def by_hand(net, b, j):
     e = model.get_input_embeddings()(ids)
     image = model.model.multi_modal_projector(b.feats[j])
     e = e.masked_scatter((ids == net.backbone.image_id)[:, None], image)
-    return torch.cat([e[:1], model.soft, e[1:]])[None], torch.cat([b.labels[j][real][:1], torch.full((3,), -100), b.labels[j][real][1:]])
+    labels = b.labels[j][real]
+    return torch.cat([e[:1], model.soft, e[1:]])[None], torch.cat([labels[:1], torch.full((3,), -100), labels[1:]])
+
+
+def logits_by_hand(net, e):
+    return net.model.lm_head(net.model.model.language_model(inputs_embeds=e).last_hidden_state)[0]
 
 
 def test_prefix_forward_and_gradient(prompted):
     net = prompted
-    b = net.rows([("col-word", 0), ("list-day", 1), ("shp-mcq", 2)], "test")
+    b = net.rows([("col-word", 0), ("list-day", 1), ("shp-mcq", 1)], "test")
     with at(net.method.route(net, b)) as r: out = net.forward(r)
     got, = torch.autograd.grad(out.loss, [net.model.soft])
     ce = []
     for j in range(3):
         e, labels = by_hand(net, b, j)
-        logits = net.model.lm_head(net.model.model.language_model(inputs_embeds=e).last_hidden_state)[0, :-1]
+        logits = logits_by_hand(net, e)[:-1]
         keep = labels[1:] != -100
         torch.testing.assert_close(out.answer_logits[j], logits[keep], rtol=1e-4, atol=1e-4)
         ce.append(nn.functional.cross_entropy(logits[keep], labels[1:][keep], reduction="none"))
@@ -292,8 +302,8 @@ def test_prefix_prefill(prompted):
         out = []
         with torch.no_grad():
             while len(out) < 6:
-                more = torch.cat([e, net.model.get_input_embeddings()(torch.tensor([out], dtype=torch.long))], 1)
-                tok = int(net.model.lm_head(net.model.model.language_model(inputs_embeds=more).last_hidden_state[:, -1]).argmax())
+                said = net.model.get_input_embeddings()(torch.tensor([out], dtype=torch.long))
+                tok = int(logits_by_hand(net, torch.cat([e, said], 1))[-1].argmax())
                 if tok == net.backbone.eos: break
                 out.append(tok)
         assert row == out
@@ -323,7 +333,8 @@ class Split(Method):
             for b in s.batches:
                 with at(replace(b, totals=totals, ctx={})) as b: loss = loss + net.forward(b).loss
             task = dict(zip(net.params, torch.autograd.grad(loss, list(net.params.values()))))
-        self.worst = [furthest(s.task_grad, task), furthest(given, {n: g + 2*net.params[n].detach() for n, g in task.items()})]
+        both = {n: g + 2*net.params[n].detach() for n, g in task.items()}
+        self.worst = [furthest(s.task_grad, task), furthest(given, both)]
         again = net.grad(s.batches[0])
         self.worst.append(furthest(given, {n: p.grad for n, p in net.params.items()}))
         with at(replace(s.batches[0], ctx={})) as b, torch.enable_grad():
@@ -347,8 +358,8 @@ def test_task_gradient_with_a_constant_penalty_is_the_gradient(tmp_path):
 
 
 def test_teacher_is_swapping_weights(finished):
-    net = finished().net
-    teacher = {n: p.detach() + .05*torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for n, p in net.params.items()}
+    net, g = finished().net, torch.Generator().manual_seed(1)
+    teacher = {n: p.detach() + .05*torch.randn(p.shape, generator=g) for n, p in net.params.items()}
     b, was = batch_of(net, "shp-mcq"), {n: p.detach().clone() for n, p in net.params.items()}
     counted = net.extra_forwards
     student, taught = net(b), net(b, params=teacher)
@@ -404,19 +415,21 @@ def sgd(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **kw: torch.optim.SGD(groups))
 
 
-@pytest.mark.parametrize("accum", [2, 3, 8])
-@pytest.mark.parametrize("method", ["finetune", Twins, Anchor, "both"])
-def test_accumulation_is_one_large_batch(tmp_path, sgd, method, accum):
-    m = Twins() + Anchor() if method == "both" else method
-    one, many = (train(tmp_path/str(a), m, optim={"accum": a, "lr": .02, "clip": 0.}) for a in (1, accum))
-    assert furthest(final(one.folder), final(many.folder)) < 1e-5
-    for a, b in zip(one.rec.events("step"), many.rec.events("step")):
-        for k in ("loss", "added", "grad_norm"): assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("method", ["finetune", Twins() + Anchor()], ids=["finetune", "groups and penalty"])
+def test_accumulation_is_one_large_batch(tmp_path, sgd, method):
+    make = lambda a: train(tmp_path/str(a), method, optim={"accum": a, "lr": .02, "clip": 0.},
+                           stream_args={"tasks": TASKS[:2]})
+    one = make(1)
+    for many in map(make, (2, 3, 8)):
+        assert furthest(final(one.folder), final(many.folder)) < 1e-5
+        for a, b in zip(one.rec.events("step"), many.rec.events("step")):
+            for k in ("loss", "added", "grad_norm"): assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6)
 
 
 def test_groups_are_weighted_means(finished):
     net = finished().net
-    a, b = batch_of(net, "col-word", 3), replace(net.fetch([("shp-mcq", i) for i in range(5)], group=2), weights={2: .25})
+    a, b = batch_of(net, "col-word", 3), net.fetch([("shp-mcq", i) for i in range(5)], group=2)
+    b = replace(b, weights={2: .25})
     mean = lambda rows: float(net(rows).loss)
     torch.testing.assert_close(float(net(a + b).loss), mean(a) + .25*mean(replace(b, weights={})))
 

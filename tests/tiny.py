@@ -18,16 +18,20 @@ from cit_workbench.train import Run
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
-SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 4, "n_test": 4}, "optim": {"steps": 4, "batch": 8},
+SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "optim": {"steps": 4, "batch": 8},
         "compute": {"threads": 1}}
 
 
 class Held(Run):
-    "A run that keeps its net."
+    "A run that keeps its net and the start model's own parameters by their first names."
     def open(self):
         got = super().open()
         self.net = got[0]
         return got
+
+    def insert(self, net):
+        self.born = dict(net.model.named_parameters())
+        return super().insert(net)
 
 
 def tiny(out, method="finetune", **fields) -> Held:
@@ -67,7 +71,8 @@ def files(folder) -> dict:
     folder = Path(folder)
     ends = sorted(folder.glob("checkpoints/*-z-end/*"))
     last = [f for f in ends if f.parent == ends[-1].parent]
-    out = {str(f.relative_to(folder)): f.read_bytes() for f in [folder/"events.jsonl", *sorted(folder.glob("answers/**/*.jsonl")), *last]}
+    names = [folder/"events.jsonl", *sorted(folder.glob("answers/**/*.jsonl")), *last]
+    out = {str(f.relative_to(folder)): f.read_bytes() for f in names}
     return out | {"R": json.dumps(json.loads((folder/"result.json").read_text())["R"]).encode()}
 
 
@@ -142,7 +147,7 @@ class Forks:
 
 @dataclass
 class Twins(Method):
-    "Replays, for every row, the row of the same number of each old task, whatever micro-batch or process it falls into."
+    "Replays, for every row, the row of the same number of each old task: the same rows however a batch is split."
     weight: float = .5
     strength = "weight"
     leaks = {"old_data"}
@@ -169,7 +174,7 @@ class Anchor(Method):
 
 @dataclass
 class Halves(Method):
-    "Two slots in every layer, chosen by the parity of the row's number; `-1` in place of one leaves its rows without a slot."
+    "Two slots in every layer, chosen by the parity of the row's number; slot −1 is none."
     odd: int = 1
 
     def wrap(self, net):
