@@ -7,8 +7,8 @@ __all__ = ['scorers', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_n
            'code_words', 'palette', 'formats', 'templates', 'catalogue', 'Example', 'exact', 'slots', 'iou', 'boxed',
            'Format', 'Task', 'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw',
            'scatter', 'two_digits', 'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'locate', 'read', 'parity',
-           'verify', 'colors', 'compare', 'describe', 'caption', 'region', 'in_format', 'make_example', 'make_task',
-           'ShapesArgs', 'shapes']
+           'verify', 'colors', 'compare', 'describe', 'caption', 'looks', 'region', 'point', 'in_format',
+           'make_example', 'make_task', 'ShapesArgs', 'shapes']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
 import random, re
@@ -348,12 +348,14 @@ def shape_at(r, domain):
 @skill("How many {} are there?", "How many {} do you see?", "What is the number of {}?", "Count the {}.",
        "Tell me how many {} there are.", "The number of {} is what?")
 def count(r, domain):
-    k, kind = 1 + r.below(len(count_words)), r.pick(shape_names)
-    n = max(k, 3 + r.below(3))
-    others = [s for s in shape_names if s != kind]
-    ts = [Thing(c, kind if i < k else r.pick(others), r.pick(color_names)) for i, c in enumerate(r.sample(range(9), n))]
+    k, by = 1 + r.below(len(count_words)), "color" if domain == "night" else r.pick(("shape", "color"))
+    asked, other = (shape_names, color_names) if by == "shape" else (color_names, shape_names)
+    what, cells = r.pick(asked), r.sample(range(9), max(k, 3 + r.below(3)))
+    pairs = [(what if i < k else r.pick([a for a in asked if a != what]), r.pick(other)) for i in range(len(cells))]
+    ts = [Thing(c, *(p if by == "shape" else p[::-1])) for c, p in zip(cells, pairs)]
     r.pick(ts).framed = True
-    return Ask(ts, kind + ("es" if kind == "cross" else "s"), count_words[k-1], count_words)
+    plural = f"{what} objects" if by == "color" else what + ("es" if what == "cross" else "s")
+    return Ask(ts, plural, count_words[k-1], count_words)
 
 @skill("Where is the {}?", "Where do you see the {}?", "In which cell is the {}?", "Find the {}.",
        "Tell me where the {} is.", "The {} is in which cell?")
@@ -414,22 +416,30 @@ def describe(r, domain):
 @skill("Describe the image.", "Describe this image.", "What is in the image?", "Write a caption.", "Caption this image.", "The image shows what?")
 def caption(r, domain):
     ts = sorted(two_digits(r) if domain == "digits" else scatter(r), key=lambda t: t.cell)
-    if domain == "digits": r.pick(ts).framed = r.below(2) == 0
-    text = ", ".join(f"{'framed ' * t.framed}{t.color} {t.kind} {places[t.cell]}" for t in ts) + "."
+    text = ", ".join(looks(t, domain) for t in ts) + "."
     return Ask(ts, "", text, (text,))
 
+def looks(t, domain): # at night things have no color name yet
+    return f"{'framed ' * t.framed}{(t.color + ' ') * (domain != 'night')}{t.kind} {places[t.cell]}"
 
+# %% ../nbs/01_stream.ipynb #012ff880
 @skill("Describe the {}.", "Describe only the {}.", "Caption the {}.", "Write a caption of the {}.", "Tell me about the {}.", "The {} looks how?")
 def region(r, domain):
     by = r.pick(("shape", "color"))
     ts = r.sample(two_digits(r), 2) if domain == "digits" else scatter(r, by)
-    t = ts[0]
-    text = f"{'framed ' * t.framed}{t.color} {t.kind} {places[t.cell]}."
-    return Ask(ts, t.kind if by == "shape" else f"{t.color} one", text, (text,))
+    text = looks(ts[0], domain) + "."
+    return Ask(ts, ts[0].kind if by == "shape" else f"{ts[0].color} one", text, (text,))
+
+@skill("Point to the {}.", "Point at the {}.", "Show the {}.", "Show me the {}.", "Mark the {}.", "The {} is to be marked.")
+def point(r, domain):
+    by = "shape" if domain == "night" else r.pick(("shape", "color"))
+    ts = scatter(r, by)
+    text = places[ts[0].cell] + "."
+    return Ask(ts, ts[0].kind if by == "shape" else f"{ts[0].color} one", text, (text,))
 
 # %% ../nbs/01_stream.ipynb #9d47940f
 formats = {f.name: f for f in (
-    Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d \d".format("|".join(code_words)), 4), Format("letter", "[A-D]", 4),
+    Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d \d".format("|".join(code_words)), 4), Format("letter", "[A-F]", 4),
     Format("sentence", r"In the (?P<place>[a-z]+ [a-z]+) there is a (?P<color>[a-z]+) (?P<kind>\w+)\.", 14, "caption"),
     Format("cell", "[abc][123]", 4), Format("yesno", "yes|no", 4), Format("code", "|".join(code_words), 4),
     Format("list", "[a-z]+(, [a-z]+)*", 12), Format("caption", r"[^.]+\.", 32))}
@@ -445,8 +455,8 @@ def in_format(ask:Ask, fmt:str, r:Draw) -> tuple: # what precedes the template l
         code = dict(zip(color_names, code_words))
         return "", code[ask.answer], code_words
     if fmt != "letter": return "", ask.answer, ask.closed
-    options = r.sample([ask.answer, *r.sample([c for c in ask.closed if c != ask.answer], 3)], 4)
-    return "\n" + " ".join(f"{k}. {o}" for k, o in zip("ABCD", options)), "ABCD"[options.index(ask.answer)], tuple("ABCD")
+    letters = "ABCDEF"[:len(ask.closed)]
+    return "\n" + " ".join(f"{k}. {o}" for k, o in zip(letters, ask.closed)), letters[ask.closed.index(ask.answer)], tuple(letters)
 
 # %% ../nbs/01_stream.ipynb #3f5024ea
 def make_example(split:str, i:int, name:str, domain:str, skill:str, fmt:str, seed:int, held_out:bool=False) -> Example:
@@ -461,18 +471,20 @@ def make_example(split:str, i:int, name:str, domain:str, skill:str, fmt:str, see
 
 # %% ../nbs/01_stream.ipynb #f9dd61ef
 catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name, *row in (
-    ("col-word", "day", "color", "word", 100/6),     ("col-mcq", "day", "color", "letter", 25.),
+    ("col-word", "day", "color", "word", 100/6),     ("col-mcq", "day", "color", "letter", 100/6),
     ("col-night", "night", "color", "word", 100/6),  ("col-code", "day", "color", "code", 100/6),
-    ("col-digits", "digits", "color", "letter", 25.), ("col-para", "day", "color", "word", 100/6),
+    ("col-digits", "digits", "color", "letter", 100/6), ("col-para", "day", "color", "word", 100/6),
     ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
-    ("shp-mcq", "day", "shape_at", "letter", 25.),      ("shp-pos", "day", "shape_at", "word", 20.),
+    ("shp-mcq", "day", "shape", "letter", 20.),      ("shp-pos", "day", "shape_at", "word", 20.),
     ("cnt-day", "day", "count", "word", 25.),        ("cnt-night", "night", "count", "word", 25.),
     ("read", "digits", "read", "word", 1.),          ("par-digits", "digits", "parity", "yesno", 50.),
     ("box", "day", "locate", "cell", 100/9),         ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
     ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3), ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
     ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.),
-    ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.))}
+    ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.),
+    ("all-night", "night", "caption", "caption", 0.), ("at-night", "night", "point", "caption", 0.),
+    ("at-day", "day", "point", "caption", 0.))}
 
 def make_task(name:str, # A name of the catalogue
               n_train:int=2000, n_val:int=64, n_test:int=100, # Examples per split
