@@ -192,6 +192,7 @@ def encode(self:Backbone,
     full = self.tokenizer(f"{text} {answer}")["input_ids"] if answer is not None else prompt
     if full[:len(prompt)] != prompt: raise CitError(f"the tokenizer of {self.name} merges the end of the prompt with the answer {answer!r}; this chat template cannot be used")
     wide = [t for p in prompt for t in ([p]*self.n_vis if p == self.image_id else [p])]
+    if len(self._texts) >= 20_000: self._texts.clear()
     self._texts[key] = wide, full[len(prompt):] + [self.eos]
     return self._texts[key]
 

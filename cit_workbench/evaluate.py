@@ -97,7 +97,8 @@ def evaluate(self:Net,
     for n in names:
         if have[n] is not None: continue
         have[n] = [got[n, i] for i in range(self.stream.task(n).n[split])]
-        if self.rank == 0: write_atomic(where[n], "".join(canonical(l) + "\n" for l in have[n]))
+        body = "\n".join(map(canonical, have[n])).encode()
+        if self.rank == 0: write_atomic(where[n], digest(body).encode() + b"\n" + body)
     out = {n: [l | {"model_id": model_id} for l in have[n]] for n in names}
     return {n: (column_scores(self.stream.task(n), lines), lines) for n, lines in out.items()}
 
@@ -109,8 +110,7 @@ def _agree(self:Net, have):
     return box[0]
 
 def _stored(path, n):
-    "Lines of an earlier answer file, None unless all `n` are there."
+    "Lines of an earlier answer file, which begins with its digest; None unless it is whole."
     if not path.is_file(): return None
-    try: lines = [json.loads(l) for l in path.read_text().splitlines()]
-    except ValueError: return None
-    return lines if len(lines) == n else None
+    said, _, body = path.read_bytes().partition(b"\n")
+    return [json.loads(l) for l in body.split(b"\n")] if said == digest(body).encode() and body.count(b"\n") == n - 1 else None

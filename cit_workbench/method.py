@@ -219,7 +219,7 @@ def free(self:Net,
     return self
 
 # %% ../nbs/05_method.ipynb #d03f0581
-_chunk, _room = 128, 2e9
+_chunk, _room = 128, 4e9
 
 @patch
 def example(self:Net,
@@ -234,10 +234,10 @@ def example(self:Net,
     return self._drawn[key]
 
 @patch
-def roomy(self:Net, task, split:str) -> bool:
-    "Do the tower features of all of a split's images fit into the store?"
+def roomy(self:Net) -> bool:
+    "Do the tower features of all images of the stream fit into the store?"
     w = self.backbone.projector.linear_1.weight
-    return task.n[split]*self.backbone.n_vis*w.shape[1]*w.element_size() <= _room
+    return sum(sum(t.n.values()) for t, _ in self.stream.roles())*self.backbone.n_vis*w.shape[1]*w.element_size() <= _room
 
 @patch
 def feats_of(self:Net,
@@ -245,9 +245,9 @@ def feats_of(self:Net,
              split:str, # "train", "val" or "test"
              index:list, # Rows that have an image
             ) -> torch.Tensor: # [n, P, d_v]
-    "Tower features of some rows of a split, from the store when all of the split's fit into 2 GB."
+    "Tower features of some rows of a split, from the store when all of the stream's fit into 4 GB."
     bb, n = self.backbone, task.n[split]
-    if not self.roomy(task, split): return bb.tower(torch.cat([self.pixels_of(task.name, split, i) for i in index]))
+    if not self.roomy(): return bb.tower(torch.cat([self.pixels_of(task.name, split, i) for i in index]))
     for c in {i//_chunk for i in index} - {k[2] for k in self._feats if k[:2] == (task.name, split)}:
         rows = [self.example(task.name, split, i) for i in range(c*_chunk, min(n, (c + 1)*_chunk))]
         seen = bb.tower(bb.pixels([e.image if e.image is not None else np.zeros((8, 8, 3), np.uint8) for e in rows]))
@@ -260,9 +260,10 @@ def ahead(self:Net,
           pool, # A `ThreadPoolExecutor`
           refs:list, # (task name, index) pairs of the step that comes next
          ):
-    "Open and preprocess images in the background."
+    "Open and preprocess images in the background, where features are not stored."
+    if self.roomy(): return
     for t, i in refs:
-        if not self.roomy(self.find(t), "train") and (t, "train", i) not in self._ready: self._ready[t, "train", i] = pool.submit(self._open, t, "train", i)
+        if (t, "train", i) not in self._ready: self._ready[t, "train", i] = pool.submit(self._open, t, "train", i)
 
 @patch
 def _open(self:Net, *key):
