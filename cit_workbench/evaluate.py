@@ -59,13 +59,14 @@ def ask(self:Net,
         split:str, # "test" or "val"
         oracle:bool=False, # Show the task label
         model_id:str="", # Written into the lines
-        size:int=128, # Rows per batch
+        tokens:int=24_000, # Prompt tokens per batch, 128 rows at most
        ) -> dict: # {(task name, index): scored line}
     "Answer questions in batches and score the answers."
     tasks = {n: self.stream.task(n) for n, _ in items}
     ex = {r: tasks[r[0]].example(split, r[1]) for r in items}
     room = {r: (tasks[r[0]].format.max_new_tokens, len(self.backbone.encode(e.question, None, e.image is not None)[0])) for r, e in ex.items()}
     items, lines = sorted(items, key=lambda r: (*room[r], r)), {}
+    size = max(1, min(128, tokens//max(n for _, n in room.values())))
     chunks = [items[i:i+size] for i in range(0, len(items), size)]
     for c in progress(chunks[self.rank::self.world], "answering"):
         b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])

@@ -419,13 +419,13 @@ def sample_grads(self:Net,
     self.look(task); self.model.eval()
     total = self.find(task).n["train"]; n = min(n, total)
     pick = np.sort(rng(self.seed, task, "sample_grads").choice(total, n, replace=False))
-    mean = {k: torch.zeros_like(p, dtype=torch.float32) for k, p in self.params.items()}
+    mean = {k: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for k, p in self.params.items()}
     for i in range(0, n, size):
         if (i//size) % self.world != self.rank: continue
         batch = self.rows([(task, int(j)) for j in pick[i:i+size]], task=[task]*len(pick[i:i+size]))
         self.extra_forwards += len(batch)
         many = self._linear_grads(batch, fn)
-        for k, g in many.items(): mean[k] += map(g.float()).sum(0)/n
+        for k, g in many.items(): mean[k] += map(g.to(mean[k].dtype)).sum(0)/n
         if rest := [k for k in self.params if k not in many]: self._loop_grads(batch, fn, rest, mean, map, n)
     return {k: self.reduce(v) for k, v in mean.items()}
 
@@ -436,7 +436,7 @@ def _loop_grads(self:Net, batch, fn, names, mean, map, n):
         one = self.rows([batch.refs[j]], task=[batch.task[j]])
         with at(self.method.route(self, replace(one, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)).sum(), [self.params[k] for k in names], allow_unused=True)
         for k, g in zip(names, gs):
-            if g is not None: mean[k] += map(g.float())/n
+            if g is not None: mean[k] += map(g.to(mean[k].dtype))/n
 
 # %% ../nbs/05_method.ipynb #bc786f99
 def hashed(text:str, # Any text
