@@ -431,7 +431,7 @@ def test_groups_are_weighted_means(finished):
     a, b = batch_of(net, "col-word", 3), net.fetch([("shp-mcq", i) for i in range(5)], group=2)
     b = replace(b, weights={2: .25})
     mean = lambda rows: float(net(rows).loss)
-    torch.testing.assert_close(float(net(a + b).loss), mean(a) + .25*mean(replace(b, weights={})))
+    assert float(net(a + b).loss) == pytest.approx(mean(a) + .25*mean(replace(b, weights={})), rel=1e-5)
 
 
 def test_a_step_without_a_trainable_row(tmp_path):
