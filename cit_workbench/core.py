@@ -7,7 +7,7 @@ __all__ = ['CitError', 'one_of', 'check_args', 'plain', 'canonical', 'digest', '
            'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
-import difflib, errno, hashlib, json, os, tempfile
+import difflib, errno, hashlib, json, os, re, tempfile
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,11 +113,13 @@ def write_atomic(path, # Where to
 
 # %% ../nbs/00_core.ipynb #cf201ea1
 def disk_error(path, # The file that could not be written
-               e:OSError, # What the system said
+               e:Exception, # What the system said; safetensors puts the number into its text
               ) -> CitError:
     "The sentence for a disk that refuses: full, read-only, not permitted."
     why = {errno.ENOSPC: "no space is left on the disk", errno.EACCES: "permission is denied", errno.EROFS: "the disk is read-only",
-           errno.ENOTDIR: "a part of the path is a file"}.get(e.errno, e.strerror or str(e))
+           errno.ENOTDIR: "a part of the path is a file"}
+    number = getattr(e, "errno", None) or int((re.findall(r"os error (\d+)", str(e)) or [0])[0])
+    why = why.get(number, getattr(e, "strerror", None) or str(e))
     return CitError(f"cannot write {path}: {why}; free space or choose another `out` folder (what is already recorded is kept)")
 
 # %% ../nbs/00_core.ipynb #2970fd81

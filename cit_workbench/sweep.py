@@ -78,6 +78,7 @@ def trimmed(path:Path, # A method's page
         _, tags, flags = next(cells)
         return "lesson" not in tags and not flags & {"gpu", "slow", "notest", "eval: false", "eval:false"}
     nb["cells"] = [c for c in nb["cells"] if keep(c)]
+    nb["metadata"]["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     return nb
 
 # %% ../nbs/12_sweep.ipynb #dcdaccf2
@@ -129,7 +130,7 @@ def _put(params, path, value):
 
 def grid_points(spec:dict, # A sweep file, parsed
                 page:str, # A name out of its `pages`
-               ) -> list: # Parameters of each cell of this page
+               ) -> list: # [(parameters, those that vary)]
     "The product of the lists under `[grid]`, over what is `[set]`."
     pages = spec["sweep"]["pages"]
     pick = lambda t: {**{k: v for k, v in spec.get(t, {}).items() if k not in pages}, **spec.get(t, {}).get(page, {})}
@@ -138,8 +139,8 @@ def grid_points(spec:dict, # A sweep file, parsed
         if not isinstance(values, list): raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
     points = []
     for values in itertools.product(*(v for _, v in axes)):
-        points.append(copy.deepcopy(pick("set")))
-        for (path, _), value in zip(axes, values): _put(points[-1], path, value)
+        points.append((copy.deepcopy(pick("set")), {".".join(path): value for (path, _), value in zip(axes, values)}))
+        for (path, _), value in zip(axes, values): _put(points[-1][0], path, value)
     return points
 
 # %% ../nbs/12_sweep.ipynb #69e6d610
@@ -164,7 +165,8 @@ class Cell:
     params:dict # All parameters, defaults included
     key:str # Digest of parameters, code and data
     folder:Path # The sweep's folder
-    error:str="" # What went wrong, if something did
+    varied:dict = field(default_factory=dict) # What tells it from the page's other cells
+    error:str = "" # What went wrong, if something did
 
     @property
     def id(self): return digest(self.page.stem, self.params)
@@ -174,7 +176,7 @@ class Cell:
     def notebook(self): return self.out.with_suffix(".ipynb")
     @property
     def finished(self): return (self.out/"result.json").exists()
-    def __str__(self): return " ".join([self.page.stem, *(f"{'.'.join(k)}={v}" for k, v in _leaves(self.given))])
+    def __str__(self): return " ".join([self.page.stem, *(f"{k}={v}" for k, v in self.varied.items())])
 
 # %% ../nbs/12_sweep.ipynb #fb2048f7
 def plan(file, # A TOML file
@@ -188,11 +190,11 @@ def plan(file, # A TOML file
         for k in spec.get(t, {}): one_of(f"parameter under [{t}] in {file}", k, {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages)))
     cells, data = [], cache(lambda params: data_digest(json.loads(params)))
     for name, page in zip(spec["sweep"]["pages"], pages):
-        for given in grid_points(spec, name):
+        for given, varied in grid_points(spec, name):
             params = check_parameters(given, page)
             given = {k: params[k] for k in given}
             key = digest(page.stem, params, code_digest(page, params.get("plus", "")), *data(canonical({k: params[k] for k in ("stream", "stream_args", "backbone") if k in params})))
-            cells.append(Cell(page, given, params, key, folder))
+            cells.append(Cell(page, given, params, key, folder, varied))
     return list({c.key: c for c in cells}.values())
 
 # %% ../nbs/12_sweep.ipynb #706477df
@@ -205,7 +207,7 @@ def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
     try:
         papermill.execute_notebook(nbformat.from_dict(trimmed(cell.page)), cell.notebook, {**cell.given, "out": str(cell.out)},
                                    kernel_name="python3", progress_bar=False, store_widget_state=False,
-                                   extra_arguments=["--log-level=40"])
+                                   extra_arguments=["--log-level=50"])
         if not cell.finished: cell.error = f"the page ended without {cell.out/'result.json'}"
     except papermill.PapermillExecutionError as e: cell.error = f"{e.ename}: {e.evalue}".strip()
     except Exception as e: cell.error = f"{type(e).__name__}: {e}".strip()
@@ -233,11 +235,14 @@ def execute_all(cells:list, # Cells to execute
     todo, done = queue.SimpleQueue(), queue.SimpleQueue()
     for c in cells: todo.put(c)
     def work():
-        while not todo.empty():
-            try: done.put(execute(todo.get_nowait()))
-            except queue.Empty: return
+        try:
+            while True: done.put(execute(todo.get_nowait()))
+        except queue.Empty: return
+        except BaseException as e: done.put(e)
     for _ in range(min(workers, len(cells))): threading.Thread(target=work, daemon=True).start()
-    for _ in cells: yield done.get()
+    for _ in cells:
+        if isinstance(c := done.get(), BaseException): raise c
+        yield c
 
 # %% ../nbs/12_sweep.ipynb #2314c642
 def expected(cell:Cell, # About to be executed
@@ -303,7 +308,7 @@ def sweep(file, # A TOML file
     if not force:
         for c in kinds["stale"]: print(f"stale: {c} (its code or data changed; --force runs it again)")
     bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
-    for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else f"{_took(c)}"))
+    for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else _took(c)))
     return Sweep(name, folder, cells, [] if force else kinds["stale"])
 
-def _took(c): return duration(read_json(c.out.with_suffix(".json"))["seconds"])
+def _took(c): return f"{read_json(c.out.with_suffix('.json'))['seconds']:.0f} s"

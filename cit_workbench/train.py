@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .adapt import Tune
@@ -378,7 +379,7 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
         (tmp/"manifest.json").write_text(canonical(manifest))
         for f in [*tmp.iterdir(), tmp]: fd = os.open(f, os.O_RDONLY); os.fsync(fd); os.close(fd)
         shutil.rmtree(root/name, ignore_errors=True); os.replace(tmp, root/name)
-    except OSError as e: raise disk_error(tmp, e) from e
+    except (OSError, SafetensorError) as e: raise disk_error(tmp, e) from e
     if stage == "end" and net.peft is not None: net.peft.save_pretrained(self.folder/"adapters"/net.seen[-1])
     for old in sorted(p for p in root.iterdir() if "z-end" not in p.name)[:-2]: shutil.rmtree(old)
     if net.world > 1: dist.barrier()

@@ -118,6 +118,11 @@ def test_the_machine_says_no(error, code, sentence, capsys, monkeypatch):
     assert got == code and err.startswith(sentence)
 
 
+def test_a_full_disk_is_recognised_in_the_words_of_safetensors():
+    from cit_workbench.core import disk_error
+    assert "no space is left" in str(disk_error("x", Exception("Error while serializing: I/O error: … (os error 28)")))
+
+
 def test_a_bug_shows_its_traceback(monkeypatch):
     def fail(dir:str="runs", /): raise ZeroDivisionError("a bug")
     monkeypatch.setitem(COMMANDS, "table", fail)

@@ -53,7 +53,7 @@ def test_stale_cells_wait_for_force(toy, capsys):
     sweep(toy([1]))
     changed = toy([1], code="def f(x): return 2*x")
     assert len(sweep(changed).stale) == 1 and len(ran()) == 1
-    assert "stale: toy lam=1.0" in capsys.readouterr().out
+    assert "stale: toy lam=1" in capsys.readouterr().out
     sweep(changed, force=True)
     assert len(ran()) == 2
     assert len(list(Path("runs/sweeps/s").glob("toy-*/result.json"))) == 2
@@ -63,7 +63,7 @@ def test_stale_cells_wait_for_force(toy, capsys):
 
 def test_a_failure_is_kept_and_the_sweep_goes_on(toy, capsys):
     with pytest.raises(SystemExit) as e: main(["sweep", toy([10, 2])])
-    assert str(e.value.code).startswith("cit: 1 of 2 cells failed: toy lam=10.0 failed (ValueError: lam is too large): see runs/sweeps/s/toy-")
+    assert str(e.value.code).startswith("cit: 1 of 2 cells failed: toy lam=10 failed (ValueError: lam is too large): see runs/sweeps/s/toy-")
     assert ran() == ["10.0", "2.0"]
     notebook, = [p for p in Path("runs/sweeps/s").glob("*.ipynb") if '"exception": true' in p.read_text()]
     assert json.loads(notebook.read_text())["metadata"]["papermill"]["exception"]
@@ -82,6 +82,11 @@ def test_mistakes_stop_before_anything_starts(toy, extra, said):
     with pytest.raises(CitError) as e: sweep(toy([1], extra=extra))
     assert said in str(e.value)
     assert ran() == [] and not Path("runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_the_sweep(toy):
+    Path("file").write_text("")
+    with pytest.raises(CitError, match="cannot write"): sweep(toy([1, 2]), out="file/x")
 
 
 def test_unknown_page_and_missing_file(tmp_path):

@@ -9,7 +9,7 @@ from cit_workbench.sweep import sweep
 root = Path(__file__).resolve().parents[1]
 
 if __name__ == "__main__":
-    done = sweep(root/"sweeps/demo.toml", workers=2)
+    done = sweep(root/"sweeps/demo.toml", workers=2, force=True)
     if done.failed: sys.exit(done.sentence)
     for old in root.glob("records/demo/*.jsonl"): old.unlink()
     for run in done.runs: print(pack(run, root/"records/demo"/f"{Record(run).config['method']}.jsonl"))

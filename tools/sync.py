@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
+from execnb.nbio import read_nb, write_nb
 
 root = Path(__file__).resolve().parents[1]
 
@@ -23,11 +23,21 @@ def readme(nb):
     return head + "\n\n".join(texts).replace("](../", "](").replace('src="../', 'src="') + "\n"
 
 
+def name_kernel(path):
+    "Say which kernel a notebook wants, so that JupyterLab opens it without asking."
+    nb = read_nb(path)
+    if "kernelspec" in nb.metadata: return
+    nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
+    write_nb(nb, path)
+
+
 def sync(at):
     "Bring the modules and README of the tree at `at` in line with its notebooks."
+    for path in at.glob("nbs/**/*.ipynb"):
+        if not {".ipynb_checkpoints", "runs"} & set(path.parts): name_kernel(path)
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True)
-    text = readme(nbformat.read(at/"nbs/index.ipynb", 4))
+    text = readme(read_nb(at/"nbs/index.ipynb"))
     (at/"README.md").write_text(text, encoding="utf-8")
 
 
