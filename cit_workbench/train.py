@@ -372,6 +372,7 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
              "trainable": sorted(free if free is not None else net.params), "mem": tree, "threads": torch.get_num_threads()}
     files = {"weights": {n: p.detach().cpu().contiguous() for n, p in net.own().items()}, "mem": unshared(tensors), "optim": optim_tensors(optim) if optim else {}}
     try:
+        if stage == "end" and net.peft is not None: net.peft.save_pretrained(self.folder/"adapters"/net.seen[-1])
         shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
         for k, ts in files.items(): save_file(ts, tmp/f"{k}.safetensors")
         (tmp/"state.json").write_text(json.dumps(state, ensure_ascii=False))
@@ -380,7 +381,6 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
         for f in [*tmp.iterdir(), tmp]: fd = os.open(f, os.O_RDONLY); os.fsync(fd); os.close(fd)
         shutil.rmtree(root/name, ignore_errors=True); os.replace(tmp, root/name)
     except (OSError, SafetensorError) as e: raise disk_error(tmp, e) from e
-    if stage == "end" and net.peft is not None: net.peft.save_pretrained(self.folder/"adapters"/net.seen[-1])
     for old in sorted(p for p in root.iterdir() if "z-end" not in p.name)[:-2]: shutil.rmtree(old)
     if net.world > 1: dist.barrier()
 
@@ -403,7 +403,7 @@ def load_optim(opt, tensors:dict):
 @patch
 def _clean(self:Run):
     "Sweep what a kill left half-written."
-    for tmp in (self.folder/"checkpoints").glob(".tmp-*"): shutil.rmtree(tmp)
+    for tmp in sorted(self.folder.rglob(".tmp-*")): shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
 
 def read_checkpoint(path:Path) -> dict:
     "State and tensors of a checkpoint; raises `CitError` when a file is missing or its hash differs."

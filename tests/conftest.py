@@ -34,7 +34,8 @@ def fork():
     "Run a function of a test module in a new process, forked from one that has only imported."
     import multiprocessing as mp
     here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [here, str(Path(here).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     if here not in sys.path: sys.path.insert(0, here)
     from tiny import Forks
     ctx = mp.get_context("forkserver")

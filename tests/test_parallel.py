@@ -103,7 +103,7 @@ def test_processes_agree(tmp_path, fork, name):
 def test_costs_are_those_of_all_processes(tmp_path, fork, finished):
     fork.world(2, one_of_many, tmp_path/"two", "er+ewc", TWO)
     ends = tiny(tmp_path/"two", "er+ewc", **TWO).train().events("end")
-    assert [e["extra_forwards"] for e in ends] == [96, 192]
+    assert [e["extra_forwards"] for e in ends] == [24, 48]
 
 
 def test_two_processes_resume(tmp_path, fork):

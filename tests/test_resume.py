@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from peft import PeftModel
 from test_probes import Keys
 from tiny import TASKS, Held, same_files, tiny, train
 
@@ -24,7 +25,7 @@ class Stop(BaseException): "Somebody pulls the plug."
 
 
 def unplug(mp, owner, hook, nth, how="raise"):
-    "Stop at the `nth` call of a function, before it does anything."
+    "Stop at the `nth` call of a function, before it does what it should."
     f, calls = getattr(owner, hook), []
 
     def g(*args, **kw):
@@ -62,9 +63,9 @@ def stopped(out, method, hook, nth, owner=Held, **fields):
     assert not (out/"result.json").exists()
 
 
-PLACES = [*[(Held, "one_step", n) for n in (1, 2, 4, 6, 10)], *[(Held, "row", n) for n in (1, 2, 3)],
-          (Held, "save", 2), (Held, "save", 3), (os, "replace", 9), (os, "replace", 40),
-          (RecordWriter, "event", 5), (RecordWriter, "answers", 14), (RecordWriter, "finish", 1)]
+PLACES = [*[(Held, "one_step", n) for n in (1, 4, 6, 10)], *[(Held, "row", n) for n in (1, 3)], (Held, "save", 3),
+          (PeftModel, "save_pretrained", 1), (os, "replace", 40), (RecordWriter, "event", 5),
+          (RecordWriter, "answers", 14), (RecordWriter, "finish", 1)]
 
 
 @pytest.mark.parametrize("owner, hook, nth", PLACES, ids=[f"{o.__name__}.{h}-{n}" for o, h, n in PLACES])
@@ -92,7 +93,7 @@ def test_stopped_again_and_again(tmp_path, whole):
     same_files(train(tmp_path/"run", FULL, **TWO).folder, whole(FULL))
 
 
-@pytest.mark.parametrize("nth", [3, 4, 5, 11])
+@pytest.mark.parametrize("nth", [3, 4, 11])
 def test_resumed_inside_a_phase(tmp_path, whole, nth):
     "Three steps of keys alone, checkpoint after two; five of LoRA and the projector, checkpoints after two and four."
     tune = {"tune": {"train": r"model\.multi_modal_projector\..*"}}
@@ -150,7 +151,7 @@ def lose(f): f.unlink()
 
 
 FILES = ["weights.safetensors", "optim.safetensors", "mem.safetensors", "state.json", "manifest.json"]
-DAMAGE = [(flip, f) for f in FILES] + [(cut, FILES[0]), (cut, FILES[4]), (lose, FILES[2]), (lose, FILES[4])]
+DAMAGE = [(flip, f) for f in FILES] + [(cut, FILES[0]), (lose, FILES[2]), (lose, FILES[4])]
 
 
 @pytest.mark.parametrize("how, name", DAMAGE, ids=[f"{h.__name__}-{n}" for h, n in DAMAGE])
@@ -182,7 +183,7 @@ def test_a_torn_event_is_cut(tmp_path, whole, broken_off):
 OTHER = [({"seed": 1}, "seed is 0 there and 1 here"),
          ({"optim": {"lr": 1e-3}}, r"optim\.lr is None there and 0\.001 here"),
          ({"stream_args": {"n_train": 95}}, r"stream_args\.n_train"), ({"order": TASKS[1::-1]}, "order"),
-         ({"method_args": {"ewc": {"lam": 1.}}}, r"method_args\.ewc\.lam")]
+         ({"method_args": {"ewc": {"lam": 1., "n": 24}}}, r"method_args\.ewc\.lam")]
 
 
 @pytest.mark.parametrize("fields, said", OTHER, ids=[next(iter(f)) for f, _ in OTHER])

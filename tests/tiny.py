@@ -18,6 +18,7 @@ from cit_workbench.train import Run
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
+ARGS = {"ewc": {"n": 24}, "er+ewc": {"ewc": {"n": 24}}}
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "optim": {"steps": 4, "batch": 8},
         "compute": {"threads": 1}}
 
@@ -36,7 +37,8 @@ class Held(Run):
 
 def tiny(out, method="finetune", **fields) -> Held:
     "A run of three tasks of `shapes`, four steps of eight rows each; `fields` are merged into that."
-    spec = {k: {**SPEC.get(k, {}), **v} if isinstance(v, dict) else v for k, v in {**SPEC, **fields}.items()}
+    base = {**SPEC, "method_args": ARGS.get(method, {}) if isinstance(method, str) else {}}
+    spec = {k: {**base.get(k, {}), **v} if isinstance(v, dict) else v for k, v in {**base, **fields}.items()}
     return Held(method=method, out=str(out), **spec)
 
 
@@ -71,7 +73,8 @@ def files(folder) -> dict:
     folder = Path(folder)
     ends = sorted(folder.glob("checkpoints/*-z-end/*"))
     last = [f for f in ends if f.parent == ends[-1].parent]
-    names = [folder/"events.jsonl", *sorted(folder.glob("answers/**/*.jsonl")), *last]
+    said = [f for part in ("answers", "adapters") for f in sorted((folder/part).rglob("*")) if f.is_file()]
+    names = [folder/"events.jsonl", *said, *last]
     out = {str(f.relative_to(folder)): f.read_bytes() for f in names}
     return out | {"R": json.dumps(json.loads((folder/"result.json").read_text())["R"]).encode()}
 
