@@ -31,15 +31,14 @@ def add_parameters(parser, # An ArgumentParser
     "One argument for each parameter of `command`."
     notes = docments(command)
     for name, p in inspect.signature(command).parameters.items():
-        note, kind, flag = notes[name] or "", p.annotation, "--" + name.replace("_", "-")
-        if type(p.default) in (int, float) or (type(p.default) is str and p.default): note += f" (default {p.default})"
-        if p.kind is p.POSITIONAL_ONLY: parser.add_argument(name, help=note, metavar=name.upper(), nargs="?", default=p.default)
-        elif p.default is inspect.Parameter.empty: parser.add_argument(name, help=note, metavar=name.upper())
-        elif kind is bool: parser.add_argument(flag, help=note, action="store_true")
-        elif kind is dict: parser.add_argument(flag, help=note, type=pair, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-        else:
-            kind = kind if isinstance(kind, type) else inspect._empty if kind is inspect._empty else kind.__args__[0]
-            parser.add_argument(flag, help=note, type=kind, default=p.default, metavar=kind.__name__.upper())
+        kind, placed = p.annotation, p.kind is p.POSITIONAL_ONLY or p.default is p.empty
+        word, note = name if placed else "--" + name.replace("_", "-"), notes[name] or ""
+        if type(p.default) in (int, float, str) and p.default != "": note += f" (default {p.default})"
+        if kind is bool: how = dict(action="store_true")
+        elif kind is dict: how = dict(type=pair, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+        elif not placed: how = dict(type=kind, default=p.default, metavar=kind.__name__.upper())
+        else: how = dict(metavar=name.upper(), **({} if p.default is p.empty else dict(nargs="?", default=p.default)))
+        parser.add_argument(word, help=note, **how)
 
 # %% ../nbs/13_cli.ipynb #b9a0f22a
 class Parser(argparse.ArgumentParser):
@@ -51,7 +50,8 @@ def parse(command, # A function with docments
           prog:str="cit", # How the program is called
          ) -> dict: # Keyword arguments
     "Turn words into the arguments of `command`."
-    parser = Parser(prog=f"{prog} {command.__name__.strip('_').replace('_', '-')}", description=command.__doc__, allow_abbrev=False)
+    name = command.__name__.strip("_").replace("_", "-")
+    parser = Parser(prog=f"{prog} {name}", description=command.__doc__, allow_abbrev=False)
     add_parameters(parser, command)
     options = [o for a in parser._actions for o in a.option_strings]
     for word in argv:
@@ -90,7 +90,7 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
         stream_args:dict={}, # Arguments of the stream
         limit:int=None, # At most so many training examples per task
         eval_limit:int=None, # At most so many validation and test examples per task
-        backbone:str="tiny-instruct", # Start model: an embedded name, or a LLaVA checkpoint folder in the Hugging Face format
+        backbone:str="tiny-instruct", # Start model: an embedded name, or the folder of a LLaVA checkpoint
         tune:dict={}, # What is trained: r, alpha, targets, train, dropout
         optim:dict={}, # lr, steps, batch, accum, warmup, clip, weight_decay
         compute:dict={}, # device, dtype, threads, four_bit, checkpointing, save_every
@@ -103,8 +103,9 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
     "Tune a start model on a stream of tasks; goes on if the folder holds an unfinished run of the same configuration."
     from cit_workbench.train import Run
     stream_args = {**nested(stream_args), **given(limit=limit, eval_limit=eval_limit)}
-    kw = given(method_args=nested(set), stream_args=stream_args, tune=nested(tune), optim=nested(optim), compute=nested(compute),
-               order=[o.strip() for o in order.split(",") if o.strip()], probe_every=probe_every, out=out)
+    tables = dict(method_args=nested(set), tune=nested(tune), optim=nested(optim), compute=nested(compute))
+    order = [o.strip() for o in order.split(",") if o.strip()]
+    kw = given(**tables, stream_args=stream_args, order=order, probe_every=probe_every, out=out)
     record = Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **kw).train()
     print(f"{record._repr_markdown_()}\n\n{record.path}")
 
@@ -151,11 +152,13 @@ def entries(what:str, # "methods", "streams" or "backbones"
     "Names that `--method`, `--stream` or `--backbone` accept, with the first line about each."
     here = assets().parent
     about = lambda p: (p.stem, ast.get_docstring(ast.parse(p.read_text(encoding="utf-8"))) or "")
-    if one_of("list", what, ["methods", "streams", "backbones"]) == "methods": return sorted(about(p) for p in here.glob("methods/[a-z]*.py"))
+    modules = lambda folder: sorted(about(p) for p in here.glob(f"{folder}/[a-z]*.py"))
+    if one_of("list", what, ["methods", "streams", "backbones"]) == "methods": return modules("methods")
     if what == "backbones":
-        return [(p.parent.name, "embedded") for p in sorted(assets().glob("*/config.json"))] + [("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
+        own = sorted(p.parent.name for p in assets().glob("*/config.json"))
+        return [*((n, "embedded") for n in own), ("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
     from cit_workbench.stream import all_streams
-    return [(s, "embedded") for s in all_streams()] + [(f"{n}:FOLDER", line) for n, line in sorted(about(p) for p in here.glob("suites/[a-z]*.py"))]
+    return [*((s, "embedded") for s in all_streams()), *((f"{n}:FOLDER", line) for n, line in modules("suites"))]
 
 def list_(what:str, # methods, streams or backbones
          ):
@@ -175,7 +178,7 @@ def export_stream(name:str, # Stream
     print(export(get_stream(name, **nested(stream_args), **given(limit=limit, eval_limit=eval_limit)), dir))
 
 # %% ../nbs/13_cli.ipynb #2c892c71
-_packages = "torch transformers peft accelerate numpy pandas pillow matplotlib plotly fastcore papermill ipykernel nbdev".split()
+_packages = "torch transformers peft accelerate numpy pandas pillow matplotlib plotly fastcore papermill nbdev".split()
 
 def versions() -> dict: # {package: version or "missing"}
     "Installed versions of the packages that matter."
@@ -189,7 +192,8 @@ def gpus() -> str:
     "The GPUs that torch sees."
     import torch
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names) or f"none (this torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    return ", ".join(names) or f"none (this torch is built for {build})"
 
 def doctor():
     "Print versions, devices, threads, disk and the hashes of the start models."
@@ -199,9 +203,10 @@ def doctor():
     print(f"python {platform.python_version()} on {platform.platform()}")
     print(", ".join(f"{k} {v}" for k, v in versions().items()))
     print(f"GPU: {gpus()}")
-    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     print(f"disk: {shutil.disk_usage('.').free/2**30:.1f} GB free here")
-    for p in sorted(assets().glob("*/model.safetensors")): print(f"start {p.parent.name}: {digest(p.read_bytes())}, {p.stat().st_size/2**20:.1f} MB")
+    for p in sorted(assets().glob("*/model.safetensors")):
+        print(f"start {p.parent.name}: {digest(p.read_bytes())}, {p.stat().st_size/2**20:.1f} MB")
 
 # %% ../nbs/13_cli.ipynb #ff40ffcc
 def demo(out:str="runs/demo", # Where pictures go
@@ -233,17 +238,19 @@ COMMANDS = {"run": run, "resume": resume, "sweep": sweep, "table": table, "figur
 def usage() -> str:
     "What `cit --help` prints."
     lines = [f"  {name:14} {f.__doc__}" for name, f in COMMANDS.items()]
-    return "\n".join(["usage: cit COMMAND …   (cit COMMAND --help lists its options; --debug shows where an error came from)", "", *lines])
+    head = "usage: cit COMMAND …   (cit COMMAND --help lists its options; --debug shows where an error came from)"
+    return "\n".join([head, "", *lines])
 
 # %% ../nbs/13_cli.ipynb #5b5ca0c8
+_refusals = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR]
+
 def sentence(e:BaseException, # What went wrong
             ) -> str: # Empty for a bug, whose traceback should be seen
     "One sentence for an error that the person at the keyboard can mend."
     if isinstance(e, CitError): return str(e)
-    if isinstance(e, KeyboardInterrupt): return "interrupted; the same command, or `cit resume RUN`, goes on from what is recorded"
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
-        return str(disk_error(e.filename or "a file", e))
-    if type(e).__name__ == "OutOfMemoryError": return f"the GPU ran out of memory: try a smaller --optim batch=…, with accum=… to make up for it ({e})"
+    if isinstance(e, KeyboardInterrupt): return "interrupted; the same command goes on from what is recorded"
+    if isinstance(e, OSError) and e.errno in _refusals: return str(disk_error(e.filename or "a file", e))
+    if type(e).__name__ == "OutOfMemoryError": return f"the GPU ran out of memory; try a larger --optim accum=… ({e})"
     return ""
 
 # %% ../nbs/13_cli.ipynb #6f7a9b59

@@ -28,7 +28,8 @@ def find_page(name:str, # "ewc", or a path to a notebook
               near:Path, # Folder that relative paths start from
              ) -> Path: # The notebook
     "The notebook behind a page's name."
-    if not name.endswith(".ipynb"): return pages_dir()/f"{one_of('page', name, [p.stem for p in pages_dir().glob('*.ipynb')])}.ipynb"
+    if not name.endswith(".ipynb"):
+        return pages_dir()/f"{one_of('page', name, [p.stem for p in pages_dir().glob('*.ipynb')])}.ipynb"
     if (near/name).is_file(): return near/name
     raise CitError(f"page {near/name} does not exist")
 
@@ -62,11 +63,12 @@ def check_parameters(given:dict, # Parameters of one cell
                      path:Path, # Its page
                     ) -> dict: # All parameters of the page, defaults included
     "Raise `CitError` for a parameter that the page lacks or whose type differs; numbers get the default's type."
-    known = page_parameters(path)
+    known = {k: v for k, v in page_parameters(path).items() if k != "out"}
     if "out" in given: raise CitError("'out' cannot be set: a sweep gives every cell its own folder")
-    kinds = [(k, None if v is None or isinstance(v, Source) else type(v), field(default=None)) for k, v in known.items() if k != "out"]
+    open_ = lambda v: v is None or isinstance(v, Source)
+    kinds = [(k, None if open_(v) else type(v), field(default=None)) for k, v in known.items()]
     given = check_args(make_dataclass("Page", kinds), given, f"page '{path.stem}'")
-    return {k: v for k, v in {**known, **given}.items() if k != "out"}
+    return {**known, **given}
 
 # %% ../nbs/12_sweep.ipynb #7d1b4af9
 def trimmed(path:Path, # A method's page
@@ -89,8 +91,10 @@ def normalised(source:str, # Python
     "`source` without comments, docstrings, blank lines and the generated `__all__`."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, _holders) and ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:] or [ast.Pass()]
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
+        documented = isinstance(node, _holders) and ast.get_docstring(node, clean=False) is not None
+        if documented: node.body = node.body[1:] or [ast.Pass()]
+    names_all = lambda n: isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+    tree.body = [n for n in tree.body if not names_all(n)]
     return ast.unparse(tree)
 
 # %% ../nbs/12_sweep.ipynb #83901120
@@ -107,7 +111,7 @@ def code_digest(path:Path, # A method's page
     return digest(*(normalised(p.read_text(encoding="utf-8")) for p in spine if p.exists()), *map(normalised, exported))
 
 def data_digest(params:dict, # All parameters of a page
-               ) -> list: # One digest
+               ) -> str: # Hex digest
     "Digests of the stream and of the start model's files; a folder of weights counts by its files' names and sizes."
     found = []
     if "stream" in params:
@@ -116,7 +120,7 @@ def data_digest(params:dict, # All parameters of a page
     for name in [params["backbone"]] if "backbone" in params else []:
         own, given = (sorted(p for p in d.glob("*") if p.is_file()) for d in (assets(name), Path(name)))
         found += [p.read_bytes() for p in own] or [[p.name, p.stat().st_size] for p in given] or [name]
-    return [digest(*found)]
+    return digest(*found)
 
 # %% ../nbs/12_sweep.ipynb #0f8c7076
 def _leaves(table, at=()):
@@ -136,7 +140,8 @@ def grid_points(spec:dict, # A sweep file, parsed
     pick = lambda t: {**{k: v for k, v in spec.get(t, {}).items() if k not in pages}, **spec.get(t, {}).get(page, {})}
     axes = list(_leaves(pick("grid")))
     for path, values in axes:
-        if not isinstance(values, list): raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
+        if not isinstance(values, list):
+            raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
     points = []
     for values in itertools.product(*(v for _, v in axes)):
         points.append((copy.deepcopy(pick("set")), {".".join(path): value for (path, _), value in zip(axes, values)}))
@@ -149,11 +154,11 @@ def read_sweep(file, # A TOML file
     "Parse a sweep file; raises `CitError` naming what is wrong."
     try: spec = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError: raise CitError(f"sweep file {file} does not exist") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
+    except ValueError as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
     for table in spec: one_of(f"table of {file}", table, ["sweep", "set", "grid"])
     head = make_dataclass("Head", [("name", str, Path(file).stem), ("pages", list, None)])
     spec["sweep"] = {"name": Path(file).stem, **check_args(head, spec.get("sweep", {}), f"[sweep] in {file}")}
-    if not spec["sweep"].get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = [\"finetune\", \"ewc\"]")
+    if not spec["sweep"].get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc']")
     return spec
 
 # %% ../nbs/12_sweep.ipynb #6fb0ae11
@@ -186,14 +191,16 @@ def plan(file, # A TOML file
     spec, near = read_sweep(file), Path(file).parent
     folder = Path(out or f"runs/sweeps/{spec['sweep']['name']}").absolute()
     pages = [find_page(p, near) for p in spec["sweep"]["pages"]]
+    known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
     for t in ("set", "grid"):
-        for k in spec.get(t, {}): one_of(f"parameter under [{t}] in {file}", k, {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages)))
-    cells, data = [], cache(lambda params: data_digest(json.loads(params)))
+        for k in spec.get(t, {}): one_of(f"parameter under [{t}] in {file}", k, known)
+    cells, data = [], cache(lambda named: data_digest(json.loads(named)))
     for name, page in zip(spec["sweep"]["pages"], pages):
         for given, varied in grid_points(spec, name):
             params = check_parameters(given, page)
             given = {k: params[k] for k in given}
-            key = digest(page.stem, params, code_digest(page, params.get("plus", "")), *data(canonical({k: params[k] for k in ("stream", "stream_args", "backbone") if k in params})))
+            named = {k: params[k] for k in ("stream", "stream_args", "backbone") if k in params}
+            key = digest(page.stem, params, code_digest(page, params.get("plus", "")), data(canonical(named)))
             cells.append(Cell(page, given, params, key, folder, varied))
     return list({c.key: c for c in cells}.values())
 
@@ -201,17 +208,18 @@ def plan(file, # A TOML file
 def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
     "Execute one cell of a sweep."
     import nbformat, papermill
-    began, cell.error = time.time(), ""
+    began, cell.error, beside = time.time(), "", cell.out.with_suffix(".json")
     note = dict(page=cell.page.stem, params=cell.params, id=cell.id, key=cell.key)
-    write_atomic(cell.out.with_suffix(".json"), canonical(note))
+    write_atomic(beside, canonical(note))
     try:
-        papermill.execute_notebook(nbformat.from_dict(trimmed(cell.page)), cell.notebook, {**cell.given, "out": str(cell.out)},
+        page, given = nbformat.from_dict(trimmed(cell.page)), {**cell.given, "out": str(cell.out)}
+        papermill.execute_notebook(page, cell.notebook, given,
                                    kernel_name="python3", progress_bar=False, store_widget_state=False,
                                    extra_arguments=["--log-level=50"])
         if not cell.finished: cell.error = f"the page ended without {cell.out/'result.json'}"
     except papermill.PapermillExecutionError as e: cell.error = f"{e.ename}: {e.evalue}".strip()
     except Exception as e: cell.error = f"{type(e).__name__}: {e}".strip()
-    write_atomic(cell.out.with_suffix(".json"), canonical({**note, "error": cell.error, "seconds": round(time.time() - began, 1)}))
+    write_atomic(beside, canonical({**note, "error": cell.error, "seconds": round(time.time() - began, 1)}))
     return cell
 
 # %% ../nbs/12_sweep.ipynb #462a5ba4
@@ -223,7 +231,8 @@ def notes(folder:Path, # Folder of sweeps, or of one
 def status(cells:list, # Cells of a sweep
           ) -> dict: # {"finished" | "stale" | "new": cells}
     "Sort cells by what their folder holds."
-    old = {n["id"] for n in notes(cells[0].folder) if (cells[0].folder/f"{n['page']}-{n['key']}"/"result.json").exists()}
+    folder = cells[0].folder
+    old = {n["id"] for n in notes(folder) if (folder/f"{n['page']}-{n['key']}"/"result.json").exists()}
     kind = lambda c: "finished" if c.finished else "stale" if c.id in old else "new"
     return {k: [c for c in cells if kind(c) == k] for k in ("finished", "stale", "new")}
 
@@ -250,7 +259,8 @@ def expected(cell:Cell, # About to be executed
             ) -> float: # Seconds; NaN: nothing to go by
     "How long the most similar executed cell took."
     alike = lambda n: (sum(n["params"].get(k) == v for k, v in cell.params.items()), n["page"] == cell.page.stem)
-    return max((n for n in old if n.get("seconds") and not n.get("error")), key=alike, default={"seconds": float("nan")})["seconds"]
+    whole = [n for n in old if n.get("seconds") and not n.get("error")]
+    return max(whole, key=alike)["seconds"] if whole else float("nan")
 
 def duration(seconds:float) -> str:
     "Seconds as a person says them."
@@ -262,8 +272,9 @@ def duration(seconds:float) -> str:
 def recorded() -> list: # Notes
     "What the committed records say about seconds, as notes of executed cells."
     from cit_workbench.record import Record
-    found = (Record(p) for p in sorted((Path(find_spec("cit_workbench").origin).parents[1]/"records").glob("**/*.jsonl")))
-    return [dict(page=r.config["method"], params=r.config, seconds=r.seconds()) for r in found if isinstance(r.config.get("method"), str)]
+    folder = Path(find_spec("cit_workbench").origin).parents[1]/"records"
+    found = [Record(p) for p in sorted(folder.glob("**/*.jsonl"))]
+    return [dict(page=r.config["method"], params=r.config, seconds=r.seconds()) for r in found]
 
 # %% ../nbs/12_sweep.ipynb #defbc9d6
 @dataclass

@@ -1,4 +1,4 @@
-"Sweeps: wrong parameters stop before anything starts, finished cells never run again, a failure spoils only its own cell."
+"Sweeps: wrong parameters stop before anything starts, finished cells never run again, a failure spoils its own cell."
 import json
 from pathlib import Path
 
@@ -13,8 +13,8 @@ pages = sorted(p.stem for p in pages_dir().glob("*.ipynb"))
 
 
 def cell(source, *tags):
-    return {"id": f"c{len(source)}", "cell_type": "code", "source": source, "metadata": {"tags": list(tags)}, "outputs": [],
-            "execution_count": None}
+    return {"id": f"c{len(source)}", "cell_type": "code", "source": source, "metadata": {"tags": list(tags)},
+            "outputs": [], "execution_count": None}
 
 
 @pytest.fixture
@@ -28,8 +28,7 @@ def toy(tmp_path, monkeypatch):
            "(p/'result.json').write_text(json.dumps({'lam': lam}))")
     cells = [cell("seed = 0\nlam = 1.\nout = 'runs/toy'", "parameters"), cell("#| export\ndef f(x): return x"),
              cell("raise RuntimeError('lesson')", "lesson"), cell("#| gpu\nraise RuntimeError('gpu')"), cell(run)]
-    nb = {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-          "nbformat": 4, "nbformat_minor": 5}
+    nb = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
     def write(lams, code="def f(x): return x", extra=""):
         cells[1]["source"] = f"#| export\n{code}"
@@ -63,7 +62,8 @@ def test_stale_cells_wait_for_force(toy, capsys):
 
 def test_a_failure_is_kept_and_the_sweep_goes_on(toy, capsys):
     with pytest.raises(SystemExit) as e: main(["sweep", toy([10, 2])])
-    assert str(e.value.code).startswith("cit: 1 of 2 cells failed: toy lam=10 failed (ValueError: lam is too large): see runs/sweeps/s/toy-")
+    said = "cit: 1 of 2 cells failed: toy lam=10 failed (ValueError: lam is too large): see runs/sweeps/s/toy-"
+    assert str(e.value.code).startswith(said)
     assert ran() == ["10.0", "2.0"]
     notebook, = [p for p in Path("runs/sweeps/s").glob("*.ipynb") if '"exception": true' in p.read_text()]
     assert json.loads(notebook.read_text())["metadata"]["papermill"]["exception"]

@@ -64,5 +64,5 @@ def check():
 
 if __name__ == "__main__":
     if "--check" not in sys.argv: sys.exit(sync(root))
-    differ = check()
-    if differ: sys.exit(f"Out of step with the notebooks: {', '.join(differ)}. Run `make sync` and look at the difference.")
+    differ = ", ".join(check())
+    if differ: sys.exit(f"Out of step with the notebooks: {differ}; run `make sync` and look at the difference.")
