@@ -6,7 +6,7 @@
 __all__ = ['linears', 'Tune', 'seeded', 'add_lora', 'SlotLinear', 'swap_linears']
 
 # %% ../nbs/03_adapt.ipynb #d8f5599c
-import re
+import re, warnings
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,11 @@ def add_lora(model:nn.Module, # A Hugging Face model, changed in place
     "Put LoRA into `model` through peft (arXiv 2106.09685); raises `CitError` when `targets` names no linear layer."
     if not any(re.fullmatch(tune.targets, n) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
         raise CitError(f"tune: targets {tune.targets!r} matches no linear layer; names look like {next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and 'layers' in n)!r}")
+    if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
     cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=tune.targets, lora_dropout=tune.dropout, task_type="CAUSAL_LM")
-    return seeded(key, lambda: get_peft_model(model, cfg))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return seeded(key, lambda: get_peft_model(model, cfg))
 
 # %% ../nbs/03_adapt.ipynb #794f8559
 class SlotLinear(nn.Module):

@@ -102,13 +102,15 @@ def write_atomic(path, # Where to
                  data, # str or bytes
                 ) -> Path: # `path`
     "Write through a temporary file in the same folder, fsync, rename; raises `CitError` when the disk refuses."
-    path = Path(path)
+    path, f = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as f:
             f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
         os.chmod(f.name, 0o644); os.replace(f.name, path)
-    except OSError as e: raise disk_error(path, e) from e
+    except OSError as e:
+        if f: Path(f.name).unlink(missing_ok=True)
+        raise disk_error(path, e) from e
     return path
 
 # %% ../nbs/00_core.ipynb #cf201ea1

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_methods', 'method_class', 'get_method', 'fresh',
-           'config_of', 'Net', 'row_nll', 'hashed']
+           'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
 
 # %% ../nbs/05_method.ipynb #a1c06514
-import importlib, math, pkgutil, re
+import importlib, inspect, math, pkgutil, re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from .adapt import Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
-from .core import CitError, check_args, one_of, rng, seed_of
+from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
 
 # %% ../nbs/05_method.ipynb #2b7a9f79
@@ -146,6 +146,7 @@ def get_method(what, # A name ("ewc", "er+ewc"), a class or an instance
     if isinstance(what, Method): return replace(what, **check_args(type(what), args, f"method {what.name!r}")) if args else what
     if isinstance(what, type): return what(**check_args(what, args, f"method {camel2snake(what.__name__)!r}"))
     if not isinstance(what, str): raise CitError(f"method is {what!r}; allowed: a name, a Method class or an instance")
+    if bad := [k for k, v in args.items() if "+" in what and not isinstance(v, dict)]: raise CitError(f"method {what!r}: the fields of {bad[0]!r} must be given as a table of names and values")
     if "+" not in what:
         cls = method_class(what)
         return cls(**check_args(cls, args, f"method {what!r}"))
@@ -156,6 +157,22 @@ def get_method(what, # A name ("ewc", "er+ewc"), a class or an instance
 def fresh(m):
     "The same method with an empty memory."
     return Chain([fresh(p) for p in m.chain]) if isinstance(m, Chain) else replace(m)
+
+def _code(o):
+    "What a function or a plain value does, as JSON; two spellings of the same byte code are equal."
+    if inspect.iscode(o): return [o.co_code.hex(), list(o.co_names), [_code(c) for c in o.co_consts]]
+    if isinstance(o, (staticmethod, classmethod)): return _code(o.__func__)
+    if isinstance(o, property): return [_code(f) for f in (o.fget, o.fset) if f]
+    if inspect.isfunction(o): return [_code(o.__code__), _code(o.__defaults__), _code(o.__kwdefaults__)]
+    if isinstance(o, (set, frozenset)): return sorted(map(repr, o))
+    if isinstance(o, (list, tuple)): return [_code(v) for v in o]
+    return repr(o) if o is None or isinstance(o, (bool, int, float, str, bytes, dict)) else type(o).__name__
+
+def code_of(m) -> dict: # {} for methods of the package
+    "Digest of the code of methods that are defined elsewhere than in the package, base classes included."
+    own = [c for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))]
+    code = [(c.__name__, n, _code(f)) for c in own for n, f in sorted(vars(c).items()) if inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__")]
+    return {"method_code": digest(code)} if own else {}
 
 def config_of(m) -> dict:
     "A method's fields and values; a chain's by part."
@@ -178,6 +195,7 @@ class Net:
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
         self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False
+        self.inside = False
         self.observed, self.extra_forwards, self.peft, self._feats, self._drawn, self._ready = set(), 0, None, {}, {}, {}
         self.refresh()
     def find(self, name:str):
@@ -214,6 +232,8 @@ def free(self:Net,
     if train:
         hit = [p for n, p in self.model.named_parameters() if (id(p) in self.start or p.requires_grad) and re.fullmatch(train, n)]
         if not hit: raise CitError(f"tune: train {train!r} matches no parameter of the start model; names look like 'model.multi_modal_projector.linear_1.weight'")
+        if not all(p.is_floating_point() for p in hit): raise CitError(f"tune: train {train!r} names weights that are held in 4 bits, which cannot be trained")
+        self.backbone.mixed = self.backbone.dtype != torch.float32
         for p in hit: p.data = p.data.float(); p.requires_grad_(True)
     self.refresh()
     return self
@@ -283,7 +303,9 @@ def rows(self:Net,
          answers:bool=True, # With answers (right-padded) or prompts only (left-padded)
          **kw, # Further fields of the batch
         ) -> Batch:
-    "Collate rows of any tasks of the stream, features from the store."
+    "Collate rows of any tasks of the stream, features from the store; inside a hook only of tasks that it may see."
+    if self.inside:
+        for n in dict.fromkeys(n for n, _ in refs): self.look(n, split)
     tasks = {n: self.find(n) for n, _ in refs}
     ex = [self.example(t, split, i) for t, i in refs]
     pics, feats = [(j, t, i) for j, (t, i) in enumerate(refs) if ex[j].image is not None], None
@@ -307,8 +329,16 @@ def fetch(self:Net,
     return replace(b, group=torch.full_like(b.group, group))
 
 @patch
+def hook(self:Net, f, *args):
+    "Call a hook of the method; what it reads meanwhile is noted."
+    self.inside = True
+    try: return f(self, *args)
+    finally: self.inside = False
+
+@patch
 def look(self:Net, task:str, split:str="train"):
     "Note what a method looks at."
+    if self.first and task in {t.name for t in self.stream.held_in}: return self.observed.add("pretrain_data")
     if task not in self.seen: raise CitError(f"task {task!r} has not come yet; a method sees {', '.join(self.seen) or 'no task'} now")
     if split == "test": raise CitError("the test split is read only when R is filled; methods may use train and val")
     if task != self.task: self.observed.add("old_data" if split == "train" else "val_of_old_tasks")
@@ -457,6 +487,7 @@ def features(self:Net,
     "One vector per row that no training changes."
     one_of("feature", what, ("image", "instruction", "answer", "embedding"))
     if what == "image":
+        if batch.feats is None: return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
         v, has = batch.feats.float().mean(1), torch.tensor([e.image is not None for e in batch.examples])
         return v.new_zeros(len(batch), v.shape[1]).index_copy(0, has.nonzero()[:, 0].to(v.device), v)
     if what == "embedding": return torch.stack([self.backbone.lm.embed_tokens(torch.tensor(self.backbone.tokenizer(e.question)["input_ids"], device=self.backbone.device)).float().mean(0) for e in batch.examples])

@@ -285,7 +285,7 @@ def summary(self:Record) -> dict:
     said = {k: self.config.get(k) for k in ("method", "stream", "backbone", "seed", "order", "protocol")}
     return {**said, "finished": self.finished, **self._scores(), **means,
             "cider": _mean(_last(self.matrix("cider"))) if captions else float("nan"),
-            **self._cost(), "leaks": sorted(self.run.get("leaks") or [])}
+            **self._cost(), "leaks": sorted({*(self.run.get("leaks") or []), *(o for e in self.events("end") for o in e.get("observed") or [])})}
 
 @patch(as_prop=True)
 def finished(self:Record) -> bool: return self.result is not None
