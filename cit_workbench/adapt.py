@@ -22,8 +22,8 @@ linears = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|dow
 @dataclass
 class Tune:
     "What is trained when a method inserts nothing itself."
-    r: int = 8 # Rank of LoRA
-    alpha: float = 16. # Its scale is alpha / r
+    r: int = 16 # Rank of LoRA
+    alpha: float = 64. # Its scale is alpha / r
     targets: str = linears # Full-match regex over the names of linear layers
     train: str|None = None # Full-match regex of the start model's own parameters to train too, e.g. the projector's
     dropout: float = 0. # On LoRA's input

@@ -41,9 +41,10 @@ class Step:
     kept: list # `out.keep` of each
     old: dict|None # Weights before the optimiser, if `needs` has "old"
     task_grad: dict|None # Gradient of `out.loss` alone, unclipped, if `needs` has "task_grad"
-    rng: np.random.Generator # Keyed by the step
+    rng: np.random.Generator # Keyed by the step and the method
     lr: float # Learning rate of the first parameter group
     index: int # Step within the phase
+    rngs: dict = field(default_factory=dict) # Generators of the parts of a chain
 
 # %% ../nbs/05_method.ipynb #b17f3009
 @dataclass
@@ -115,7 +116,12 @@ def _each(hook):
         for m in self.chain: getattr(m, hook)(*args)
     return f
 for h in ("batch", "route"): setattr(Chain, h, _fold(h))
-for h in ("begin", "grads", "update", "step", "end"): setattr(Chain, h, _each(h))
+def _stepped(hook):
+    def f(self, net, s):
+        for m in self.chain: getattr(m, hook)(net, replace(s, rng=s.rngs.setdefault(m.name, net.rng(f"{m.name} step"))))
+    return f
+for h in ("begin", "end"): setattr(Chain, h, _each(h))
+for h in ("grads", "update", "step"): setattr(Chain, h, _stepped(h))
 @patch
 def plan(self:Chain, stream):
     for m in self.chain: stream = m.plan(stream)

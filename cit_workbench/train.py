@@ -144,7 +144,7 @@ def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) ->
     net.tick(task.name, phase.name, index); net.reduce_grads()
     task_grad = net.take_task_grad(side) if "task_grad" in m.needs else None
     old = {n: p.detach().clone() for n, p in net.params.items()} if "old" in m.needs else None
-    s = Step(batches, kept, old, task_grad, net.rng("step"), opt.param_groups[0]["lr"], index)
+    s = Step(batches, kept, old, task_grad, net.rng(f"{m.name} step"), opt.param_groups[0]["lr"], index)
     net.hook(m.grads, s)
     norm = torch.nn.utils.clip_grad_norm_(net.params.values(), self.opt.clip or math.inf)
     opt.step(); net.hook(m.update, s); net.hook(m.step, s); opt.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ __all__ = ['ER']
 # %% ../../nbs/methods/er.ipynb #a378e826
 from dataclasses import dataclass, replace
 
+import torch
 from fastcore.basics import patch
 
 from ..core import CitError
@@ -48,8 +49,8 @@ def batch(self:ER, net, batch):
 # %% ../../nbs/methods/er.ipynb #7da96341
 @patch
 def step(self:ER, net, s):
-    old, all = (sum(f(b) for b in s.batches) for f in (lambda b: int((b.group == 1).sum()), len))
-    self.mem["replayed"] = old/all
+    group = torch.cat([b.group for b in s.batches])
+    self.mem["replayed"] = (group == 1).float().mean().item()
 
 @patch
-def stats(self:ER, net): return {"replayed": self.mem.get("replayed", 0.), "buffer": len(self.mem.get("refs", []))}
+def stats(self:ER, net): return {"replayed": self.mem.get("replayed", 0.)}
