@@ -353,7 +353,7 @@ def shape_at(r, domain):
 @skill("How many {} are there?", "How many {} do you see?", "What is the number of {}?", "Count the {}.",
        "Tell me how many {} there are.", "The number of {} is what?")
 def count(r, domain):
-    k, by = 1 + r.below(len(count_words)), "shape" if domain == "night" else r.pick(("shape", "color"))
+    k, by = 1 + r.below(len(count_words)), "color" if domain == "night" else r.pick(("shape", "color"))
     asked, other = (shape_names, color_names) if by == "shape" else (color_names, shape_names)
     what, cells = r.pick(asked), r.sample(range(9), max(k, 3 + r.below(3)))
     pairs = [(what if i < k else r.pick([a for a in asked if a != what]), r.pick(other)) for i in range(len(cells))]
@@ -438,7 +438,7 @@ def region(r, domain):
 
 @skill("Point to the {}.", "Point at the {}.", "Show the {}.", "Show me the {}.", "Mark the {}.", "The {} is to be marked.")
 def point(r, domain):
-    by = "shape" if domain == "night" else r.pick(("shape", "color"))
+    by = "color" if domain == "night" else r.pick(("shape", "color"))
     ts = scatter(r, by)
     text = places[ts[0].cell] + "."
     return Ask(ts, ts[0].kind if by == "shape" else f"{ts[0].color} one", text, (text,))
@@ -482,7 +482,7 @@ catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name
     ("col-digits", "digits", "color", "letter", 25.), ("col-para", "day", "color", "word", 100/6),
     ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
     ("shp-mcq", "day", "shape", "letter", 25.),      ("shp-pos", "day", "shape_at", "word", 20.),
-    ("cnt-day", "day", "count", "word", 100/3),        ("cnt-night", "night", "count", "word", 100/3),
+    ("cnt-day", "day", "count", "word", 100/3),     ("cnt-night", "night", "count", "word", 100/3),
     ("read", "digits", "read", "word", 1.),          ("par-digits", "digits", "parity", "yesno", 50.),
     ("box", "day", "locate", "cell", 100/9),         ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
@@ -513,7 +513,7 @@ class ShapesArgs:
     seed:int = 0
 
 _shapes = "col-mcq read cap-day shp-word col-word col-night box cnt-night".split()
-_held_in = "shp-pos shp-mcq par-digits list-day".split()
+_held_in = "shp-pos cnt-day shp-mcq par-digits list-day".split()
 _unseen = "shp-night col-digits col-para cmp-bars".split()
 
 @register
