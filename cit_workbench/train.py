@@ -34,7 +34,7 @@ from .stream import get_stream
 class Optim:
     "AdamW with linear warm-up and cosine decay, built afresh for every task and phase."
     lr: float|None = None # Peak learning rate; None: 3e-3 for the tiny starts, 2e-4 otherwise
-    steps: int|None = None # Optimiser steps per task; None: 100 for the tiny starts, one epoch otherwise
+    steps: int|None = None # Optimiser steps per task; None: 80 for the tiny starts, one epoch otherwise
     batch: int = 32 # Rows per optimiser step, over all micro-batches and processes
     accum: int = 1 # Micro-batches the rows are split into
     warmup: float = .03 # Share of the steps
@@ -305,7 +305,7 @@ def train(self:Run) -> Record: # The finished record
 def recipe(optim:Optim, backbone) -> Optim:
     "Fill in what was left open: the tiny starts' recipe, or the usual one for large models."
     tiny = backbone.lm.config.hidden_size <= 512
-    return replace(optim, lr=(3e-3 if tiny else 2e-4) if optim.lr is None else optim.lr, steps=100 if tiny and optim.steps is None else optim.steps)
+    return replace(optim, lr=(3e-3 if tiny else 2e-4) if optim.lr is None else optim.lr, steps=80 if tiny and optim.steps is None else optim.steps)
 
 @patch
 def _finished(self:Run):
@@ -314,9 +314,9 @@ def _finished(self:Run):
     there = read_json(self.folder/"run.json", "run file")
     now = {"weights": start_hash(self.backbone, self.comp.four_bit), "data": self.data.digest()}
     had = {k: there.get("hashes", {}).get(k) for k in now}
-    for name, a, b in differences(had, now)[:1]: raise CitError(f"{self.folder} holds a run on other {name} (digest {a} there, {b} now): the files behind the same names have changed; choose another `out` folder")
     for name, a, b in differences(there.get("asked"), self.config())[:1]:
         raise CitError(f"{self.folder} holds a run of another configuration: {name} is {a!r} there and {b!r} here; choose another `out` folder or delete that one")
+    for name, a, b in differences(had, now)[:1]: raise CitError(f"{self.folder} holds a run on other {name} (digest {a} there, {b} now): the files behind the same names have changed; choose another `out` folder")
     return Record(self.folder) if (self.folder/"result.json").is_file() else None
 
 # %% ../nbs/06_train.ipynb #65dd4f43

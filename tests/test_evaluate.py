@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TASKS, batch_of, jitter, opened
+from tiny import OTHERS, TASKS, jitter, opened
 
 from cit_workbench.backbone import Backbone, at
 from cit_workbench.metrics import cider
+from cit_workbench.stream import get_stream
 
-COLUMNS = ["col-mcq", "read", "cap-day", "shp-word", "col-word", "box", "shp-pos", "cnt-day", "par-digits", "list-day",
-           "col-para", "cmp-bars"]
-ROWS = [(t, i) for i in range(6) for t in COLUMNS]
+COLUMNS = [t.name for t, _ in get_stream("shapes").roles()]
+ROWS = [(t, i) for i in range(5) for t in COLUMNS]
 
 
 @pytest.fixture(scope="module", params=["start", "tuned"])
 def net(request, tmp_path_factory):
     "The start model, and one whose adapters say something else."
-    args = {"tasks": COLUMNS[:6], "n_test": 6}
+    args = {"tasks": None, "n_test": 5}
     net = opened(tmp_path_factory.mktemp("net"), "finetune", stream_args=args).net
     if request.param == "tuned": jitter(net, .1)
     net.model.eval()
@@ -90,8 +90,8 @@ def test_answers_do_not_depend_on_forced_choice(net):
 def test_scores_are_means_of_lines(net):
     for name, (scores, lines) in net.evaluate(COLUMNS).items():
         task = net.stream.task(name)
-        asked, said = [task.example("test", i) for i in range(6)], [l["metadata"] for l in lines]
-        assert [l["question_id"] for l in lines] == [e.id for e in asked] and scores["n"] == 6
+        asked, said = [task.example("test", i) for i in range(5)], [l["metadata"] for l in lines]
+        assert [l["question_id"] for l in lines] == [e.id for e in asked] and scores["n"] == 5
         for e, l, m in zip(asked, lines, said):
             assert (l["prompt"], m["answer"]) == (e.question, e.answer)
             assert (m["formatted"], m["valid"]) == (task.format.score(e, l["text"]), task.format.valid(l["text"]))
@@ -128,7 +128,7 @@ def test_nothing_is_answered_twice(own, asked):
     assert own.evaluate(TASKS) == first and own.evaluate(TASKS[:1]) == {TASKS[0]: first[TASKS[0]]} and asked() == 6
     named = own.evaluate(TASKS[:1], model_id="another name")[TASKS[0]][1]
     assert asked() == 6 and {l["model_id"] for l in named} == {"another name"}
-    own.evaluate([*TASKS, "list-day"])
+    own.evaluate([*TASKS, OTHERS[0]])
     assert asked() == 8
 
 
@@ -186,7 +186,7 @@ def test_padding_does_not_matter(net):
 
 def test_loss_is_the_mean_over_answer_tokens(net):
     "As the Hugging Face model computes it, from pixels."
-    b = batch_of(net, "cap-day", 5)
+    b = net.rows(ROWS[:20], "test")
     pixels = net.backbone.pixels([e.image for e in b.examples])
     with torch.no_grad(): want = net.model(input_ids=b.ids, attention_mask=b.mask, labels=b.labels, pixel_values=pixels)
     torch.testing.assert_close(net(b).loss, want.loss, rtol=1e-5, atol=1e-5)

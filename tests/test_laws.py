@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import ARGS, SPEC, TASKS, batch_of, files, final, same_files, same_tensors, tiny, train
+from tiny import ARGS, OTHERS, SPEC, TASKS, batch_of, files, final, same_files, same_tensors, tiny, train
 
 from cit_workbench.adapt import linears
 from cit_workbench.backbone import Backbone, at, get_backbone
@@ -113,6 +113,23 @@ def test_2_a_method_plus_nothing_is_the_method(finished, tmp_path, name):
     assert all(map(torch.equal, got.values(), want.values()))
     said = [{k: v for k, v in files(r.folder).items() if k.startswith("answers") or k == "R"} for r in (a, b)]
     assert said[0] == said[1]
+
+
+def adding(called, **hooks): return type(called, (Method,), hooks)
+
+
+def test_2_methods_add_up(tmp_path):
+    one, two = (adding(n, loss=lambda self, net, b, out, x=x: x + 0*out.loss) for n, x in (("One", 1.), ("Two", 2.)))
+    run = train(tmp_path/"sum", one() + two(), stream_args={"tasks": TASKS[:1]})
+    assert {e["added"] for e in run.rec.events("step")} == {3.} and run.m.name == "one+two"
+    assert run.net.method.mem == {"one": {}, "two": {}}
+
+
+@pytest.mark.parametrize("hook", ["wrap", "update", "phases"])
+def test_2_what_cannot_be_added_is_refused(tmp_path, hook):
+    a, b = (adding(n, **{hook: lambda self, *args: args[0]})() for n in ("One", "Two"))
+    with pytest.raises(CitError, match=f"`{hook}`; at most one"): train(tmp_path, a + b)
+    with pytest.raises(CitError, match="each method once"): a + a
 
 
 # 3: the first task has nothing to remember
@@ -256,7 +273,7 @@ def same_shot(a, b):
 @every
 def test_6_routes_need_no_task_and_are_pure(finished, name):
     net = finished(name).net
-    refs = [(t, i) for t in [*TASKS, "list-day"] for i in range(2)]
+    refs = [(t, i) for t in [*TASKS, OTHERS[0]] for i in range(2)]
     b = net.rows(refs, "test", answers=False, task=[None]*8)
     before, state = shot(b), {n: p.detach().clone() for n, p in net.model.named_parameters()}
     tree, tensors = split_tree(net.method.mem)
@@ -410,6 +427,26 @@ def test_12_declared_leaks_are_the_ones_observed(finished, name):
     observable = LEAKS - {"template_id_at_test", "batch_selection"}
     assert declared <= LEAKS and {*run.rec.run["leaks"]} == declared
     assert {*run.rec.events("end")[-1]["observed"]} == declared & observable
+
+
+class Spy(Method):
+    "Notes which labels reach its route at test."
+    def route(self, net, batch):
+        if batch.split == "test": self.mem["labels"] = sorted({*self.mem.get("labels", []), *map(str, batch.task)})
+        return batch
+
+
+class Told(Spy):
+    leaks = {"task_id_at_test"}
+
+
+@pytest.mark.parametrize("method, oracle", [(Spy, False), (Told, False), (Spy, True)])
+def test_12_the_task_is_shown_at_test_to_those_who_said_so(tmp_path, method, oracle):
+    run = train(tmp_path, method, oracle=oracle, stream_args={"tasks": TASKS[:2]})
+    shown = method is Told or oracle
+    labels = {*run.net.method.mem["labels"]}
+    assert labels - {"None"} == {c for c, _ in run.rec.columns} if shown else labels == {"None"}
+    assert run.rec.events("end")[-1]["observed"] == ["task_id_at_test"]*shown
 
 
 class Nosy(Method):

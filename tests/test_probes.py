@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import TASKS, Anchor, Halves, Twins, batch_of, final, furthest, opened, same_tensors, train
+from tiny import OTHERS, TASKS, Anchor, Halves, Twins, batch_of, final, furthest, opened, same_tensors, train
 from torch import nn
 
 from cit_workbench.adapt import swap_linears
@@ -13,7 +13,7 @@ from cit_workbench.method import Method, Phase
 from cit_workbench.train import Run, rate
 
 
-REFS = [(t, i) for i in range(2) for t in [*TASKS, "list-day", "par-digits", "cmp-bars"]]
+REFS = [(t, i) for i in range(2) for t in [*TASKS, *OTHERS]]
 
 
 # A route found inside a layer
@@ -123,8 +123,9 @@ def slow_answer(net, ref, max_new):
 
 
 def test_layer_route_token_by_token(routed):
-    before = [l.decided for l in experts(routed)]
-    got, _ = routed.answer(routed.rows(REFS, "test", answers=False), 6)
+    before, b = [l.decided for l in experts(routed)], routed.rows(REFS, "test", answers=False)
+    got, _ = routed.answer(b, 6)
+    assert b.ctx == {}
     assert [l.decided for l in experts(routed)] == [n + 1 for n in before]
     assert got == [slow_answer(routed, r, 6) for r in REFS]
 
@@ -182,7 +183,8 @@ def watched(monkeypatch):
         before, was = len(seen["lm"]), {n: p.detach().clone() for n, p in net.own().items()}
         got = one_step(self, net, opt, task, phase, *rest)
         moved = {n for n, p in net.own().items() if not torch.equal(p, was[n])}
-        seen["params"].append((phase.name, len(seen["lm"]) - before, moved))
+        assert {*net.params} == {n for n, p in net.model.named_parameters() if p.requires_grad}
+        seen["params"].append((phase.name, len(seen["lm"]) - before, moved, len(net.params)))
         return got
     monkeypatch.setattr(Backbone, "hidden", counted)
     monkeypatch.setattr(Run, "one_step", step)
@@ -191,9 +193,9 @@ def watched(monkeypatch):
 
 def test_phase_without_the_language_model(tmp_path, watched):
     run = train(tmp_path, Keys)
-    for name, forwards, moved in watched["params"]:
-        if name == "keys": assert forwards == 0 and moved == {"keys"}
-        else: assert forwards == 1 and moved and all("lora_" in n for n in moved)
+    for name, forwards, moved, trainable in watched["params"]:
+        if name == "keys": assert (forwards, moved, trainable) == (0, {"keys"}, 1)
+        else: assert forwards == 1 and trainable > 40 and moved and all("lora_" in n for n in moved)
     assert [n for n, *_ in watched["params"]] == (["keys"]*3 + ["tune"]*4)*3
     lrs = [(e["phase"], e["step"], e["lr"]) for e in run.rec.events("step")][:4]
     assert lrs == [("keys", 0, .5), ("keys", 2, .5*rate(2, 3, .03)),
@@ -277,7 +279,7 @@ def logits_by_hand(net, e):
 
 def test_prefix_forward_and_gradient(prompted):
     net = prompted
-    b = net.rows([("col-word", 0), ("list-day", 1), ("shp-mcq", 1)], "test")
+    b = net.rows([("col-word", 0), (OTHERS[0], 1), ("shp-mcq", 1)], "test")
     with at(net.method.route(net, b)) as r: out = net.forward(r)
     got, = torch.autograd.grad(out.loss, [net.model.soft])
     ce = []
@@ -400,6 +402,46 @@ def test_per_sample_gradients_equal_a_loop_of_one(finished):
     for n, w in want.items(): torch.testing.assert_close(fisher[n], w, rtol=1e-4, atol=1e-5*float(w.max()))
 
 
+@dataclass
+class Ordered(Method):
+    "Writes down what each hook of a step finds."
+    needs = {"old"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.log = []
+
+    @torch.no_grad()
+    def look(self, net, s, hook):
+        norm = float(torch.stack([p.grad.norm() for p in net.params.values()]).norm())
+        self.log.append((hook, norm, furthest(net.params, s.old) if s.old else None))
+
+    def grads(self, net, s):
+        for p in net.params.values(): p.grad *= 1e3
+        self.look(net, s, "grads")
+
+    @torch.no_grad()
+    def update(self, net, s):
+        self.look(net, s, "update")
+        for p in net.params.values(): p += .05
+
+    def step(self, net, s):
+        self.look(net, s, "step")
+        assert s.lr == 3e-3*rate(s.index, 4, .03) and len(s.batches) == len(s.kept) == 2
+
+
+def test_hooks_run_in_their_order(tmp_path):
+    "Gradients are edited before clipping, weights after the optimiser, and `step` sees both."
+    run = train(tmp_path, Ordered, optim={"accum": 2}, stream_args={"tasks": TASKS[:1]})
+    log, first = run.net.method.log, run.rec.events("step")[0]
+    assert [h for h, *_ in log] == ["grads", "update", "step"]*4
+    for (_, raw, before), (_, clipped, after), (_, _, added) in zip(log[::3], log[1::3], log[2::3]):
+        assert raw > 100 and before == 0
+        assert clipped == pytest.approx(1, rel=1e-3) and 0 < after < .01
+        assert added == pytest.approx(.05, abs=.01)
+    assert first["grad_norm"] == pytest.approx(log[0][1], rel=1e-4)
+
+
 # Gradient checkpointing and accumulation
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, finished):
@@ -466,3 +508,28 @@ def test_draws_of_hooks_are_keyed(tmp_path):
         torch.manual_seed(k)
         runs.append(train(tmp_path/str(k), Noisy))
     same_tensors(*(final(r.folder) for r in runs))
+
+
+@dataclass
+class Dice(Method):
+    "Throws dice for two owners in every micro-batch and step."
+    def throw(self, net, rng=None): self.mem.setdefault("thrown", []).append(float((rng or net.rng(self.name)).random()))
+
+    def batch(self, net, batch):
+        self.throw(net)
+        self.throw(net, net.rng("somebody else"))
+        return batch
+
+    def begin(self, net, task): self.throw(net)
+    def step(self, net, s): self.throw(net, s.rng)
+    def end(self, net, task): self.throw(net)
+
+
+def test_every_moment_has_draws_of_its_own(tmp_path):
+    class Louder(Dice): "Throws as often, for itself."
+    alone, pair = (train(tmp_path/str(k), m, optim={"steps": 2, "accum": 2}, stream_args={"tasks": TASKS[:2]})
+                   for k, m in enumerate((Dice(), Louder() + Dice())))
+    thrown = alone.net.method.mem["thrown"]
+    assert len({*thrown}) == len(thrown) == 2*(2 + 2*(2*2 + 1))
+    assert pair.net.method.mem["dice"]["thrown"] == thrown
+    assert pair.net.method.mem["louder"]["thrown"][0] not in thrown

@@ -12,7 +12,7 @@ from peft import PeftModel
 from test_probes import Keys
 from tiny import TASKS, Held, same_files, tiny, train
 
-from cit_workbench.core import CitError
+from cit_workbench.core import CitError, assets
 from cit_workbench.method import Method, all_methods, get_method
 from cit_workbench.record import Record, RecordWriter
 from cit_workbench.train import resume
@@ -193,6 +193,14 @@ def test_a_folder_of_another_configuration_is_refused(broken_off, fields, said):
     with pytest.raises(CitError, match=f"another configuration: {said}.*choose another `out` folder"):
         train(broken_off, FULL, **merged)
     assert {p: p.read_bytes() for p in broken_off.rglob("*") if p.is_file()} == before
+
+
+def test_changed_weights_behind_the_same_name_are_refused(tmp_path):
+    shutil.copytree(assets("tiny-instruct"), tmp_path/"start")
+    fields = TWO | {"backbone": str(tmp_path/"start")}
+    stopped(tmp_path/"run", "finetune", "one_step", 8, **fields)
+    flip(tmp_path/"start"/"model.safetensors")
+    with pytest.raises(CitError, match="other weights .*have changed"): train(tmp_path/"run", "finetune", **fields)
 
 
 def test_resume_needs_only_the_folder(tmp_path, whole, broken_off, monkeypatch):

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from cit_workbench.adapt import SlotLinear, linears, swap_linears
 from cit_workbench.method import Method
+from cit_workbench.stream import get_stream
 from cit_workbench.train import Run
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
+OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if role != "stream"]
 ARGS = {"ewc": {"n": 24}, "er+ewc": {"ewc": {"n": 24}}}
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "optim": {"steps": 4, "batch": 8},
         "compute": {"threads": 1}}
