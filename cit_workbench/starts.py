@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['sights', 'captions', 'held_in', 'base_mix', 'instruct_mix', 'words', 'make_tokenizer', 'make_processor', 'chat',
-           'make_model', 'cell_labels', 'normal', 'draw_batch', 'see', 'endless', 'Schedule', 'fit', 'twins',
-           'train_tower', 'sight', 'Collate', 'answer_loss', 'summed_loss', 'train_language', 'answers', 'scores',
-           'save_start', 'load_start', 'Recipe', 'finish', 'make_starts', 'main']
+           'make_model', 'cell_labels', 'normal', 'draw_batch', 'see', 'endless', 'Schedule', 'fit', 'train_tower',
+           'sight', 'Collate', 'answer_loss', 'summed_loss', 'train_language', 'answers', 'scores', 'save_start',
+           'load_start', 'Recipe', 'finish', 'make_starts', 'main']
 
 # %% ../nbs/starts/tiny.ipynb #0e8d9f73
 import hashlib, json, re, time
-from dataclasses import asdict, dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def normal(images:list) -> torch.Tensor: # [n, 3, 48, 48]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 # %% ../nbs/starts/tiny.ipynb #a69638c0
-sights = ("all-day", "cap-digits", "read", "cap-digits", "cmp-bars", "col-night", "cnt-night")
+sights = ("all-day", "cap-digits", "read", "cmp-bars", "col-night", "cnt-night")
 
 def draw_batch(tasks:list, split:str, step:int, batch:int) -> list:
     "A batch of new examples, the tasks in turn."
@@ -141,32 +142,19 @@ def fit(params, loss_of, s:Schedule, name:str) -> list: # [(step, loss)] about 4
         if (i+1) % every == 0: curve.append((i+1, round(float(np.mean(recent)), 4))); recent = []; print(name, *curve[-1], flush=True)
     return curve
 
-# %% ../nbs/starts/tiny.ipynb #5fc52ee5
-def twins(seed:int, step:int, n:int) -> tuple: # day images, night images
-    "The same scenes by day and by night, in the same hues."
-    day, night = [], []
-    for i in range(n):
-        things = cs.scatter(cs.Draw(seed, "twins", step, i))
-        turned = [replace(t, color=cs.color_names[cs.color_names.index(t.color) - 1]) for t in things]
-        for out, ts, domain in ((day, things, "day"), (night, turned, "night")):
-            out.append(cs.draw(ts, domain, cs.Draw(seed, "twins", step, i, "pixels")))
-    return day, night
-
-# %% ../nbs/starts/tiny.ipynb #6abcafbc
+# %% ../nbs/starts/tiny.ipynb #06879931
 def train_tower(model, s:Schedule, seed:int=0) -> tuple: # the curve, accuracies in percent
-    "Dense labels of every cell, in all domains; night alike to day but for a constant."
+    "Dense labels of every cell, in all domains."
     torch.manual_seed(seed)
     widths, tasks = (18, 7, 2, 4), endless(sights, seed)
-    heads, shift = nn.Linear(96, sum(widths)), nn.Parameter(torch.zeros(96))
+    heads = nn.Linear(96, sum(widths))
     def logits(exs):
         y = torch.from_numpy(np.stack([cell_labels(e.meta["things"], e.meta["domain"]) for e in exs]))
         return heads(see(model, [e.image for e in exs])).split(widths, -1), y
     def loss_of(i):
         ls, y = logits(draw_batch(tasks, "train", i, s.batch))
-        day, night = (see(model, ims) for ims in twins(seed, i, max(s.batch//4, 1)))
-        apart = ((night - day - shift)**2).mean() / day.detach().var()
-        return sum(F.cross_entropy(l.flatten(0, 1), y[..., k].flatten()) for k, l in enumerate(ls)) + apart
-    curve = fit([*model.model.vision_tower.parameters(), *heads.parameters(), shift], loss_of, s, "tower")
+        return sum(F.cross_entropy(l.flatten(0, 1), y[..., k].flatten()) for k, l in enumerate(ls))
+    curve = fit([*model.model.vision_tower.parameters(), *heads.parameters()], loss_of, s, "tower")
     with torch.no_grad(): acc = sight(*logits(draw_batch(tasks, "val", 0, 600)))
     model.model.vision_tower.requires_grad_(False)
     return curve, acc
@@ -241,8 +229,7 @@ def scores(model, processor, names, n:int=200, seed:int=0) -> dict: # formatted 
 def save_start(model, processor, out:Path, record:dict) -> dict: # the record
     "Weights in bfloat16, processor, `start.json`."
     out = Path(out)
-    model.to(torch.bfloat16).save_pretrained(out)
-    model.float()
+    deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
     record = record | {"sha256": hashlib.sha256((out/"model.safetensors").read_bytes()).hexdigest()}
     write_atomic(out/"start.json", json.dumps(record, indent=1) + "\n")
