@@ -6,7 +6,7 @@
 __all__ = ['Batch', 'Out', 'Backbone', 'load_image', 'pad_square', 'all_backbones', 'start_hash', 'get_backbone', 'at', 'current']
 
 # %% ../nbs/02_backbone.ipynb #3d61194c
-import json, re
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -7,7 +7,7 @@ __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_method
            'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
 
 # %% ../nbs/05_method.ipynb #a1c06514
-import importlib, inspect, math, pkgutil, re
+import importlib, inspect, pkgutil, re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch, torch.nn.functional as F
 from fastcore.script import call_parse
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
 import cit_workbench.stream as cs
-from .core import assets, read_json, write_atomic
+from .core import write_atomic
 
 # %% ../nbs/starts/tiny.ipynb #431d4107
 _more = """zero four five six seven eight nine ten no yes left right above below of on with and or not the a an is are in at to this that

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
-from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng, write_atomic
+from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng
 from .evaluate import column_scores, score_line
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides

@@ -12,9 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import ARGS, OTHERS, SPEC, TASKS, batch_of, files, final, same_files, same_tensors, tiny, train
+from tiny import ARGS, OTHERS, SOME, SPEC, TASKS, batch_of, files, final, opened, same_files, same_tensors, tiny, train
 
-from cit_workbench.adapt import linears
+from cit_workbench.adapt import Tune, linears
 from cit_workbench.backbone import Backbone, at, get_backbone
 from cit_workbench.core import CitError, rng, seed_of
 from cit_workbench.memory import split_tree
@@ -28,8 +28,8 @@ LEAKS = {"total_T", "task_id_at_test", "template_id_at_test", "batch_selection",
 every = pytest.mark.parametrize("name", EVERY)
 
 
-def lora_names(model) -> dict:
-    "Names and sizes of plain LoRA on every linear layer of the language model, written out."
+def lora_names(model, only=("q_proj", "v_proj", "down_proj")) -> dict:
+    "Names and sizes of plain LoRA of rank 8 on linear layers of the language model, written out."
     cfg = model.config.text_config
     d, m, kv = cfg.hidden_size, cfg.intermediate_size, cfg.num_key_value_heads*cfg.head_dim
     q = cfg.num_attention_heads*cfg.head_dim
@@ -37,7 +37,7 @@ def lora_names(model) -> dict:
               "self_attn.o_proj": (q, d), "mlp.gate_proj": (d, m), "mlp.up_proj": (d, m), "mlp.down_proj": (m, d)}
     at_ = "model.language_model.layers"
     return {f"{at_}.{i}.{k}.lora_{x}.default.weight": 8*n for i in range(cfg.num_hidden_layers)
-            for k, (n_in, n_out) in shapes.items() for x, n in (("A", n_in), ("B", n_out))}
+            for k, (n_in, n_out) in shapes.items() if k.endswith(only) for x, n in (("A", n_in), ("B", n_out))}
 
 
 def test_the_arms_are_found():
@@ -53,7 +53,7 @@ def bare_loop():
     "Sequential tuning with nothing of the workbench around it but the rows, the forward and the keys of its draws."
     bb, stream = get_backbone("tiny-instruct"), get_stream("shapes", **SPEC["stream_args"])
     torch.manual_seed(seed_of(0, "lora"))
-    get_peft_model(bb.model, LoraConfig(r=8, lora_alpha=16., target_modules=linears, task_type="CAUSAL_LM"))
+    get_peft_model(bb.model, LoraConfig(r=8, lora_alpha=16., target_modules=SOME, task_type="CAUSAL_LM"))
     params = [p for p in bb.model.parameters() if p.requires_grad]
     bb.model.train()
     for task in stream:
@@ -209,6 +209,11 @@ def test_4_the_trainable_set_is_known(watched, name):
         assert (event["trainable"], event["tensors"]) == (sum(seen["trainable"].values()), len(seen["trainable"]))
     if not overrides(get_method(name), "wrap"): assert all(seen["trainable"] == want for seen in log)
     assert len(log) == (0 if name == "zero_shot" else len(run.plan.tasks)) and len(begun) == len(run.plan.tasks)
+
+
+def test_4_by_default_all_linear_layers_of_the_language_model_are_tuned(tmp_path):
+    net = opened(tmp_path, "finetune", tune={"targets": linears}).net
+    assert {n: p.numel() for n, p in net.params.items()} == lora_names(net.model, "_proj") and Tune().targets == linears
 
 
 def test_4_old_slots_are_frozen(watched):

@@ -195,7 +195,7 @@ def test_phase_without_the_language_model(tmp_path, watched):
     run = train(tmp_path, Keys)
     for name, forwards, moved, trainable in watched["params"]:
         if name == "keys": assert (forwards, moved, trainable) == (0, {"keys"}, 1)
-        else: assert forwards == 1 and trainable > 40 and moved and all("lora_" in n for n in moved)
+        else: assert forwards == 1 and trainable > 20 and moved and all("lora_" in n for n in moved)
     assert [n for n, *_ in watched["params"]] == (["keys"]*3 + ["tune"]*4)*3
     lrs = [(e["phase"], e["step"], e["lr"]) for e in run.rec.events("step")][:4]
     assert lrs == [("keys", 0, .5), ("keys", 2, .5*rate(2, 3, .03)),

@@ -181,7 +181,7 @@ def test_a_torn_event_is_cut(tmp_path, whole, broken_off):
 # Which folder
 
 OTHER = [({"seed": 1}, "seed is 0 there and 1 here"),
-         ({"optim": {"lr": 1e-3}}, r"optim\.lr is None there and 0\.001 here"),
+         ({"optim": {"lr": 1e-3}}, r"optim\.lr is 0\.003 there and 0\.001 here"),
          ({"stream_args": {"n_train": 95}}, r"stream_args\.n_train"), ({"order": TASKS[1::-1]}, "order"),
          ({"method_args": {"ewc": {"lam": 1., "n": 24}}}, r"method_args\.ewc\.lam")]
 

@@ -11,7 +11,7 @@ import sklearn.datasets  # noqa: F401  (forked processes find it imported)
 import torch
 from safetensors.torch import load_file
 
-from cit_workbench.adapt import SlotLinear, linears, swap_linears
+from cit_workbench.adapt import SlotLinear, swap_linears
 from cit_workbench.method import Method
 from cit_workbench.stream import get_stream
 from cit_workbench.train import Run
@@ -21,8 +21,9 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
 OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if role != "stream"]
 ARGS = {"ewc": {"n": 24}, "er+ewc": {"ewc": {"n": 24}}}
-SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "optim": {"steps": 4, "batch": 8},
-        "compute": {"threads": 1}}
+SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
+SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
+        "optim": {"steps": 4, "batch": 8, "lr": 3e-3}, "tune": {"r": 8, "alpha": 16., "targets": SOME}}
 
 
 class Held(Run):
@@ -188,7 +189,7 @@ class Halves(Method):
             for _ in range(2): layer.add()
             return layer
         g = torch.Generator().manual_seed(0)
-        for layer in swap_linears(net.model, linears, make):
+        for layer in swap_linears(net.model, SOME, make):
             for a, b in zip(layer.A, layer.B):
                 with torch.no_grad(): a.copy_(torch.randn(a.shape, generator=g)*.1)
                 a.requires_grad_(True), b.requires_grad_(True)
