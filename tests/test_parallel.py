@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from test_resume import Stop, unplug
-from tiny import SPEC, TASKS, Anchor, Halves, Held, Twins, final, furthest, same_files, tiny, train
+from tiny import SPEC, TASKS, Anchor, Halves, Held, Twins, descend, final, furthest, same_files, tiny, train
 
 from cit_workbench.memory import split_tree
 from cit_workbench.method import Method
 from cit_workbench.train import draw
 
-TWO = {"stream_args": {"tasks": TASKS[:2]}, "optim": {"lr": 3e-4, "weight_decay": .1}}
+TWO = {"stream_args": {"tasks": TASKS[:2]}}
 
 
 @dataclass
@@ -61,12 +61,13 @@ SPLITS = [("finetune", 1), ("groups and penalty", 2), ("own slots", 1), ("none o
 def hashes(tensors): return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in sorted(tensors.items())}
 
 
-def one_of_many(out, name, fields, stop=0):
+def one_of_many(out, name, fields, stop=0, plain=False):
     "What one process of a group ends with."
     torch.set_num_threads(1)
     run = tiny(out, METHODS[name], **fields)
     with pytest.MonkeyPatch.context() as mp:
         if stop: unplug(mp, Held, "one_step", stop)
+        if plain: descend(mp)
         try: rec = run.train()
         except Stop: rec = None
     tree, tensors = split_tree(run.net.method.mem)
@@ -81,10 +82,12 @@ def agree(got):
 
 
 @pytest.mark.parametrize("name, accum", SPLITS, ids=[n for n, _ in SPLITS])
-def test_two_processes_are_one(tmp_path, fork, name, accum):
-    fields = {**TWO, "optim": {**TWO["optim"], "accum": accum}}
-    agree(fork.world(2, one_of_many, tmp_path/"two", name, fields))
-    one = train(tmp_path/"one", METHODS[name], **TWO).rec
+def test_two_processes_are_one(tmp_path, fork, monkeypatch, name, accum):
+    descend(monkeypatch)
+    optim = {"lr": .02, "clip": 0., "weight_decay": .1}
+    fields = {**TWO, "optim": {**optim, "accum": accum}}
+    agree(fork.world(2, one_of_many, tmp_path/"two", name, fields, 0, True))
+    one = train(tmp_path/"one", METHODS[name], **TWO, optim=optim).rec
     two = tiny(tmp_path/"two", METHODS[name], **fields).train()
     assert furthest(final(one.path), final(two.path)) < 1e-5
     np.testing.assert_array_equal(one.R, two.R)

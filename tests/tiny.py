@@ -51,6 +51,14 @@ def train(out, method="finetune", **fields) -> Held:
     return run
 
 
+def descend(mp):
+    "Plain gradient descent in AdamW's place: small differences stay small, and a wrong scale shows."
+    mp.setattr(torch.optim, "AdamW", lambda groups, **kw: torch.optim.SGD(groups))
+
+
+ONE = {"stream_args": {"tasks": TASKS[:1]}}
+
+
 def opened(out, method="finetune", **fields) -> Held:
     "A run whose net stands at the beginning of its first task."
     run = tiny(out, method, **fields)
