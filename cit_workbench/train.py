@@ -243,7 +243,8 @@ def train_task(self:Run, net:Net, task, w, state:dict):
 @patch
 def steps(self:Run, task, phase:Phase) -> int:
     "Optimiser steps of a phase."
-    return phase.steps if phase.steps is not None else max(1, round(phase.times*(self.opt.steps or math.ceil(task.n["train"]/self.opt.batch))))
+    if phase.steps is not None: return phase.steps
+    return max(1, round(phase.times*self.opt.steps)) if self.opt.steps else math.ceil(task.n["train"]/self.opt.batch)
 
 @patch
 def log(self:Run, w, net:Net, task, phase:Phase, s:int, got:dict):
