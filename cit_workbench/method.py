@@ -7,7 +7,7 @@ __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_method
            'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
 
 # %% ../nbs/05_method.ipynb #a1c06514
-import importlib, inspect, pkgutil, re
+import hashlib, importlib, inspect, os, pkgutil, re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -481,7 +481,7 @@ def hashed(text:str, # Any text
     "Signed hashed word n-grams (1 and 2) of a text."
     words = re.findall(r"\w+|[^\w\s]", text.lower()); v = np.zeros(d)
     for g in [*words, *map(" ".join, zip(words, words[1:]))]:
-        h = int.from_bytes(__import__("hashlib").blake2b(g.encode(), digest_size=8).digest(), "little"); v[h % d] += 1 if h >> 63 else -1
+        h = int.from_bytes(hashlib.blake2b(g.encode(), digest_size=8).digest(), "little"); v[h % d] += 1 if h >> 63 else -1
     return v/max(np.linalg.norm(v), 1e-12)
 
 @patch
@@ -503,5 +503,8 @@ def features(self:Net,
 @patch
 def carried(self:Net) -> int:
     "Bytes the method carries between tasks: its memory, the examples it refers to, and every inserted parameter that is frozen now."
-    size = lambda r: (lambda e: (np.asarray(e.image).nbytes if isinstance(e.image, np.ndarray) else 0 if e.image is None else __import__("os").path.getsize(e.image)) + len((e.question + e.answer).encode()))(self.find(r[0]).example("train", r[1]))
+    def size(ref):
+        e = self.example(ref[0], "train", ref[1])
+        image = 0 if e.image is None else e.image.nbytes if isinstance(e.image, np.ndarray) else os.path.getsize(e.image)
+        return image + len((e.question + e.answer).encode())
     return stored_bytes(self.method.mem, size) + sum(p.numel()*p.element_size() for n, p in self.own().items() if not p.requires_grad)

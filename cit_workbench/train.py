@@ -9,6 +9,7 @@ __all__ = ['Optim', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'recipe', 'git_sta
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
 import hashlib, inspect, json, math, os, platform, re, shutil, subprocess, sys, time, warnings
+from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +106,11 @@ class Run(Spec):
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #204110c2
+@lru_cache(maxsize=4)
+def _epoch(seed:int, name:str, e:int, n:int) -> np.ndarray: # [n]
+    "The order of a task's rows in one epoch, drawn once and not at every step."
+    return rng(seed, name, "epoch", e).permutation(n)
+
 def draw(seed:int, # Of the run
          task, # A `Task`
          batch:int, # Rows per step
@@ -112,8 +118,7 @@ def draw(seed:int, # Of the run
         ) -> list: # (task name, index) pairs
     "The rows of a step: epochs of permutations, each keyed by (seed, task, epoch)."
     n, at_ = task.n["train"], range(step*batch, (step + 1)*batch)
-    perms = {e: rng(seed, task.name, "epoch", e).permutation(n) for e in {k//n for k in at_}}
-    return [(task.name, int(perms[k//n][k % n])) for k in at_]
+    return [(task.name, int(_epoch(seed, task.name, k//n, n)[k % n])) for k in at_]
 
 def rate(step:int, # Step within the phase
          steps:int, # Steps of the phase
