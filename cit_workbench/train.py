@@ -29,6 +29,7 @@ from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
 from .record import Record, RecordWriter, differences
 from .stream import get_stream
+from .testbed import lock_of
 
 # %% ../nbs/06_train.ipynb #bcd86cbe
 @dataclass
@@ -70,6 +71,7 @@ class Spec:
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
     oracle: bool = False # Show the task label at test
+    tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
     out: str|None = None # Run folder; None: runs/<method>-<digest>
 
 # %% ../nbs/06_train.ipynb #1b695a70
@@ -101,7 +103,7 @@ class Run(Spec):
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
     def config(self) -> dict:
         "Everything that determines the result, by name."
-        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle")}
+        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
         return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self.tuning), "optim": asdict(self.opt), "compute": asdict(self.comp)})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
@@ -376,7 +378,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     return plain({"config": {**asked, "optim": o}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
-                  "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": None}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
+                  "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.stream, bb.hash)}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
 
 # %% ../nbs/06_train.ipynb #19264f45
