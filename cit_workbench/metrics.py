@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['average_accuracy', 'learning_accuracy', 'mean_average_accuracy', 'backward_transfer', 'forgetting',
            'forward_transfer', 'intransigence', 'learning_transfer', 'mean_instruction_following', 'ap_norm',
-           'caption_words', 'cider_scores', 'cider']
+           'order_means', 'Interval', 't_interval', 'Paired', 'paired', 'holm', 'Equivalence', 'tost', 'caption_words',
+           'cider_scores', 'cider']
 
 # %% ../nbs/08_metrics.ipynb #2806d0f3
 import math, re
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -123,6 +125,94 @@ def ap_norm(last, # [T], percent: scores after the last task
     T = np.size(last)
     s, c, one = (_vector(k, v, T) for k, v in (("last", last), ("chance", chance), ("single", single)))
     return float(np.mean((s - c)/np.where(one == c, np.nan, one - c)))
+
+# %% ../nbs/08_metrics.ipynb #0815abec
+def order_means(values:dict, # {(order, seed): value}
+               ) -> dict: # {order: mean over its seeds}
+    "One value per task order: the unit of every statistic below."
+    orders = dict.fromkeys(o for o, _ in values)
+    return {o: float(np.mean([v for (p, _), v in values.items() if p == o])) for o in orders}
+
+# %% ../nbs/08_metrics.ipynb #adb2665e
+class Interval(NamedTuple):
+    "A mean and its t-interval."
+    mean: float
+    low: float # NaN below two values
+    high: float
+
+def t_interval(x, # One value per unit, or {unit: value}
+               level:float=.95, # Coverage
+              ) -> Interval:
+    "The mean with its interval from Student's t distribution."
+    from scipy.stats import t
+    x = np.array([*x.values()] if isinstance(x, dict) else x, float); n = len(x)
+    if n < 2: return Interval(float(x.mean()) if n else math.nan, math.nan, math.nan)
+    half = t.ppf((1 + level)/2, n - 1)*x.std(ddof=1)/math.sqrt(n)
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+# %% ../nbs/08_metrics.ipynb #5fb79a37
+class Paired(NamedTuple):
+    "A mean difference a − b over units."
+    mean: float
+    low: float
+    high: float
+    p: float # Two-sided; NaN below two units
+    n: int
+
+def _differences(a, b) -> np.ndarray: # [n]
+    "a − b unit by unit; raises `CitError` when the units are not the same."
+    if isinstance(a, dict) and isinstance(b, dict):
+        if odd := sorted({*a} ^ {*b}, key=str):
+            raise CitError(f"values are paired by unit, and {odd[0]!r} is on one side only; keep what both have")
+        a, b = zip(*((a[k], b[k]) for k in a)) if a else ((), ())
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.ndim == 1 and a.shape == b.shape: return a - b
+    raise CitError(f"values are paired by unit, and the two sides have shapes {a.shape} and {b.shape}")
+
+def paired(a, b, # {order: value} each, or two arrays in the same order
+           level:float=.95, # Coverage of the interval
+          ) -> Paired:
+    "Mean of a − b with its t-interval and the p-value of the paired t-test."
+    d = _differences(a, b)
+    return Paired(*t_interval(d, level), _p_mean(d, "two-sided"), len(d))
+
+# %% ../nbs/08_metrics.ipynb #4c79a4ff
+def _p_mean(d, # One value per unit
+            side:str, # "two-sided", "greater" or "less"
+            than:float=0., # The mean under the null hypothesis
+           ) -> float: # NaN below two units
+    "p-value of the one-sample t-test; without spread 0, ½ or 1 as the mean lies."
+    from scipy.stats import t
+    d, n = np.asarray(d, float) - than, len(d)
+    if n < 2 or np.isnan(d).any(): return math.nan
+    m, se = d.mean(), d.std(ddof=1)/math.sqrt(n)
+    z = m/se if se else math.copysign(math.inf, m) if m else 0.
+    return float({"greater": t.sf(z, n - 1), "less": t.cdf(z, n - 1), "two-sided": 2*t.sf(abs(z), n - 1)}[side])
+
+# %% ../nbs/08_metrics.ipynb #bdb0f27e
+def holm(ps, # {name: p}, or a list
+        ): # The same, adjusted
+    "Holm's step-down adjustment of the p-values of one family."
+    if not isinstance(ps, dict): return [*holm(dict(enumerate(ps))).values()]
+    out, worst, known = dict(ps), 0., sorted((k for k in ps if ps[k] == ps[k]), key=ps.get)
+    for i, k in enumerate(known): out[k] = worst = max(worst, min(1., ps[k]*(len(known) - i)))
+    return out
+
+# %% ../nbs/08_metrics.ipynb #6b42fdcc
+class Equivalence(NamedTuple):
+    "Whether the mean difference a − b lies within ±margin."
+    p: float # The larger of the two one-sided p-values
+    verdict: str # "equivalent" or "not shown"
+
+def tost(a, b, # {order: value} each, or two arrays in the same order
+         margin:float, # The largest difference that does not matter, in the unit of the values
+         level:float=.95, # 1 − the allowed chance of a false claim
+        ) -> Equivalence:
+    "Two one-sided paired t-tests."
+    if not margin > 0: raise CitError(f"margin is {margin}, but must be above 0: the largest difference of no interest")
+    d = _differences(a, b)
+    p = max(_p_mean(d, "greater", -margin), _p_mean(d, "less", margin))
+    return Equivalence(p, "equivalent" if p < 1 - level else "not shown")
 
 # %% ../nbs/08_metrics.ipynb #b2fe0b6a
 def caption_words(text:str) -> list: # Lower-case words without punctuation
