@@ -15,8 +15,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import CitError, append_jsonl, canonical, one_of, plain, read_json, write_atomic
-from .metrics import (ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
-                                   learning_accuracy, mean_average_accuracy, mean_instruction_following)
+from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
+                                   holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
+                                   order_means, paired, t_interval, tost)
 
 # %% ../nbs/09_record.ipynb #cce18152
 class Lines:
@@ -275,6 +276,11 @@ def _cost(self:Record) -> dict:
     return {**{k: end.get(k, 0) for k in ("trainable", "stored_bytes", "extra_forwards")}, "seconds": self.seconds(),
             "train_seconds": self.seconds("train"), "evaluate_seconds": self.seconds("evaluate")}
 
+@patch(as_prop=True)
+def leaks(self:Record) -> list: # Names, sorted
+    "What the method says it is told, and what it was seen to use."
+    return sorted({*(self.run.get("leaks") or []), *(o for e in self.events("end") for o in e.get("observed") or [])})
+
 @patch
 def summary(self:Record) -> dict:
     "Every metric, cost and leak of the run, from run.json, events and clock."
@@ -285,7 +291,7 @@ def summary(self:Record) -> dict:
     said = {k: self.config.get(k) for k in ("method", "stream", "backbone", "seed", "order", "protocol")}
     return {**said, "finished": self.finished, **self._scores(), **means,
             "cider": _mean(_last(self.matrix("cider"))) if captions else float("nan"),
-            **self._cost(), "leaks": sorted({*(self.run.get("leaks") or []), *(o for e in self.events("end") for o in e.get("observed") or [])})}
+            **self._cost(), "leaks": self.leaks}
 
 @patch(as_prop=True)
 def finished(self:Record) -> bool: return self.result is not None
@@ -412,75 +418,98 @@ def _is_packed(path:Path) -> bool:
     return b'"kind":"run"' in first and first.startswith(b"{") and first.endswith(b"\n")
 
 # %% ../nbs/09_record.ipynb #5fdaecac
-def _args_of(rec) -> dict: return dict(rec.config.get("method_args") or {})
+def _leaves(d:dict, at:str="") -> dict: # {dotted name: value}
+    "The values of nested tables."
+    out = {}
+    for k, v in d.items(): out |= _leaves(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": v}
+    return out
+
+def _setting(rec) -> dict: # {dotted name: value}
+    "What may differ between runs of one method in one protocol, besides task order and seed."
+    c = rec.config; optim = c.get("optim") or {}
+    code = {"code": c["method_code"][:6]} if c.get("method_code") else {}
+    kept = {k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
+    return _leaves(c.get("method_args") or {}) | kept | code
 
 def _labels(records:list) -> list:
-    "Method names; where one method occurs with several arguments, with those that differ."
-    args = defaultdict(list)
-    for r in records: args[r.config.get("method")].append(_args_of(r))
+    "Method names; where one method occurs in several settings, with what differs."
+    by = defaultdict(list)
+    for r in records: by[r.config.get("method")].append(_setting(r))
     def label(r):
-        m, mine = r.config.get("method"), _args_of(r)
-        odd = [k for k in sorted({k for a in args[m] for k in a}) if any(a.get(k) != mine.get(k) for a in args[m])]
-        return f"{m}({', '.join(f'{k}={mine.get(k)}' for k in odd)})" if odd else str(m)
+        m, mine = r.config.get("method"), _setting(r)
+        odd = [k for k in sorted({k for a in by[m] for k in a}) if any(a.get(k) != mine.get(k) for a in by[m])]
+        last = [k.split(".")[-1] for k in odd]
+        said = [f"{s if last.count(s) == 1 else k}={_value(mine.get(k))}" for k, s in zip(odd, last)]
+        return f"{m}({', '.join(said)})" if odd else str(m)
     return [label(r) for r in records]
 
+def _value(v) -> str: return f"{v:g}" if isinstance(v, float) else str(v)
+
 # %% ../nbs/09_record.ipynb #5bae40c6
-_table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1),
-          "forgetting": ("forgetting", 1), "mean_instruction_following": ("valid", 1), "content": ("content", 1),
-          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "trainable": ("trainable", 0),
-          "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
+def _scale(rec) -> tuple: # Equal for runs whose scores have one scale
+    "Stream and protocol, whatever is trained and whether the task's label is shown."
+    fields = rec.run.get("protocol_fields") or {"protocol": rec.run.get("protocol")}
+    return rec.config.get("stream"), canonical({k: v for k, v in fields.items() if k not in ("trained", "oracle")})
 
 def _norms(records:list) -> list:
-    "AP_norm of each record of one protocol; NaN without a `single` run on the same stream or without chance scores."
-    own = defaultdict(lambda: defaultdict(list)) # {stream: {task: scores of a model of its own}}
+    "AP_norm of each record; NaN without a `single` run of the same scale or without chance scores."
+    own = defaultdict(lambda: defaultdict(list)) # {scale: {task: scores of a model of its own}}
     for r in records:
         if r.config.get("method") == "single" and len(C := r.core()) == C.shape[1]:
-            for i, x in zip(r.of("stream"), C.diagonal()): own[r.config.get("stream")][r.columns[i][0]].append(x)
+            for i, x in zip(r.of("stream"), C.diagonal()): own[_scale(r)][r.columns[i][0]].append(x)
     def one(r):
-        at, chance, alone = r.of("stream"), r.run.get("chance") or {}, own[r.config.get("stream")]
+        at, chance, alone = r.of("stream"), r.run.get("chance") or {}, own[_scale(r)]
         names = [r.columns[i][0] for i in at]
         return ap_norm(_last(r.R)[at], [chance.get(n, np.nan) for n in names], [_mean(alone[n]) for n in names])
     return [one(r) for r in records]
 
 # %% ../nbs/09_record.ipynb #d9a571e7
-class Table:
-    "Rows of numbers in blocks; prints as Markdown and as text."
-    def __init__(self, rows:list, # One dict per line: block, method, runs, then mean and NAME_sd for each metric
-                 notes:list=(), # Sentences below the table
-                ): self.rows, self.notes = list(rows), list(notes)
+_table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1),
+          "forgetting": ("forgetting", 1), "mean_instruction_following": ("valid", 1), "content": ("content", 1),
+          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "trainable": ("trainable", 0),
+          "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
+_ranked = {k: -1 if k == "forgetting" else 1 for k, (_, digits) in _table.items() if digits} # Sign of better
+_enough = 3 # Task orders for an interval
 
-    def _cells(self, keys, r) -> list:
-        def cell(k):
-            m, sd, d = r[k], r.get(f"{k}_sd"), _table[k][1]
-            mean = f"{m:,.0f}" if d == 0 and m == m else _number(m, d)
-            return mean + (f" ± {sd:.{d}f}" if d and sd is not None and sd == sd else "")
-        return [r["method"], str(r["runs"]), *map(cell, keys)]
+def _order(rec) -> str: return " ".join(rec.columns[i][0] for i in rec.of("stream"))
 
-    def _render(self, table, bold) -> str:
-        "Blocks of a table, by the function that draws one."
-        keys = [k for k in _table if any(r[k] == r[k] for r in self.rows)]
-        head, parts = ["method", "runs", *(_table[k][0] for k in keys)], []
-        for block in dict.fromkeys(r["block"] for r in self.rows):
-            body = table(head, [self._cells(keys, r) for r in self.rows if r["block"] == block])
-            parts.append(f"{bold}{block}{bold}\n\n{body}" if block else body)
-        return "\n\n".join([*parts, *self.notes])
-
-    def __str__(self): return self._render(text_table, "")
-    def _repr_markdown_(self): return self._render(markdown_table, "**")
-    __repr__ = __str__
-
-    def frame(self): # pandas.DataFrame
-        return importlib.import_module("pandas").DataFrame(self.rows)
+def _line(runs:list, # (record, its AP_norm) of one setting
+         ) -> dict:
+    "Order means of each metric (`units`), their mean and interval, and over how many orders, seeds and runs."
+    scores = [{**r.summary(), "ap_norm": x} for r, x in runs]
+    units = {k: order_means({(_order(r), i): s[k] for i, ((r, _), s) in enumerate(zip(runs, scores))}) for k in _table}
+    seeds = [len({r.config.get("seed") for r, _ in runs if _order(r) == o}) for o in units["seconds"]]
+    out = {"orders": len(seeds), "seeds": "–".join(map(str, dict.fromkeys((min(seeds), max(seeds))))), "runs": len(runs)}
+    for k, u in units.items():
+        mean, low, high = t_interval(u)
+        out |= {k: mean} | ({f"{k}_low": low, f"{k}_high": high} if k in _ranked and len(u) >= _enough else {})
+    return {**out, "units": units}
 
 # %% ../nbs/09_record.ipynb #c295fc04
+def _tuned(rec) -> str:
+    "Where a run's fields come from, in words."
+    t = rec.config.get("tuned_on") or {}
+    old = ", with validation data of old tasks" if t.get("old_val") else ""
+    return f"tuned on {t.get('stream')}, {t.get('trials')} trials{old}" if t else "tuning not recorded"
+
+def _saw_old(rec) -> bool:
+    "Was validation data of old tasks used?"
+    return bool((rec.config.get("tuned_on") or {}).get("old_val")) or "val_of_old_tasks" in rec.leaks
+
+def _bound(rec) -> bool:
+    "Is it a bound rather than a competitor?"
+    untrained = bool(rec.events("end")) and not rec._cost()["trainable"]
+    return rec.config.get("method") == "single" or len(rec.rows) <= len(rec.of("stream")) or untrained
+
 def _blocks(records:list) -> dict: # {heading: records}
-    "Records by protocol; the heading names the fields in which protocols differ."
+    "Records by protocol, those that saw old tasks' validation data apart; the heading names what differs."
     groups = defaultdict(list)
-    for r in records: groups[r.run.get("protocol")].append(r)
-    fields = {p: rs[0].run.get("protocol_fields") or {} for p, rs in groups.items()}
+    for r in records: groups[_saw_old(r), r.run.get("protocol")].append(r)
+    fields = {p: rs[0].run.get("protocol_fields") or {} for (_, p), rs in groups.items()}
     odd = sorted({name for f in fields.values() for name, *_ in differences(next(iter(fields.values())), f)})
-    of = lambda f: ", ".join(f"{n} = {str(_at(f, n))[:40]}" for n in odd)
-    return {("" if len(groups) == 1 else f"protocol {p}: {of(fields[p])}"): rs for p, rs in groups.items()}
+    said = lambda p: f"protocol {p}: " + ", ".join(f"{n} = {str(_at(fields[p], n))[:40]}" for n in odd)
+    head = lambda old, p: "; ".join([said(p)]*(len(fields) > 1) + ["used validation data of old tasks: not ranked"]*old)
+    return {head(*key): groups[key] for key in sorted(groups, key=lambda k: k[0])}
 
 def _at(fields, name:str):
     "A nested field by its dotted name; a key may hold dots itself."
@@ -488,30 +517,193 @@ def _at(fields, name:str):
     head = next((k for k in fields if name.startswith(f"{k}.")), None)
     return _at(fields[head], name[len(head)+1:]) if head else None
 
-def _line(block:str, label:str, summaries:list) -> dict:
-    "Mean and sample standard deviation of each metric over runs."
-    mean = {k: float(np.mean([s[k] for s in summaries])) for k in _table}
-    sd = {f"{k}_sd": float(np.std([s[k] for s in summaries], ddof=1)) for k in _table if len(summaries) > 1}
-    return {"block": block, "method": label, "runs": len(summaries), **mean, **sd}
-
 # %% ../nbs/09_record.ipynb #bc095d55
+def _versus(a:dict, b:dict, # Lines
+            k:str) -> Paired:
+    "The paired difference a − b of a metric over the orders both have; no interval below three."
+    both = [o for o in a["units"][k] if o in b["units"][k]]
+    d = paired(*({o: r["units"][k][o] for o in both} for r in (a, b)))
+    return d if d.n >= _enough else Paired(d.mean, np.nan, np.nan, np.nan, d.n)
+
+def _best(lines:list) -> set: # (position, metric)
+    "What leads its block by more than chance."
+    out = set()
+    for k, sign in _ranked.items():
+        able = [i for i, r in enumerate(lines) if r["ranked"] and r[k] == r[k]]
+        first, second = [*sorted(able, key=lambda i: -sign*lines[i][k]), None, None][:2]
+        if second is None: continue
+        d = _versus(lines[first], lines[second], k)
+        if min(sign*d.low, sign*d.high) > 0: out.add((first, k))
+    return out
+
+# %% ../nbs/09_record.ipynb #95440d74
+class Table:
+    "Lines of numbers in blocks; prints as Markdown and as text."
+    def __init__(self, rows:list, # One dict per line: block, method, ranked, and what `_line` gives
+                 notes:list=(), # Sentences below the table
+                 columns:dict|None=None, # {key: (heading, digits)}
+                ): self.rows, self.notes, self.columns = list(rows), list(notes), columns or _table
+
+    @property
+    def keys(self) -> list: # Of the columns that hold a number
+        return [k for k in self.columns if any(r.get(k, np.nan) == r.get(k, np.nan) for r in self.rows)]
+
+    def _cell(self, r:dict, k:str) -> str:
+        "A mean, with half its interval where there is one."
+        m, high, digits = r.get(k, np.nan), r.get(f"{k}_high", np.nan), self.columns[k][1]
+        if k in ("p", "p_equivalent") and m < .001: return "<0.001"
+        said = f"{m:,.0f}" if digits == 0 and m == m else _number(m, digits)
+        return (said + (f" ± {high - m:.{digits}f}" if high == high else "")).replace("-", "−")
+
+    def _parts(self, strong, say=str) -> list: # (heading, lines of cells)
+        "The blocks as strings; `strong` marks the best, `say` writes a string in the language of the table."
+        out = []
+        for block in dict.fromkeys(r["block"] for r in self.rows):
+            lines = [r for r in self.rows if r["block"] == block]; best = _best(lines)
+            cell = lambda i, r, k: strong(say(self._cell(r, k))) if (i, k) in best else say(self._cell(r, k))
+            name = lambda r: say(" ".join([r["method"], *([f"[{r['mark']}]"] if r.get("mark") else [])]))
+            out.append((say(block), [[name(r), str(r["orders"]), say(r["seeds"]), *(cell(i, r, k) for k in self.keys)]
+                                     for i, r in enumerate(lines)]))
+        return out
+
+    @property
+    def head(self) -> list: return ["method", "orders", "seeds", *(self.columns[k][0] for k in self.keys)]
+
+# %% ../nbs/09_record.ipynb #5b8bd162
+@patch
+def _render(self:Table, draw, strong, title:str) -> str:
+    "Blocks below each other, each with its head."
+    return "\n\n".join([*(f"{title}{b}{title}\n\n{draw(self.head, rows)}" if b else draw(self.head, rows)
+                          for b, rows in self._parts(strong)), *self.notes])
+
+@patch
+def text(self:Table) -> str: return self._render(text_table, lambda s: f"*{s}", "")
+@patch
+def markdown(self:Table) -> str: return self._render(markdown_table, lambda s: f"**{s}**", "**")
+@patch
+def __str__(self:Table) -> str: return self.text()
+@patch
+def __repr__(self:Table) -> str: return self.text()
+@patch
+def _repr_markdown_(self:Table) -> str: return self.markdown()
+
+@patch
+def frame(self:Table): # pandas.DataFrame
+    "The numbers, unrounded."
+    return importlib.import_module("pandas").DataFrame([{k: v for k, v in r.items() if k != "units"} for r in self.rows])
+
+@patch
+def csv(self:Table) -> str: return self.frame().to_csv(index=False)
+
+# %% ../nbs/09_record.ipynb #b8e316f1
+_tex = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+                      "−": "$-$", "·": "--", "–": "--", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "&%$#_{}"}})
+
+@patch
+def latex(self:Table) -> str:
+    "A booktabs table; bold only what leads its block by more than chance."
+    say, n, rule = lambda s: s.translate(_tex), len(self.head), r"\midrule"
+    wide = lambda s: rf"\multicolumn{{{n}}}{{p{{.95\linewidth}}}}{{{s}}} \\"
+    out = [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r'*(n-1)}}}", r"\toprule",
+           " & ".join(map(say, self.head)) + r" \\"]
+    for block, rows in self._parts(lambda s: rf"\textbf{{{s}}}", say):
+        out += [rule, *([wide(rf"\emph{{{block}}}")] if block else []), *(" & ".join(r) + r" \\" for r in rows)]
+    notes = [wide(rf"\footnotesize {say(s)}") for s in self.notes]
+    return "\n".join([*out, r"\bottomrule", *notes, r"\end{tabular}"])
+
+# %% ../nbs/09_record.ipynb #922bdae9
+def _notes(rows:list, singles:set) -> list:
+    "What a reader must know about the lines of a table."
+    said, names = [], lambda rs: ", ".join(dict.fromkeys(r["method"] for r in rs))
+    if any(r["orders"] >= _enough for r in rows):
+        said.append("± is half of the 95 % t-interval over task orders, seeds of an order averaged first.")
+    few = [f"{names(rs)} (n = {n})" for n in range(1, _enough) if (rs := [r for r in rows if r["orders"] == n])]
+    if few: said.append(f"No interval for {'; '.join(few)}: it needs at least {_enough} task orders.")
+    if any(_best(rs) for rs in _by_block(rows)):
+        said.append("Marked as best: the paired 95 % interval against the runner-up of the block excludes 0.")
+    if bounds := [r for r in rows if r["bound"]]: said.append(f"Bounds, not ranked: {names(bounds)}.")
+    if len(singles) > 1: said.append(f"AP norm takes the mean of {len(singles)} settings of single as its scale.")
+    if len({r["tuned"] for r in rows}) > 1: said += dict.fromkeys(f"[{r['mark']}] {r['tuned']}." for r in rows)
+    return said + [f"All {r['tuned']}." for r in rows[:1] if not r["mark"] and r["tuned"].startswith("tuned")]
+
+def _by_block(rows:list) -> list: # Lists of lines
+    return [[r for r in rows if r["block"] == b] for b in dict.fromkeys(r["block"] for r in rows)]
+
+# %% ../nbs/09_record.ipynb #e13e40dc
 def table(records, # Records, or where to find them
           keep=(), # "unfinished", "interactive": runs to show although they are usually left out
          ) -> Table:
-    "One line per method and arguments, in blocks of equal protocol."
+    "One line per method and setting, in blocks of equal protocol."
     records = find_runs(records)
     out = {"unfinished": lambda r: not r.finished, "interactive": lambda r: bool(r.run.get("interactive"))}
     left = {r.path: w for r in records for w, test in out.items() if w not in keep and test(r)}
     records = [r for r in records if r.path not in left]
-    names, rows = dict(zip([r.path for r in records], _labels(records))), []
+    names, norms = (dict(zip([r.path for r in records], f(records))) for f in (_labels, _norms))
+    kinds = [*dict.fromkeys(map(_tuned, records))]
+    rows, marks = [], dict(zip(kinds, "abcdefghijklmnopqrstuvwxyz")) if len(kinds) > 1 else {}
     for block, rs in _blocks(records).items():
         lines = defaultdict(list)
-        for r, n in zip(rs, _norms(rs)):
-            lines[r.config.get("stream"), names[r.path]].append({**r.summary(), "ap_norm": n})
-        many = len({s for s, _ in lines}) > 1
-        rows += [_line(block, f"{label} on {stream}" if many else label, ss) for (stream, label), ss in lines.items()]
+        for r in rs:
+            key = r.config.get("stream"), names[r.path], _tuned(r)
+            lines[key].append((r, norms[r.path]))
+        many = len({s for s, *_ in lines}) > 1
+        for (stream, label, tuned), each in lines.items():
+            bound = all(_bound(r) for r, _ in each)
+            rows.append({"block": block, "method": f"{label} on {stream}" if many else label, "tuned": tuned,
+                         "mark": marks.get(tuned), "bound": bound, "ranked": not (bound or _saw_old(each[0][0])),
+                         "name": each[0][0].config.get("method"), **_line(each)})
+    singles = {canonical([_scale(r), _setting(r)]) for r in records if r.config.get("method") == "single"}
     why = ", ".join(f"{list(left.values()).count(w)} {w}" for w in out if w in left.values())
-    return Table(rows, [f"Left out: {why}."] if left else [])
+    return Table(rows, [*_notes(rows, singles), *([f"Left out: {why}."] if left else [])])
+
+# %% ../nbs/09_record.ipynb #d1549e1b
+def _named(lines:list, # Of one block
+           method:str, # A method, or the label of a line
+          ) -> dict|None:
+    "The line that is meant; raises `CitError` where several are."
+    found = [r for r in lines if r["method"] == method] or [r for r in lines if r["name"] == method]
+    if len(found) < 2: return found[0] if found else None
+    raise CitError(f"{method!r} is the method of {len(found)} lines; name one: {', '.join(r['method'] for r in found)}")
+
+@patch
+def against(self:Table, method:str, # A method of the table, or the label of one of its lines
+            metric:str="", # Key of a column; default: AP norm, or AP where that was not measured
+            margin:float|None=None, # The largest difference that does not matter: tests equivalence, too
+           ) -> "Table":
+    "The table with paired differences to one of its lines, Holm-adjusted within each block."
+    k = one_of("metric", metric or next((k for k in _ranked if k in self.keys), ""), _ranked)
+    rows = [dict(r) for r in self.rows]
+    if not any(_named(lines, method) for lines in _by_block(rows)):
+        one_of("method of the table", method, [r["method"] for r in rows])
+    for lines in _by_block(rows):
+        if (base := _named(lines, method)) is None: continue
+        rest = [r for r in lines if r is not base]
+        for r in rest: r |= _difference(r, base, k, margin)
+        for p in ("p", "p_equivalent"):
+            for r, x in zip(rest, holm([r[p] for r in rest])): r[p] = x
+    return Table(rows, [*self.notes, _said_p(k, margin)], _widened(self.columns, method, k, margin))
+
+# %% ../nbs/09_record.ipynb #01c17817
+def _difference(r:dict, base:dict, k:str, margin) -> dict:
+    "What one comparison adds to a line."
+    both = [o for o in r["units"][k] if o in base["units"][k]]
+    a, b = ({o: x["units"][k][o] for o in both} for x in (r, base))
+    d = _versus(r, base, k)
+    same = tost(a, b, margin).p if margin is not None and d.n >= _enough else np.nan
+    return {"difference": d.mean, "difference_low": d.low, "difference_high": d.high, "p": d.p, "p_equivalent": same}
+
+def _widened(columns:dict, method:str, k:str, margin) -> dict: # {key: (heading, digits)}
+    "The columns with the differences right of the metric."
+    title, digits = columns[k]; out = {}
+    more = {"difference": (f"{title} − {method}'s", digits), "p": ("p", 3)}
+    if margin is not None: more["p_equivalent"] = (f"p (within ±{margin:g})", 3)
+    for c, v in columns.items(): out |= {c: v} | (more if c == k else {})
+    return out
+
+def _said_p(k:str, margin) -> str:
+    "The footnote of the differences."
+    how = " and two one-sided tests" if margin is not None else ""
+    return f"p: paired t-test{how} on the order means of {_table[k][0]}, Holm-adjusted over the comparisons of a block."
 
 # %% ../nbs/09_record.ipynb #7f903bf7
 _metrics = (*list(_table)[1:], "backward_transfer", "forward_transfer", "mean_average_accuracy")
