@@ -479,7 +479,8 @@ def _line(runs:list, # (record, its AP_norm) of one setting
     scores = [{**r.summary(), "ap_norm": x} for r, x in runs]
     units = {k: order_means({(_order(r), i): s[k] for i, ((r, _), s) in enumerate(zip(runs, scores))}) for k in _table}
     seeds = [len({r.config.get("seed") for r, _ in runs if _order(r) == o}) for o in units["seconds"]]
-    out = {"orders": len(seeds), "seeds": "–".join(map(str, dict.fromkeys((min(seeds), max(seeds))))), "runs": len(runs)}
+    said = str(seeds[0]) if len({*seeds}) == 1 else f"{min(seeds)}–{max(seeds)}"
+    out = {"orders": len(seeds), "seeds": said, "runs": len(runs)}
     for k, u in units.items():
         mean, low, high = t_interval(u)
         out |= {k: mean} | ({f"{k}_low": low, f"{k}_high": high} if k in _ranked and len(u) >= _enough else {})
@@ -544,6 +545,9 @@ class Table:
                  columns:dict|None=None, # {key: (heading, digits)}
                 ): self.rows, self.notes, self.columns = list(rows), list(notes), columns or _table
 
+    def __repr__(self): return self.text()
+    def _repr_markdown_(self): return self.markdown()
+
     @property
     def keys(self) -> list: # Of the columns that hold a number
         return [k for k in self.columns if any(r.get(k, np.nan) == r.get(k, np.nan) for r in self.rows)]
@@ -581,16 +585,10 @@ def text(self:Table) -> str: return self._render(text_table, lambda s: f"*{s}", 
 @patch
 def markdown(self:Table) -> str: return self._render(markdown_table, lambda s: f"**{s}**", "**")
 @patch
-def __str__(self:Table) -> str: return self.text()
-@patch
-def __repr__(self:Table) -> str: return self.text()
-@patch
-def _repr_markdown_(self:Table) -> str: return self.markdown()
-
-@patch
 def frame(self:Table): # pandas.DataFrame
     "The numbers, unrounded."
-    return importlib.import_module("pandas").DataFrame([{k: v for k, v in r.items() if k != "units"} for r in self.rows])
+    lines = [{k: v for k, v in r.items() if k != "units"} for r in self.rows]
+    return importlib.import_module("pandas").DataFrame(lines)
 
 @patch
 def csv(self:Table) -> str: return self.frame().to_csv(index=False)
