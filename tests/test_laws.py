@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import ARGS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
-from cit_workbench.adapt import Tune, linears
+from cit_workbench.adapt import Tune, fused, linears
 from cit_workbench.backbone import Backbone, at, get_backbone
 from cit_workbench.core import CitError, rng, seed_of
 from cit_workbench.memory import split_tree
@@ -53,7 +53,7 @@ def bare_loop():
     "Sequential tuning with nothing of the workbench around it but the rows, the forward and the keys of its draws."
     bb, stream = get_backbone("tiny-instruct"), get_stream("shapes", **SPEC["stream_args"])
     torch.manual_seed(seed_of(0, "lora"))
-    get_peft_model(bb.model, LoraConfig(r=8, lora_alpha=16., target_modules=SOME, task_type="CAUSAL_LM"))
+    fused(get_peft_model(bb.model, LoraConfig(r=8, lora_alpha=16., target_modules=SOME, task_type="CAUSAL_LM")))
     params = [p for p in bb.model.parameters() if p.requires_grad]
     bb.model.train()
     for task in stream:
