@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from tiny import ARGS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
 from cit_workbench.adapt import Tune, fused, linears
 from cit_workbench.backbone import Backbone, at, get_backbone
+from cit_workbench.checkpoint import read_checkpoint
 from cit_workbench.core import CitError, rng, seed_of
 from cit_workbench.memory import split_tree
 from cit_workbench.method import Method, all_methods, get_method, overrides
@@ -381,7 +381,7 @@ def test_9_drift_falls_with_strength(tmp_path, monkeypatch, variant):
     for k in range(4):
         run = train(tmp_path/str(k), "ewc", method_args={"lam": lam, "variant": variant, "n": 48},
                     stream_args={"tasks": TASKS[:2]}, optim={"lr": lr, "clip": 0., "steps": 5})
-        mem = load_file(run.folder/"checkpoints"/"001-z-end"/"mem.safetensors")
+        mem = read_checkpoint(run.folder/"checkpoints"/"001-z-end")["tensors"]
         F = {n: mem[f"/fisher/{n}"] for n in run.net.params}
         d = {n: (p.detach() - mem[f"/anchor/{n}"])[F[n] > 0] for n, p in run.net.params.items()}
         drifts.append([sum(float((F[n][F[n] > 0]**power*d[n]**2).sum()) for n in d) for power in (0, 1)])

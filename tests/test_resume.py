@@ -1,20 +1,21 @@
 "Killed anywhere and resumed, a run ends in the bits of one that never stopped; what is damaged is refused by name."
+import errno
 import os
+import resource
 import shutil
-import signal
-import time
+import tempfile
 import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import PeftModel
+from kills import few, methods
 from test_probes import Keys
-from tiny import TASKS, Held, same_files, tiny, train
+from tiny import TASKS, Held, differing, same_files, tiny, train
 
+from cit_workbench.checkpoint import checkpoints
 from cit_workbench.core import CitError, assets
-from cit_workbench.method import Method, all_methods, get_method
-from cit_workbench.record import Record, RecordWriter
+from cit_workbench.method import Method, get_method, method_class
 from cit_workbench.train import resume
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5}}
@@ -24,15 +25,13 @@ FULL = "er+ewc"
 class Stop(BaseException): "Somebody pulls the plug."
 
 
-def unplug(mp, owner, hook, nth, how="raise"):
+def unplug(mp, owner, hook, nth):
     "Stop at the `nth` call of a function, before it does what it should."
     f, calls = getattr(owner, hook), []
 
     def g(*args, **kw):
         calls.append(1)
-        if len(calls) == nth:
-            if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
-            raise Stop
+        if len(calls) == nth: raise Stop
         return f(*args, **kw)
     mp.setattr(owner, hook, g)
 
@@ -63,34 +62,24 @@ def stopped(out, method, hook, nth, owner=Held, **fields):
     assert not (out/"result.json").exists()
 
 
-PLACES = [*[(Held, "one_step", n) for n in (1, 4, 6, 10)], *[(Held, "row", n) for n in (1, 3)], (Held, "save", 3),
-          (PeftModel, "save_pretrained", 1), (os, "replace", 40), (RecordWriter, "event", 5),
-          (RecordWriter, "answers", 14), (RecordWriter, "finish", 1)]
+# Killed
+
+def test_twenty_kills_over_all_methods(tmp_path, fork):
+    "Sixteen exits at named places and four SIGKILLs; `make kills` does more than five hundred."
+    kills, differ = fork(few, tmp_path, 16, 4)
+    assert not differ
+    assert len(kills) == 20 and sum(place == "SIGKILL from outside" for place, _ in kills) == 4
+    assert {name for _, name in kills} == {*methods()}
 
 
-@pytest.mark.parametrize("owner, hook, nth", PLACES, ids=[f"{o.__name__}.{h}-{n}" for o, h, n in PLACES])
-def test_stopped_and_resumed(tmp_path, whole, owner, hook, nth):
+@pytest.mark.parametrize("owner, hook, nth", [(Held, "row", 3), (os, "replace", 40)], ids=["row", "rename"])
+def test_a_resume_that_lost_nothing_says_nothing(tmp_path, whole, owner, hook, nth):
     stopped(tmp_path/"run", FULL, hook, nth, owner)
     torch.manual_seed(nth)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run = train(tmp_path/"run", FULL, **TWO)
-    same_files(run.folder, whole(FULL))
-    kept = [sorted(p.name for p in folder.glob("checkpoints/*")) for folder in (run.folder, whole(FULL))]
-    assert run.rec.finished and kept[0] == kept[1]
-
-
-@pytest.mark.parametrize("name", [n for n in all_methods() if n != "zero_shot"])
-def test_every_method_resumes_inside_its_last_task(tmp_path, whole, name):
-    stopped(tmp_path/"run", name, "one_step", 9)
-    same_files(train(tmp_path/"run", name, **TWO).folder, whole(name))
-
-
-def test_stopped_again_and_again(tmp_path, whole):
-    for nth in (3, 3, 3, 3, 3):
-        try: stopped(tmp_path/"run", FULL, "one_step", nth)
-        except pytest.fail.Exception: break
-    same_files(train(tmp_path/"run", FULL, **TWO).folder, whole(FULL))
+    assert run.rec.finished and differing(run.folder, whole(FULL)) == []
 
 
 @pytest.mark.parametrize("nth", [3, 4, 11])
@@ -101,32 +90,27 @@ def test_resumed_inside_a_phase(tmp_path, whole, nth):
     same_files(train(tmp_path/"run", Keys, **(TWO | tune)).folder, whole(Keys, **tune))
 
 
-def killed(out, owner, hook, nth):
-    with pytest.MonkeyPatch.context() as mp:
-        unplug(mp, {"run": Held, "os": os}[owner], hook, nth, "kill")
-        train(out, FULL, **TWO)
+@pytest.mark.parametrize("hook, steps", [("begin", 5), ("end", 0)])
+def test_a_kill_inside_a_hook_repeats_the_hook_alone(tmp_path, monkeypatch, hook, steps):
+    "Without checkpoints between steps: the last task is trained once more only if its `begin` was not over."
+    seldom = {"compute": {"save_every": 0}}
+    stopped(tmp_path/"run", "ewc", hook, 2, method_class("ewc"), **seldom)
+    calls, step = [], Held.one_step
+    monkeypatch.setattr(Held, "one_step", lambda *args: calls.append(1) or step(*args))
+    run = train(tmp_path/"run", "ewc", **(TWO | seldom))
+    assert len(calls) == steps
+    assert differing(run.folder, train(tmp_path/"whole", "ewc", **(TWO | seldom)).folder) == []
 
 
-@pytest.mark.parametrize("owner, hook, nth", [("run", "one_step", 5), ("run", "row", 2), ("os", "fsync", 40)])
-def test_sigkill(tmp_path, whole, fork, owner, hook, nth):
-    assert fork(killed, tmp_path/"run", owner, hook, nth) == -signal.SIGKILL
-    assert fork(trained, tmp_path/"run") and Record(tmp_path/"run").finished
-    same_files(tmp_path/"run", whole(FULL))
-
-
-def trained(out): return train(out, FULL, **TWO).rec.finished
-
-
-def test_sigkill_at_any_moment(tmp_path, whole, fork):
-    "The process is killed from outside, after some seconds of work, three times."
-    out = tmp_path/"run"
-    for events in (2, 5, 9):
-        p, _ = fork.start(trained, out)
-        log = out/"events.jsonl"
-        while p.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= events): time.sleep(.005)
-        os.kill(p.pid, signal.SIGKILL)
-        p.join()
-    same_files(train(out, FULL, **TWO).folder, whole(FULL))
+def test_an_unchanged_memory_is_written_once(tmp_path, monkeypatch):
+    from cit_workbench import checkpoint
+    written, write = [], checkpoint.write_atomic
+    monkeypatch.setattr(checkpoint, "write_atomic", lambda path, data: written.append(path) or write(path, data))
+    run = train(tmp_path/"run", "ewc", **TWO)
+    mems = [p.name for p in written if p.name.startswith("mem-")]
+    states = [p for p in written if p.name == "state.json"]
+    assert len(mems) == len({*mems}) == 3 and len(states) == 8
+    assert {p.name for p in (run.folder/"checkpoints").glob("mem-*")} == {*mems[1:]}
 
 
 # Damage
@@ -136,11 +120,12 @@ def broken_off(tmp_path_factory):
     "A run stopped in the middle of its second task."
     out = tmp_path_factory.mktemp("broken")/"run"
     stopped(out, FULL, "one_step", 10)
-    assert [p.name for p in sorted(out.glob("checkpoints/*"))] == ["001-z-end", "002-0-0000002", "002-0-0000004"]
+    assert [p.name for p in checkpoints(out/"checkpoints")] == ["001-z-end", "002-00-0000002", "002-00-0000004"]
     return out
 
 
 def flip(f):
+    "One bit, in the middle."
     data = bytearray(f.read_bytes())
     data[len(data)//2] ^= 1
     f.write_bytes(data)
@@ -150,17 +135,28 @@ def cut(f): f.write_bytes(f.read_bytes()[:-1])
 def lose(f): f.unlink()
 
 
-FILES = ["weights.safetensors", "optim.safetensors", "mem.safetensors", "state.json", "manifest.json"]
-DAMAGE = [(flip, f) for f in FILES] + [(cut, FILES[0]), (lose, FILES[2]), (lose, FILES[4])]
+FILES = ["weights.safetensors", "optim.safetensors", "state.json", "manifest.json"]
+DAMAGE = [(flip, f) for f in FILES] + [(cut, FILES[0]), (lose, FILES[1]), (lose, FILES[3])]
 
 
 @pytest.mark.parametrize("how, name", DAMAGE, ids=[f"{h.__name__}-{n}" for h, n in DAMAGE])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, whole, broken_off, how, name):
     shutil.copytree(broken_off, tmp_path/"run")
-    how(tmp_path/"run"/"checkpoints"/"002-0-0000004"/name)
-    with pytest.warns(UserWarning, match=r"checkpoint .*002-0-0000004.*the one before it is used"):
+    how(tmp_path/"run"/"checkpoints"/"002-00-0000004"/name)
+    with pytest.warns(UserWarning, match=r"checkpoint .*002-00-0000004.*the one before it is used") as said:
         run = train(tmp_path/"run", FULL, **TWO)
-    same_files(run.folder, whole(FULL))
+    assert len([w for w in said if "one before it" in str(w.message)]) == 1
+    assert differing(run.folder, whole(FULL)) == []
+
+
+@pytest.mark.parametrize("how", [flip, cut, lose])
+def test_a_damaged_memory_is_refused_by_name_and_written_anew(tmp_path, whole, broken_off, how):
+    "Three checkpoints refer to it, so the run begins anew."
+    shutil.copytree(broken_off, tmp_path/"run")
+    how(next((tmp_path/"run"/"checkpoints").glob("mem-*")))
+    with pytest.warns(UserWarning, match=r"checkpoint .*002-00-0000004 is damaged: mem-.*the one before it is used"):
+        run = train(tmp_path/"run", FULL, **TWO)
+    assert differing(run.folder, whole(FULL)) == []
 
 
 def test_every_checkpoint_damaged_begins_anew(tmp_path, whole, broken_off):
@@ -176,6 +172,91 @@ def test_a_torn_event_is_cut(tmp_path, whole, broken_off):
     with open(tmp_path/"run"/"events.jsonl", "ab") as f: f.write(b'{"kind": "st')
     with pytest.warns(UserWarning, match="torn"): run = train(tmp_path/"run", FULL, **TWO)
     same_files(run.folder, whole(FULL))
+
+
+# A disk that refuses
+
+def cramped(out, size):
+    "Train where no file may grow beyond `size` bytes; the sentence it ends with."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try: train(out, FULL, **TWO)
+    except CitError as e: return str(e)
+
+
+@pytest.mark.parametrize("size, name", [(600, "run.json"), (2000, "events.jsonl"), (20_000, "safetensors")])
+def test_a_file_that_may_not_grow(tmp_path, whole, broken_off, fork, size, name):
+    if "events" in name: shutil.copytree(broken_off, tmp_path/"run")
+    said = fork(cramped, tmp_path/"run", size)
+    assert said.startswith("cannot write ") and name in said and "File too large" in said and "\n" not in said
+    assert fork(cramped, tmp_path/"run", size).startswith("cannot write ")
+    assert differing(train(tmp_path/"run", FULL, **TWO).folder, whole(FULL)) == []
+
+
+@pytest.mark.parametrize("nth", [1, 8, 30, 45])
+def test_a_full_disk(tmp_path, whole, monkeypatch, nth):
+    "It says so when a file is synced; each time the sentence names the file, and nothing that was whole is lost."
+    f, calls, out = os.fsync, [], tmp_path/"run"
+
+    def full(fd):
+        calls.append(1)
+        if len(calls) >= nth: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        f(fd)
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(2):
+        with pytest.raises(CitError, match=r"^cannot write \S*run\S*: no space is left on the disk; free space or choose another `out` folder"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train(out, FULL, **TWO)
+    monkeypatch.setattr(os, "fsync", f)
+    assert differing(train(out, FULL, **TWO).folder, whole(FULL)) == []
+
+
+@pytest.fixture
+def unwritable(monkeypatch):
+    "Make a folder and what is in it read-only; for root, to whom modes say nothing, the calls that write are refused."
+    done = []
+
+    def lock(folder):
+        before = {p: p.stat().st_mode for p in [folder, *folder.rglob("*")]}
+        done.append(before)
+        for p in before: p.chmod(before[p] & 0o555)
+        if os.geteuid(): return
+        def refuse(f, writes):
+            def g(*args, **kw):
+                if writes(*args, **kw): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return f(*args, **kw)
+            return g
+        inside = lambda p, *args, **kw: str(p).startswith(str(folder))
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse(tempfile.NamedTemporaryFile, lambda dir, **kw: inside(dir)))
+        monkeypatch.setattr("builtins.open", refuse(open, lambda p, mode="r", *args, **kw: inside(p) and mode != "r" and mode != "rb"))
+        monkeypatch.setattr(shutil, "rmtree", refuse(shutil.rmtree, inside))
+        for name in ("replace", "mkdir", "unlink", "rmdir", "truncate"): monkeypatch.setattr(os, name, refuse(getattr(os, name), inside))
+
+    yield lock
+    for before in done:
+        for p, mode in before.items(): p.chmod(mode) if p.exists() else None
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "with a half-written checkpoint"])
+def test_a_read_only_folder(tmp_path, whole, broken_off, unwritable, half):
+    out = tmp_path/"run"
+    shutil.copytree(broken_off, out)
+    if half: shutil.copytree(out/"checkpoints"/"002-00-0000004", out/"checkpoints"/".tmp-002-y-trained")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    unwritable(out)
+    with pytest.raises(CitError, match=r"^cannot write \S*run\S*: permission is denied; free space or choose another `out` folder"): train(out, FULL, **TWO)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapters", "answers"])
+def test_a_file_where_a_folder_must_be(tmp_path, whole, name):
+    "One sentence, and the run goes on when the file is gone."
+    out = tmp_path/"run"
+    out.mkdir()
+    (out/name).write_text("")
+    with pytest.raises(CitError, match=rf"^cannot write \S*{name}"): train(out, FULL, **TWO)
+    (out/name).unlink()
+    assert differing(train(out, FULL, **TWO).folder, whole(FULL)) == []
 
 
 # Which folder
@@ -212,17 +293,47 @@ def test_resume_needs_only_the_folder(tmp_path, whole, broken_off, monkeypatch):
     assert again.train().finished and again.folder == tmp_path/"run"
 
 
-def test_the_thread_count_is_kept(tmp_path, whole):
+@pytest.mark.parametrize("hook, nth", [("one_step", 9), ("one_step", 1)], ids=["from a checkpoint", "before the first checkpoint"])
+def test_the_thread_count_is_kept(tmp_path, whole, hook, nth):
     "A run that named no thread count goes on with the one it began with."
     free = {**TWO, "compute": {"save_every": 2, "threads": None}}
     assert torch.get_num_threads() == 1
-    stopped(tmp_path/"run", "finetune", "one_step", 9, **free)
+    stopped(tmp_path/"run", "finetune", hook, nth, **free)
     try:
         torch.set_num_threads(2)
         run = train(tmp_path/"run", "finetune", **free)
         assert torch.get_num_threads() == 1
     finally: torch.set_num_threads(1)
     same_files(run.folder, whole("finetune"))
+    assert run.rec.run["threads"] == 1
+
+
+def test_another_thread_count_is_refused(tmp_path, broken_off):
+    shutil.copytree(broken_off, tmp_path/"run")
+    with pytest.raises(CitError, match=r"compute\.threads is 1 there and 2 here"): train(tmp_path/"run", FULL, **(TWO | {"compute": {"threads": 2, "save_every": 2}}))
+    assert torch.get_num_threads() == 1
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(torch, "get_num_threads", lambda: 3)
+        with pytest.raises(CitError, match="needs 1 CPU threads, but torch gives 3"): train(tmp_path/"run", FULL, **TWO)
+
+
+def deterministic(out, device):
+    "Train, stop and resume with deterministic kernels; what differs, and whether the resumed run turned them on itself."
+    fields = {**TWO, "compute": {"save_every": 2, "device": device}}
+    torch.use_deterministic_algorithms(True)
+    train(out/"whole", FULL, **fields)
+    for owner, hook, nth in [(Held, "one_step", 4), (method_class("ewc"), "end", 2), (Held, "row", 3)]:
+        try: stopped(out/"run", FULL, hook, nth if not (out/"run").exists() else 1, owner, **fields)
+        except pytest.fail.Exception: pass
+        torch.use_deterministic_algorithms(False)
+    train(out/"run", FULL, **fields)
+    return differing(out/"whole", out/"run"), torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"))])
+def test_deterministic_kernels_are_kept(tmp_path, fork, device):
+    "The same bits again, on CUDA too; in a process of its own, whose cuBLAS is told before it starts."
+    assert fork(deterministic, tmp_path, device, CUBLAS_WORKSPACE_CONFIG=":4096:8") == ([], True)
 
 
 # What a memory may hold

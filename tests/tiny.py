@@ -9,9 +9,10 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  (forked processes find it imported)
 import torch
-from safetensors.torch import load_file
 
 from cit_workbench.adapt import SlotLinear, swap_linears
+from cit_workbench.checkpoint import checkpoints, read_checkpoint
+from cit_workbench.core import canonical
 from cit_workbench.method import Method
 from cit_workbench.stream import get_stream
 from cit_workbench.train import Run
@@ -82,11 +83,9 @@ def jitter(net, scale=.02, seed=0):
 def files(folder) -> dict:
     "What the configuration determines: events, answers, result matrix, final checkpoint; as bytes by name."
     folder = Path(folder)
-    ends = sorted(folder.glob("checkpoints/*-z-end/*"))
-    last = [f for f in ends if f.parent == ends[-1].parent]
+    last = sorted(checkpoints(folder/"checkpoints")[-1].iterdir())
     said = [f for part in ("answers", "adapters") for f in sorted((folder/part).rglob("*")) if f.is_file()]
-    names = [folder/"events.jsonl", *said, *last]
-    out = {str(f.relative_to(folder)): f.read_bytes() for f in names}
+    out = {str(f.relative_to(folder)): f.read_bytes() for f in [folder/"events.jsonl", *said, *last]}
     return out | {"R": json.dumps(json.loads((folder/"result.json").read_text())["R"]).encode()}
 
 
@@ -97,9 +96,30 @@ def same_files(a, b):
     assert [k for k in a if a[k] != b[k]] == []
 
 
+def untimed(result) -> dict:
+    "A result file without its seconds."
+    return {k: untimed(v) if isinstance(v, dict) else v for k, v in result.items() if "seconds" not in k}
+
+
+def everything(folder) -> dict:
+    "All files of a run but the clock, as bytes by name: every checkpoint with its optimiser and memory among them."
+    folder = Path(folder)
+    every = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    result, run = json.loads(every["result.json"]), json.loads(every["run.json"])
+    about = {k: run[k] for k in ("asked", "config", "hashes", "protocol", "threads")}
+    return every | {"result.json": canonical(untimed(result)).encode(), "run.json": canonical(about).encode(), "clock.jsonl": b""}
+
+
+def differing(a, b) -> list:
+    "Names of the files that two run folders do not both hold with the same bytes."
+    a, b = everything(a), everything(b)
+    return sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
+
+
 def final(folder, what="weights") -> dict:
     "Tensors of the last task-end checkpoint."
-    return load_file(sorted(Path(folder).glob(f"checkpoints/*-z-end/{what}.safetensors"))[-1])
+    last = read_checkpoint(checkpoints(Path(folder)/"checkpoints")[-1])
+    return last["tensors" if what == "mem" else what]
 
 
 def same_tensors(a, b):

@@ -1,0 +1,432 @@
+"""Kill runs at named places, resume them, and compare every byte with a run that nobody stopped.
+
+    python tests/kills.py [--exits 480] [--kills 24] [--methods a,b] [--seed 0] [--out records/kills.json] [--keep FOLDER]
+
+One process imports everything, trains once and forks: a child trains a short stream and leaves with `os._exit` at a chosen
+passing of a named place, or is killed by SIGKILL from outside at a chosen moment. A *life* is one run folder: it is killed,
+resumed, killed at a later place, resumed …, and at last ends. After every exit what lies in the folder must be a beginning of
+the run that nobody stopped: events, answers, checkpoints with optimiser and memory. At the end of a life every file must be
+the same, the clock excepted.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CIT_QUIET", "1")
+
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from tiny import TASKS, differing, train  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+import cit_workbench.checkpoint as checkpoint_module  # noqa: E402
+import cit_workbench.record as record_module  # noqa: E402
+from cit_workbench.checkpoint import checkpoints, read_checkpoint  # noqa: E402
+from cit_workbench.core import rng  # noqa: E402
+from cit_workbench.method import Net, all_methods, parts  # noqa: E402
+from cit_workbench.record import RecordWriter  # noqa: E402
+from cit_workbench.train import Run  # noqa: E402
+
+STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2}, "probe_every": 3}
+LEFT, BROKE = 77, 78
+
+
+def methods() -> list:
+    "Every method there is, and a chain."
+    return [*all_methods(), "er+ewc"]
+
+
+# Places
+
+class Marks:
+    "Counts the passings of named places; leaves the process at a chosen one."
+    def __init__(self, run, at=None):
+        self.run, self.at, self.seen, self.counts, self.moment = run, at, [], Counter(), ("open",)
+
+    def __call__(self, place, *detail, before=None):
+        key = (place, *map(str, self.moment), *map(str, detail))
+        self.counts[key] += 1
+        mark = [place, "/".join(key[1:]), self.counts[key]]
+        self.seen.append(mark)
+        if mark == self.at:
+            if before: before()
+            os._exit(LEFT)
+
+    def moves(self, *moment):
+        self.moment = moment
+        self.counts.clear()
+
+    @contextmanager
+    def during(self, *moment):
+        was, self.moment = self.moment, moment
+        try: yield
+        finally: self.moment = was
+
+    def name(self, path) -> str:
+        "A path inside the run folder, without the random part of temporary names."
+        path = os.path.relpath(str(path), self.run)
+        return re.sub(r"\.tmp-[a-z0-9_]{8}$", ".tmp", path) if not path.startswith("..") else "the store of answers"
+
+
+def around(owner, hook, before=None, after=None):
+    "Look at every call of a function."
+    f = getattr(owner, hook)
+
+    def g(*args, **kw):
+        if before: before(*args, **kw)
+        out = f(*args, **kw)
+        if after: after(*args, **kw)
+        return out
+    setattr(owner, hook, g)
+
+
+def within(owner, hook, manager):
+    "Call a function inside a context."
+    f = getattr(owner, hook)
+
+    def g(*args, **kw):
+        with manager(*args, **kw): return f(*args, **kw)
+    setattr(owner, hook, g)
+
+
+def watch_training(mark):
+    "Steps, hooks, services of hooks."
+    hooks = {"begin": "inside begin", "end": "inside end"} | dict.fromkeys(("batch", "loss", "grads", "update", "step"), "inside a hook of a step")
+
+    def hooked(when):
+        def look(net, f, *args):
+            if f.__name__ in hooks: mark(hooks[f.__name__], f.__name__, when)
+        return look
+
+    def service(what):
+        def look(net, *args, **kw):
+            if net.inside and net.clock[1] in ("begin", "end"): mark(hooks[net.clock[1]], what)
+        return look
+    around(Net, "tick", after=lambda net, *args, **kw: mark.moves(*net.clock))
+    around(Net, "hook", before=hooked("entered"), after=hooked("done"))
+    for what in ("rows", "grad", "__call__", "carried"): around(Net, what, before=service(what))
+    around(Net, "forward", before=lambda net, b: mark("between micro-batches") if net.clock[3] > 0 and not net.inside else None)
+    for f in ("_linear_grads", "_loop_grads"): around(Net, f, before=lambda *a, f=f: mark("inside sample_grads", f), after=lambda *a, f=f: mark("inside sample_grads", f, "done"))
+    around(torch.optim.AdamW, "step", after=lambda *a, **kw: mark("between the optimiser and its hooks"))
+    around(Run, "one_step", after=lambda *a: mark("between a step and its event"))
+    around(Run, "probe", before=lambda *a: mark("inside a probe"), after=lambda *a: mark("inside a probe", "done"))
+
+
+def part_by_part(run, mark):
+    "Between the parts of a chain, inside `begin` and `end`."
+    for m in parts(run.m)[1:]:
+        for hook in ("begin", "end"): around(type(m), hook, before=lambda m, net, task, hook=hook: mark(f"inside {hook}", "between parts"))
+
+
+def watch_record(mark):
+    "Rows, answers, events, the result file."
+    within(Run, "row", lambda run, net, w, t, name: mark.during("row", t))
+    around(Run, "row", before=lambda run, net, w, t, name: mark("between a checkpoint and its row") if t else None)
+    around(Net, "answer", before=lambda net, b, *a: mark("inside an evaluation", len(b)), after=lambda net, b, *a: mark("inside an evaluation", len(b), "done"))
+    around(RecordWriter, "answers", before=lambda w, t, column, lines: mark("between answer files", column))
+    around(RecordWriter, "row", before=lambda w, t, *a: mark("between the answers and their row"))
+    around(RecordWriter, "finish", before=lambda *a: mark("inside finish"))
+    within(RecordWriter, "finish", lambda *a: mark.during("finish"))
+    append = record_module.append_jsonl
+
+    def halved(path, row):
+        def half():
+            with open(path, "ab") as f: f.write(record_module.canonical(row).encode()[:20])
+        name = mark.name(path)
+        mark("half a line written", name, row["kind"], before=half)
+        append(path, row)
+        mark("after a line of the record", name, row["kind"])
+    record_module.append_jsonl = halved
+    around(RecordWriter, "truncate", before=lambda w, n: mark("inside a resume", "before the cut") if n else None, after=lambda w, n: mark("inside a resume", "after the cut") if n else None)
+    around(Run, "load", before=lambda *a: mark("inside a resume", "before the load"))
+
+
+def watch_files(mark):
+    "Checkpoints file by file, and what the disk is told."
+    within(Run, "save", lambda run, net, w, stage, **kw: mark.during("save", run.t, stage, kw.get("phase", 0), kw.get("step", 0)))
+    around(Run, "save", before=lambda *a, **kw: mark("between the record and a checkpoint"))
+    around(PeftModel, "save_pretrained", before=lambda *a, **kw: mark("around the adapter's files", "before"), after=lambda *a, **kw: mark("around the adapter's files", "after"))
+
+    def file(path):
+        name = os.path.basename(path)
+        return "mem" if name.startswith("mem-") else name
+    def place(path): return "the manifest" if file(path) == "manifest.json" else "a file of a checkpoint"
+    around(checkpoint_module, "write_atomic", before=lambda path, data: mark(f"before {place(path)}", file(path)), after=lambda path, data: mark(f"after {place(path)}", file(path)))
+    around(checkpoint_module, "_rename", before=lambda tmp, path: mark("before a checkpoint gets its name"), after=lambda tmp, path: mark("after a checkpoint got its name"))
+    around(checkpoint_module, "_drop", before=lambda path: mark("while old checkpoints go", path.name) if path.exists() else None, after=lambda path: mark("while old checkpoints go", path.name, "done"))
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        def half():
+            if os.path.isfile(path): os.truncate(path, os.path.getsize(path)//2)
+        at = mark.name(path)
+        if not os.path.isfile(path) or at.endswith(".jsonl"): mark("before a folder or record is synced", at)
+        else:
+            mark("before a file is synced", at)
+            mark("half a file written", at, before=half)
+        fsync(fd)
+
+    def replaced(a, b):
+        mark("before a rename", mark.name(b))
+        replace(a, b)
+        mark("after a rename", mark.name(b))
+    os.fsync, os.replace = synced, replaced
+
+
+# Children
+
+def warm(work):
+    "Train once, so that children find everything imported; a process with one thread may fork after that."
+    os.environ["CIT_CACHE"] = str(Path(work)/"store"/"warm")
+    disable_progress_bar()
+    train(Path(work)/"warm", "finetune", **STREAM)
+
+
+def child(f, *args, log=None) -> int:
+    "Process number of a fork that calls `f` and leaves."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork(): return pid
+    try:
+        signal.alarm(300)
+        warnings.simplefilter("ignore")
+        f(*args)
+    except BaseException:
+        if log: Path(log).write_text(traceback.format_exc())
+        os._exit(BROKE)
+    os._exit(0)
+
+
+def ended(pid) -> int:
+    "Exit code; minus the signal that killed it."
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def trained(out, method, store, at=None, marks=None):
+    "Train or resume in this process; `at`: the mark to leave at; `marks`: where to write those passed, and every manifest."
+    os.environ["CIT_CACHE"] = str(store)
+    if at or marks:
+        mark = Marks(out, at)
+        for watch in (watch_training, watch_record, watch_files): watch(mark)
+        within(Run, "train", lambda run: part_by_part(run, mark) or mark.during("open"))
+    manifests = {}
+    if marks:
+        f = checkpoint_module._rename
+        def noted(tmp, path):
+            manifests[path.name] = (tmp/"manifest.json").read_text()
+            f(tmp, path)
+        checkpoint_module._rename = noted
+    train(out, method, **STREAM)
+    if marks: Path(marks).write_text(json.dumps({"marks": mark.seen, "manifests": manifests}))
+
+
+class Whole:
+    "A run that nobody stopped: its files, the marks it passed, the manifests of all its checkpoints."
+    def __init__(self, work, method):
+        self.method, self.folder, log = method, Path(work)/"whole"/method, Path(work)/f"{method}.log"
+        tic, marks = time.time(), Path(work)/f"{method}.marks"
+        Path(work).mkdir(exist_ok=True)
+        if ended(child(trained, self.folder, method, Path(work)/"store"/f"{method}-whole", None, marks, log=log)): raise SystemExit(f"{method} does not run:\n{log.read_text()}")
+        self.seconds = time.time() - tic
+        said = json.loads(marks.read_text())
+        self.marks, self.manifests = said["marks"], said["manifests"]
+        self.events = (self.folder/"events.jsonl").read_bytes()
+
+    def by_place(self) -> dict:
+        got = defaultdict(list)
+        for i, (place, *_) in enumerate(self.marks): got[place].append(i)
+        return got
+
+    def begins_with(self, out) -> list:
+        "What in a stopped run is not a beginning of this one."
+        out, bad = Path(out), []
+        events = (out/"events.jsonl").read_bytes() if (out/"events.jsonl").exists() else b""
+        if not self.events.startswith(events[:events.rfind(b"\n") + 1]): bad.append("events.jsonl")
+        for f in out.glob("answers/*/*.jsonl"):
+            if f.read_bytes() != (self.folder/f.relative_to(out)).read_bytes(): bad.append(str(f.relative_to(out)))
+        for path in checkpoints(out/"checkpoints"):
+            try: same = read_checkpoint(path) and (path/"manifest.json").read_text() == self.manifests.get(path.name)
+            except Exception as e: same = print(e)
+            if not same: bad.append(str(path.relative_to(out)))
+        return bad
+
+
+class Life:
+    "One run folder that is killed and resumed until it ends."
+    def __init__(self, work, whole, number):
+        self.whole, self.number, self.work = whole, number, Path(work)
+        self.out, self.log = self.work/"lives"/f"{whole.method}-{number}", self.work/"lives"/f"{whole.method}-{number}.log"
+        self.out.parent.mkdir(exist_ok=True)
+        self.exits, self.bad, self.children = [], [], 0
+
+    def store(self):
+        "Every other life keeps one store of answers; in the rest each child answers for itself."
+        self.children += 1
+        return self.work/"store"/f"{self.whole.method}-{self.number}-{0 if self.number % 2 else self.children}"
+
+    def stopped(self, place):
+        self.exits.append(place)
+        self.bad += [f"after a kill {place}: {name}" for name in self.whole.begins_with(self.out)]
+
+    def leave(self, at) -> bool:
+        "Train on and leave at a mark; False when it was not passed and the run ended."
+        code = ended(child(trained, self.out, self.whole.method, self.store(), at, log=self.log))
+        if code == LEFT: self.stopped(at[0])
+        elif code: self.bad.append(f"on the way to {at}: {self.log.read_text()}" if code == BROKE else f"on the way to {at}: exit code {code}")
+        return code == LEFT
+
+    def killed(self, seconds) -> bool:
+        "Train on and be killed from outside after some seconds; False when the run had ended."
+        pid = child(trained, self.out, self.whole.method, self.store(), log=self.log)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        if (code := ended(pid)) == -signal.SIGKILL: self.stopped("SIGKILL from outside")
+        elif code: self.bad.append(f"SIGKILL: {self.log.read_text()}")
+        return code == -signal.SIGKILL
+
+    def ends(self) -> list:
+        "Resume to the end; what differs from the run that nobody stopped."
+        if code := ended(child(trained, self.out, self.whole.method, self.store(), log=self.log)):
+            self.bad.append(self.log.read_text() if code == BROKE else f"exit code {code}")
+        else: self.bad += differing(self.out, self.whole.folder)
+        if not self.bad: shutil.rmtree(self.out)
+        for f in self.work.glob(f"store/{self.whole.method}-{self.number}-*"): shutil.rmtree(f)
+        return self.bad
+
+
+RESUMES = [["inside a resume", f"{moment}/{what}", 1] for moment, what in (("open", "before the load"), ("start/wrap/0/-1", "before the cut"), ("start/wrap/0/-1", "after the cut"))]
+
+
+def chosen(whole, n, g, used) -> list:
+    "Marks to leave at, in the order of the run: of the places used least by this method, then by all (`used`), then at random."
+    left = {p: list(g.permutation(at)) for p, at in sorted(whole.by_place().items()) if p != "inside a resume"}
+    turn, own, picked = {p: g.random() for p in left}, Counter(), []
+    while len(picked) < n and left:
+        p = min(left, key=lambda p: (own[p], used[p], turn[p]))
+        picked.append(int(left[p].pop()))
+        own[p] += 1
+        used[p] += 1
+        if not left[p]: del left[p]
+    return [whole.marks[i] for i in sorted(picked)]
+
+
+def live(work, whole, targets, number, said, resumes=()):
+    "A life through some marks; the marks that could not be reached."
+    life, missed, resumes = Life(work, whole, number), [], list(resumes)
+    for k, at in enumerate(targets):
+        if life.bad: break
+        if not life.leave(at): missed.append(at); break
+        said(life)
+        if resumes and any((life.out/"checkpoints").glob("[0-9]*")) and life.leave(resumes.pop(0)): said(life)
+    missed += targets[k + 1:] if missed or life.bad else []
+    life.ends()
+    return life, missed
+
+
+def kill_all(work, names, exits, kills, seed=0, said=lambda life: None, length=12, again=True) -> list:
+    "All lives of all methods; in `again`, resumes are killed too."
+    lives, g, used = [], rng(seed, "kills"), Counter()
+    whole = {m: Whole(work, m) for m in names}
+    share = {m: 0 for m in names}
+    while sum(share.values()) < exits and any(share[m] < len(whole[m].marks) for m in names):
+        for m in names: share[m] += share[m] < len(whole[m].marks) and sum(share.values()) < exits
+    for m in names:
+        todo, number = chosen(whole[m], share[m], g, used), 0
+        while todo:
+            n = -(-len(todo)//length)
+            rest = []
+            for k in range(n):
+                life, missed = live(work, whole[m], todo[k::n], number := number + 1, said, RESUMES if k == 0 and again else ())
+                lives.append(life)
+                rest += missed if len(missed) < len(todo[k::n]) else missed[1:]
+            todo = sorted(rest, key=whole[m].marks.index)
+    done = 0
+    for k in range(10*kills):
+        if done >= kills: break
+        m = whole[names[k % len(names)]]
+        life = Life(work, m, 1000 + k)
+        lives.append(life)
+        for _ in range(3):
+            if done < kills and life.killed(float(g.uniform(.02, m.seconds))): done += 1; said(life)
+            else: break
+        life.ends()
+    return lives
+
+
+# The table
+
+def table(lives) -> tuple:
+    "(counts by place and method, text)"
+    names = list(dict.fromkeys(l.whole.method for l in lives))
+    counts = defaultdict(Counter)
+    for l in lives:
+        for p in l.exits: counts[p][l.whole.method] += 1
+    rows = [["place", *names, "all"]] + [[p, *[str(counts[p][m] or "·") for m in names], str(sum(counts[p].values()))] for p in sorted(counts)]
+    rows.append(["all", *[str(sum(c[m] for c in counts.values())) for m in names], str(sum(sum(c.values()) for c in counts.values()))])
+    width = [max(map(len, c)) for c in zip(*rows)]
+    text = "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))) for r in rows)
+    return {p: dict(sorted(counts[p].items())) for p in sorted(counts)}, text
+
+
+def few(work, exits, kills, seed=0) -> list:
+    "Some kills over all methods in turn: (place, method) of each, and what did not survive."
+    torch.set_num_threads(1)
+    warm(work)
+    lives = kill_all(work, methods(), exits, kills, seed, again=False)
+    return [(p, l.whole.method) for l in lives for p in l.exits], [(l.whole.method, l.bad) for l in lives if l.bad]
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument("--exits", type=int, default=480, help="exits at named places")
+    a.add_argument("--kills", type=int, default=24, help="SIGKILLs from outside")
+    a.add_argument("--methods", default="", help="names with commas between; default: every method and er+ewc")
+    a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--out", default="", help="where the summary is written")
+    a.add_argument("--keep", default="", help="folder for the runs; those that survived are removed")
+    a = a.parse_args()
+    torch.set_num_threads(1)
+    names, tic = a.methods.split(",") if a.methods else methods(), time.time()
+    work = Path(a.keep or tempfile.mkdtemp(prefix="kills-"))
+    work.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    warm(work)
+    one = Whole(work/"first", names[0]).seconds
+    total = a.exits + a.kills
+    print(f"{len(names)} methods, {a.exits} exits, {a.kills} SIGKILLs, one process: about {(len(names)*1.5*one + total*one*.55)/60:.0f} minutes", flush=True)
+    with tqdm(total=total, unit="kill", dynamic_ncols=True, mininterval=1) as bar:
+        def said(life): bar.update(); bar.set_postfix_str(life.whole.method, refresh=False)
+        lives = kill_all(work, names, a.exits, a.kills, a.seed, said)
+    counts, text = table(lives)
+    failed = [l for l in lives if l.bad]
+    outside = sum(counts.get("SIGKILL from outside", {}).values())
+    inside = sum(sum(c.values()) for c in counts.values()) - outside
+    print(text)
+    for l in failed: print(f"FAILED {l.whole.method}, kept in {l.out}: {l.bad[:4]}")
+    bad = sum(len(l.exits) for l in failed)
+    print(f"{inside} exits and {outside} SIGKILLs in {len(lives)} lives: {inside + outside - bad} survived, {bad} in lives that failed, {time.time() - tic:.0f} s")
+    if a.out:
+        said = {"exits": inside, "sigkills": outside, "lives": len(lives), "failed": len(failed), "seconds": round(time.time() - tic), "seed": a.seed, "places": counts,
+                "stream": STREAM, "threads": 1, "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors", "numpy")}}
+        Path(a.out).parent.mkdir(exist_ok=True)
+        Path(a.out).write_text(json.dumps(said, indent=1) + "\n")
+    if not failed and not a.keep: shutil.rmtree(work)
+    sys.exit(bool(failed) or inside < a.exits or outside < a.kills)
+
+
+if __name__ == "__main__": main()
