@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
            'normalised', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute', 'notes',
-           'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep']
+           'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep', 'around', 'nested', 'axes_of',
+           'val_scores', 'tune']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
-import ast, copy, itertools, json, queue, threading, time, tomllib
+import ast, copy, itertools, json, math, queue, threading, time, tomllib
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core import CitError, assets, canonical, check_args, digest, one_of, progress, read_json, write_atomic
+from .core import (CitError, assets, canonical, check_args, digest, one_of, plain, progress, read_json,
+                                write_atomic)
 
 # %% ../nbs/12_sweep.ipynb #b0d6a2fa
 def pages_dir() -> Path: # `nbs/methods` of the checkout
@@ -323,3 +325,174 @@ def sweep(file, # A TOML file
     return Sweep(name, folder, cells, [] if force else kinds["stale"])
 
 def _took(c): return f"{read_json(c.out.with_suffix('.json'))['seconds']:.0f} s"
+
+# %% ../nbs/12_sweep.ipynb #bfed6cec
+def around(middle:float, # The default
+           n:int, # How many values
+           allowed=lambda v: True, # Whether a value may be tried
+          ) -> list: # Ascending
+    "Values with equal ratios around a default."
+    if not middle > 0: raise CitError(f"no grid can be laid around {middle!r}: name the values to try in `grid`")
+    step = min(.5, 2/max(1, n - 1))
+    for down in range(9):
+        at = [middle*10**(step*(i - (n - 1)/2 - down)) for i in range(n)]
+        values = [max(1, round(v)) if isinstance(middle, int) else float(f"{v:.2g}") for v in at]
+        if all(map(allowed, values)): return values
+    raise CitError(f"no values around {middle} are allowed: name the values to try in `grid`")
+
+# %% ../nbs/12_sweep.ipynb #a292aa5a
+def _strengths(m) -> dict: # {field, dotted in a chain: default}
+    "What switches a method, or each part of a chain, off at 0."
+    from cit_workbench.method import parts
+    own = {p.name: p for p in parts(m) if p.strength}
+    return {p.strength if p is m else f"{n}.{p.strength}": getattr(p, p.strength) for n, p in own.items()}
+
+def nested(pairs:dict, # {"ewc.lam": 100}
+          ) -> dict: # {"ewc": {"lam": 100}}
+    "Dotted names as tables."
+    out = {}
+    for k, v in pairs.items(): _put(out, k.split("."), v)
+    return out
+
+def _merged(a:dict, b:dict) -> dict:
+    "Table `b` over table `a`."
+    return {**a, **{k: _merged(a.get(k, {}), v) if isinstance(v, dict) else v for k, v in b.items()}}
+
+def _allowed(method, args:dict, field:str, value) -> bool:
+    "May the field of the method have this value?"
+    from cit_workbench.method import get_method
+    try: return bool(get_method(method, **_merged(args, nested({field: value}))))
+    except CitError: return False
+
+# %% ../nbs/12_sweep.ipynb #1d5a3f66
+def _split(n:int, # Trials
+           ways:int, # Axes, at most two
+          ) -> list: # Points of each, the most first
+    "Divide trials over axes."
+    few = max((k for k in range(1, n + 1) if n % k == 0 and k*k <= n), default=1)
+    return [[], [n], [n//few, few]][ways]
+
+def axes_of(method, # As `Run` takes it
+            args:dict, # Fields that are set
+            grid:dict, # {"lr", or a field of the method, dotted in a chain: values}
+            lr:float, # The recipe's
+            trials:int, # Points in all
+           ) -> dict: # {name: values}
+    "What is given, and for the rest strength × learning rate; raises `CitError` unless that makes `trials` points."
+    from cit_workbench.method import get_method
+    axes = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}
+    strengths = {} if {*axes} - {"lr"} else _strengths(get_method(method, **args))
+    if len(strengths) > 1:
+        raise CitError(f"{method} has several strengths ({', '.join(strengths)}): name values to try in `grid`")
+    free = [*strengths, *({"lr"} - {*axes})]
+    for k, n in zip(free, _split(trials//math.prod(map(len, axes.values())), len(free))):
+        if n > 1: axes[k] = around({"lr": lr, **strengths}[k], n, lambda v: k == "lr" or _allowed(method, args, k, v))
+    if math.prod(map(len, axes.values())) == trials: return axes
+    said = " × ".join(f"{len(v)} of {k}" for k, v in axes.items()) or "nothing to vary"
+    raise CitError(f"the grid ({said}) does not make {trials} trials, and every method that is compared gets as many")
+
+# %% ../nbs/12_sweep.ipynb #a50f0066
+def val_scores(rec, # A record with a probe at the end of every task
+               own:bool=False, # Each task at its own end, rather than all at the end of the stream
+              ) -> dict: # {task: percent}
+    "Scores on validation data."
+    probes, tasks = rec.events("probe"), [rec.columns[i][0] for i in rec.of("stream")]
+    at = {t: next((p["scores"] for p in reversed(probes) if p["task"] == t or not own), {}) for t in tasks}
+    if missing := [t for t in tasks if t not in at[t]]:
+        raise CitError(f"{rec.path} has no validation score of {missing[0]} at the end of its training")
+    return {t: at[t][t]["formatted"] for t in tasks}
+
+def _score(rec, # A trial
+           single, # The run that sets the scale
+          ) -> float:
+    "`AP_norm` on validation data at the end of the stream."
+    from cit_workbench.metrics import ap_norm
+    end, alone, chance = val_scores(rec), val_scores(single, own=True), rec.run["chance"]
+    for t in end:
+        if not alone[t] > chance[t]:
+            raise CitError(f"single reaches {alone[t]:.1f} % on {t}, where guessing gives {chance[t]:.1f} %: "
+                           "there is no scale to tune on; train longer (optim steps)")
+    return ap_norm([*end.values()], [chance[t] for t in end], [alone[t] for t in end])
+
+# %% ../nbs/12_sweep.ipynb #28b5cc1f
+def _trained(out, # Folder of the trials
+             method, **fields): # As for `Run`; Record
+    "A finished run below `out`, found again by its configuration."
+    from cit_workbench.train import Run
+    return Run(method, **fields, out=str(Path(out)/Run(method, **fields).folder.name)).train()
+
+def _probed(out, method, optim, **fields): # Record
+    "The same with a probe on validation data at the end of each task."
+    from cit_workbench.train import Run
+    r = Run(method, optim=optim, **fields)
+    every = math.gcd(*(sum(r.steps(t, p) for p in r.m.phases(t)) for t in r.plan.tasks))
+    if not every: raise CitError(f"{r.m.name} trains nothing, so there is nothing to tune")
+    return _trained(out, method, optim=optim, probe_every=every, **fields)
+
+def _recipe(out, optim:dict, **fields) -> dict: # Fields of `optim`
+    "Steps and learning rate as a run resolves them, from the record of the start model."
+    got = {**_trained(out, "zero_shot", optim=optim, **fields).config["optim"]}
+    if got["steps"]: return {**optim, **{k: got[k] for k in ("steps", "lr")}}
+    raise CitError("tuning probes at the end of each task: give the number of steps in `optim`")
+
+# %% ../nbs/12_sweep.ipynb #d422fb05
+def tune(method, # As `Run` takes it
+         grid:dict|None=None, # {"lr" or a field, dotted in a chain: values}; default: around the defaults
+         stream:str="shapes-tune", # No other stream may be tuned on
+         trials:int=12, # Points of the grid; the same number for every method that is compared
+         out="runs/tune", # Folder of the trials and results
+         method_args:dict|None=None, # Fields of the method that stay as they are
+         stream_args:dict|None=None, optim:dict|None=None, # As for `Run`
+         **fields, # Further fields of `Run`
+        ) -> dict: # method, fields, score, edge, tuned_on, trials
+    "Choose learning rate and strength of a method by `AP_norm` on the validation data of `shapes-tune`."
+    if trials < 1: raise CitError(f"trials is {trials}, but must be at least 1")
+    args, fields = method_args or {}, {**fields, "stream": stream, "stream_args": {"n_test": 1, **(stream_args or {})}}
+    _for_tuning(stream, fields["stream_args"])
+    lay = lambda lr: axes_of(method, args, grid or {}, lr, trials)
+    _check_points(method, lay(1.), args, optim or {}, fields)
+    optim = _recipe(out, optim or {}, **fields)
+    axes, single, done = lay(optim["lr"]), _probed(out, "single", optim, **fields), []
+    for point in (bar := progress(_points(axes), f"tune {method}")):
+        given = _given(point, args)
+        rec = _probed(out, method, {**optim, **given["optim"]}, method_args=given["method_args"], **fields)
+        done.append({"point": point, "fields": given, "score": _score(rec, single), "run": rec.name})
+        bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
+    return _chosen(done, axes, Path(out), rec.config["method"], stream)
+
+# %% ../nbs/12_sweep.ipynb #fb71d19a
+def _points(axes:dict) -> list: return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+def _given(point:dict, args:dict) -> dict:
+    "A point of the grid as fields of `Run`."
+    own = {k: v for k, v in point.items() if k != "lr"}
+    return {"method_args": _merged(args, nested(own)), "optim": {k: v for k, v in point.items() if k == "lr"}}
+
+def _check_points(method, axes:dict, args:dict, optim:dict, fields:dict):
+    "Raise `CitError` for a mistake in any trial, before the first."
+    from cit_workbench.train import Run
+    for given in (_given(p, args) for p in _points(axes)):
+        Run(method, method_args=given["method_args"], optim={**optim, **given["optim"]}, **fields)
+
+def _said(point): return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())
+
+
+def _for_tuning(stream:str, args:dict):
+    "Raise `CitError` unless every task is one of `shapes-tune`."
+    from cit_workbench.stream import get_stream
+    if stream != "shapes-tune":
+        raise CitError(f"tuning is on stream 'shapes-tune' only, whose tasks are in no other stream; got {stream!r}")
+    own = [t.name for t in get_stream(stream)]
+    for t in get_stream(stream, **args): one_of("task to tune on", t.name, own)
+
+# %% ../nbs/12_sweep.ipynb #987a76c9
+def _chosen(done:list, # Trials: point, fields, score, run
+            axes:dict, out:Path, method:str, stream:str) -> dict:
+    "The best trial, written to a file with all of them."
+    best = max(done, key=lambda d: d["score"])
+    edge = [k for k, v in best["point"].items() if len(axes[k]) > 2 and v in (min(axes[k]), max(axes[k]))]
+    tuned_on = {"stream": stream, "trials": len(done), "old_val": False}
+    found = {"method": method, "fields": best["fields"], "score": best["score"], "edge": edge, "tuned_on": tuned_on,
+             "trials": [{k: d[k] for k in ("point", "score", "run")} for d in done]}
+    write_atomic(out/f"{method}-{digest([d['run'] for d in done])[:8]}.json", json.dumps(plain(found), indent=1) + "\n")
+    return found
