@@ -437,9 +437,9 @@ def _labels(records:list) -> list:
     for r in records: by[r.config.get("method")].append(_setting(r))
     def label(r):
         m, mine = r.config.get("method"), _setting(r)
-        odd = [k for k in sorted({k for a in by[m] for k in a}) if any(a.get(k) != mine.get(k) for a in by[m])]
+        odd = [k for k in sorted(mine) if any(a.get(k) != mine[k] for a in by[m])]
         last = [k.split(".")[-1] for k in odd]
-        said = [f"{s if last.count(s) == 1 else k}={_value(mine.get(k))}" for k, s in zip(odd, last)]
+        said = [f"{s if last.count(s) == 1 else k}={_value(mine[k])}" for k, s in zip(odd, last)]
         return f"{m}({', '.join(said)})" if odd else str(m)
     return [label(r) for r in records]
 
@@ -504,11 +504,16 @@ def _bound(rec) -> bool:
 
 def _blocks(records:list) -> dict: # {heading: records}
     "Records by protocol, those that saw old tasks' validation data apart; the heading names what differs."
-    groups = defaultdict(list)
+    groups, fields = defaultdict(list), {}
     for r in records: groups[_saw_old(r), r.run.get("protocol")].append(r)
-    fields = {p: rs[0].run.get("protocol_fields") or {} for (_, p), rs in groups.items()}
-    odd = sorted({name for f in fields.values() for name, *_ in differences(next(iter(fields.values())), f)})
-    said = lambda p: f"protocol {p}: " + ", ".join(f"{n} = {str(_at(fields[p], n))[:40]}" for n in odd)
+    for (_, p), (r, *_) in groups.items():
+        data = {k: r.config.get(k) for k in ("stream", "stream_args")}
+        fields[p] = {**data, **(r.run.get("protocol_fields") or {}), "said": canonical(data)}
+    alike = len({(f["said"], f.get("data")) for f in fields.values()}) == len({f["said"] for f in fields.values()})
+    skip = ("said", "data", "test") if alike else ("said",)
+    odd = {name for f in fields.values() for name, *_ in differences(next(iter(fields.values())), f)}
+    odd = [n for n in sorted(odd, key=lambda n: (n.split("_")[0] != "stream", n)) if n.split(".")[0] not in skip]
+    said = lambda p: f"protocol {str(p)[:8]}: " + ", ".join(f"{n} = {str(_at(fields[p], n))[:40]}" for n in odd)
     head = lambda old, p: "; ".join([said(p)]*(len(fields) > 1) + ["used validation data of old tasks: not ranked"]*old)
     return {head(*key): groups[key] for key in sorted(groups, key=lambda k: k[0])}
 
@@ -629,11 +634,12 @@ def _by_block(rows:list) -> list: # Lists of lines
 
 # %% ../nbs/09_record.ipynb #e13e40dc
 def table(records, # Records, or where to find them
-          keep=(), # "unfinished", "interactive": runs to show although they are usually left out
+          keep=(), # "unfinished", "interactive", "tuning": runs to show although they are usually left out
          ) -> Table:
     "One line per method and setting, in blocks of equal protocol."
     records = find_runs(records)
-    out = {"unfinished": lambda r: not r.finished, "interactive": lambda r: bool(r.run.get("interactive"))}
+    out = {"unfinished": lambda r: not r.finished, "interactive": lambda r: bool(r.run.get("interactive")),
+           "tuning": lambda r: r.config.get("stream") == "shapes-tune"}
     left = {r.path: w for r in records for w, test in out.items() if w not in keep and test(r)}
     records = [r for r in records if r.path not in left]
     names, norms = (dict(zip([r.path for r in records], f(records))) for f in (_labels, _norms))
@@ -652,7 +658,8 @@ def table(records, # Records, or where to find them
                          "name": each[0][0].config.get("method"), **_line(each)})
     singles = {canonical([_scale(r), _setting(r)]) for r in records if r.config.get("method") == "single"}
     why = ", ".join(f"{list(left.values()).count(w)} {w}" for w in out if w in left.values())
-    return Table(rows, [*_notes(rows, singles), *([f"Left out: {why}."] if left else [])])
+    notes = [*_notes(rows, singles), *([f"Left out: {why}."] if left else [])]
+    return Table(rows, notes or ([] if rows else ["No runs."]))
 
 # %% ../nbs/09_record.ipynb #d1549e1b
 def _named(lines:list, # Of one block
