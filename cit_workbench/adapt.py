@@ -46,12 +46,14 @@ class _Lora(torch.autograd.Function):
         g2 = g.reshape(-1, g.shape[-1]).to(W.dtype)
         gz = (g2 @ B.to(W.dtype)).mul_(ctx.s)
         dx = (g2 @ W).addmm_(gz, A.to(W.dtype)).view(ctx.x[0]).to(ctx.x[1]) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[3]: return dx, *[None]*5
         return dx, None, None, (gz.T @ x2).to(A.dtype), (g2.T @ z).mul_(ctx.s).to(B.dtype), None
 
 # %% ../nbs/03_adapt.ipynb #3e2823ab
 class FusedLora(PeftLinear):
     "peft's LoRA layer with a faster forward; peft's own where anything but one plain adapter is at work."
     local = True # Acts on each position alone
+    tape = None # A list notes the layer, its input and its output at every forward
     @property
     def plain(self) -> bool: # One adapter, no dropout, nobody listening to its parts
         on, base = self.active_adapters, self.base_layer
@@ -62,7 +64,18 @@ class FusedLora(PeftLinear):
     def forward(self, x, *args, **kw):
         if args or kw or not self.plain: return super().forward(x, *args, **kw)
         (k,), base = self.active_adapters, self.base_layer
-        return _Lora.apply(x, base.weight, base.bias, self.lora_A[k].weight, self.lora_B[k].weight, self.scaling[k])
+        y = _Lora.apply(x, base.weight, base.bias, self.lora_A[k].weight, self.lora_B[k].weight, self.scaling[k])
+        if self.tape is not None: self.tape.append((self, x.detach(), y if y.requires_grad else y.requires_grad_()))
+        return y
+    @torch.no_grad()
+    def per_sample(self,
+                   x, # Inputs [B, T, i]
+                   g, # Gradients of the outputs [B, T, o]
+                  ) -> dict: # {parameter: gradient of every sample [B, …]}
+        "Gradients of A and B, sample by sample."
+        (k,) = self.active_adapters; A, B, s = self.lora_A[k].weight, self.lora_B[k].weight, self.scaling[k]
+        x, g = x.to(A.dtype), g.to(A.dtype)
+        return {A: torch.einsum("btr,bti->bri", g @ B*s, x), B: torch.einsum("bto,btr->bor", g, x @ A.T*s)}
 
 def fused(model:nn.Module, # A `peft.PeftModel`, changed in place
          ) -> nn.Module: # The same model

@@ -273,6 +273,19 @@ def __add__(self:Batch,
                    task=self.task + other.task, group=torch.cat([self.group, other.group]), weights=self.weights | other.weights, examples=self.examples + other.examples,
                    route={k: torch.cat([self.route[k], other.route[k]]) for k in self.route.keys() & other.route.keys()}, ctx={})
 
+# %% ../nbs/02_backbone.ipynb #fec71da2
+@patch
+def __getitem__(self:Batch,
+                rows:slice, # Which rows
+               ) -> Batch:
+    "Some rows of a right-padded batch, in order, no wider than they need."
+    T, has = int(self.mask[rows].sum(1).max()), [e.image is not None for e in self.examples]
+    pics = [k for k, i in enumerate(i for i, h in enumerate(has) if h) if i in range(len(self))[rows]]
+    cut = lambda x: x[rows, :T]
+    return replace(self, refs=self.refs[rows], ids=cut(self.ids), mask=cut(self.mask), labels=cut(self.labels), feats=None if self.feats is None or not pics else self.feats[pics],
+                   task=self.task[rows], group=self.group[rows], examples=self.examples[rows], route={k: v[rows] for k, v in self.route.items()},
+                   prefix=None if self.prefix is None else self.prefix[rows], ctx={})
+
 # %% ../nbs/02_backbone.ipynb #fcc2cc7d
 _stack = []
 

@@ -19,7 +19,7 @@ from fastcore.basics import camel2snake, patch
 from torch import nn
 from torch.func import functional_call
 
-from .adapt import Tune, add_lora
+from .adapt import FusedLora, Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
 from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
@@ -421,24 +421,36 @@ def row_nll(out:Out) -> torch.Tensor: # [B]
     ce = nn.functional.cross_entropy(out.logits, out.labels, reduction="none")
     return ce.new_zeros(int(out.row.max()) + 1).index_add(0, out.row, ce)
 
+@torch.no_grad()
+def _per_sample(m, x, g) -> dict: # {parameter: gradients [B, …]}
+    "Per-sample gradients of a layer's own parameters from its input and the gradient of its output."
+    if isinstance(m, FusedLora): return m.per_sample(x, g)
+    g = g.to(m.weight.dtype)
+    return {m.weight: torch.einsum("bto,bti->boi", g, x.to(m.weight.dtype))} | ({} if m.bias is None else {m.bias: g.sum(1)})
+
 @patch
 def _linear_grads(self:Net, batch, fn):
-    "{parameter name: per-sample gradients [B, …]} for weights of plain linear layers, by one backward."
+    "{parameter name: per-sample gradients [B, …]} for plain LoRA and linear layers, by one backward to their outputs."
     seen, names = [], {id(p): n for n, p in self.params.items()}
-    hook = lambda m, x, y: seen.append((m, x[0].detach(), y))
-    hooks = [m.register_forward_hook(hook) for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in names]
-    if not hooks: return {}
+    lora = [m for m in self.model.modules() if isinstance(m, FusedLora) and m.plain and all(id(p) in names for p in (*m.lora_A.parameters(), *m.lora_B.parameters()))]
+    inner = {id(l) for m in lora for l in m.modules()}
+    dense = [m for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in names and id(m) not in inner]
+    if not lora + dense: return {}
+    hook = lambda m, x, y: seen.append((m, x[0].detach(), y if y.requires_grad else y.requires_grad_()))
+    hooks, frozen = [m.register_forward_hook(hook) for m in dense], [p for m in [*lora, *dense] for p in m.parameters() if p.requires_grad]
     try:
-        with at(self.method.route(self, replace(batch, ctx={}))) as b:
-            total = fn(self.forward(b)).sum()
-            gs = torch.autograd.grad(total, [y for *_, y in seen], allow_unused=True)
+        for m in lora: m.tape = seen
+        for p in frozen: p.requires_grad_(False)
+        with at(self.method.route(self, replace(batch, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)).sum(), [y for *_, y in seen], allow_unused=True)
     finally:
+        for p in frozen: p.requires_grad_(True)
+        for m in lora: m.tape = None
         for h in hooks: h.remove()
     out = defaultdict(float)
-    for (m, x, y), g in zip(seen, gs):
+    for (m, x, _), g in zip(seen, gs):
         if g is None or x.ndim != 3 or len(x) != len(batch): continue
-        out[names[id(m.weight)]] += torch.einsum("bto,bti->boi", g.to(m.weight.dtype), x.to(m.weight.dtype))
-        if m.bias is not None and id(m.bias) in names: out[names[id(m.bias)]] += g.to(m.bias.dtype).sum(1)
+        for p, grads in _per_sample(m, x, g).items():
+            if id(p) in names: out[names[id(p)]] += grads
     return out
 
 # %% ../nbs/05_method.ipynb #31d2fe48

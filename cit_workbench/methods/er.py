@@ -41,10 +41,10 @@ def batch(self:ER, net, batch):
     refs, B, micro = self.mem.get("refs"), len(batch), net.clock[3]
     if not refs or not self.share: return batch
     k = round(self.share*B*(micro + 1)) - round(self.share*B*micro)
-    rows, group = batch.refs[:B-k], {"weights": {0: 1 - self.share, 1: self.share}}
+    group = {"weights": {0: 1 - self.share, 1: self.share}}
     if not k: return replace(batch, **group)
     old = net.fetch([refs[j] for j in net.rng(self.name).choice(len(refs), k, replace=k > len(refs))], group=1)
-    return replace(net.fetch(rows) + old if rows else old, **group)
+    return replace(batch[:B-k] + old if k < B else old, **group)
 
 # %% ../../nbs/methods/er.ipynb #7da96341
 @patch

@@ -33,8 +33,10 @@ class EWC(Method):
 # %% ../../nbs/methods/ewc.ipynb #b8719ae1
 @patch
 def loss(self:EWC, net, batch, out):
-    fisher, anchor = (self.mem.get(k, {}) for k in ("fisher", "anchor"))
-    return self.lam/2*sum((F*(net.params[k] - anchor[k]).square()).sum() for k, F in fisher.items() if k in net.params)
+    held = [k for k in self.mem.get("fisher", {}) if k in net.params]
+    if not held: return 0.
+    F, old, now = (torch.cat([d[k].flatten() for k in held]) for d in (self.mem["fisher"], self.mem["anchor"], net.params))
+    return self.lam/2*(F*(now - old).square()).sum()
 
 # %% ../../nbs/methods/ewc.ipynb #bcae279c
 @patch
