@@ -617,7 +617,8 @@ def latex(self:Table) -> str:
 # %% ../nbs/09_record.ipynb #922bdae9
 def _notes(rows:list, singles:set) -> list:
     "What a reader must know about the lines of a table."
-    said, names = [], lambda rs: ", ".join(dict.fromkeys(r["method"] for r in rs))
+    said = []
+    names = lambda rs: "all lines" if len(rs) == len(rows) else ", ".join(dict.fromkeys(r["method"] for r in rs))
     if any(r["orders"] >= _enough for r in rows):
         said.append("± is half of the 95 % t-interval over task orders, seeds of an order averaged first.")
     few = [f"{names(rs)} (n = {n})" for n in range(1, _enough) if (rs := [r for r in rows if r["orders"] == n])]

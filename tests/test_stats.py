@@ -127,6 +127,7 @@ def test_too_few_orders_have_no_interval_and_the_table_says_so(tmp_path):
     assert "average_accuracy_high" not in line(t, "er") and "±" not in t.text().split("No interval")[0]
     assert "No interval for finetune (n = 1); er (n = 2): it needs at least 3 task orders." in t.notes
     assert bold(t.latex()) == []
+    assert table(tmp_path/"finetune-0-0").notes[0] == "No interval for all lines (n = 1): it needs at least 3 task orders."
 
 
 def test_bold_only_if_the_paired_interval_excludes_the_runner_up(tmp_path):
