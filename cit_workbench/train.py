@@ -7,7 +7,7 @@ __all__ = ['Optim', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'recipe', 'git_sta
 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
-import inspect, math, os, platform, re, subprocess, sys, time
+import inspect, math, os, platform, re, subprocess, sys, time, warnings
 from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
-from .checkpoint import last_checkpoint, prune, read_checkpoint, sweep, sync, write_checkpoint # noqa: F401
+from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng
 from .evaluate import column_scores, score_line
 from .memory import join_tree, split_tree
@@ -340,14 +340,14 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if "RANK" in os.environ and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1: dist.init_process_group("nccl" if c.device.startswith("cuda") else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if self.opt.batch < self.opt.accum*world: raise CitError(f"optim: batch {self.opt.batch} is too small for {world} processes of {self.opt.accum} micro-batches each")
-    self._as_before()
+    there = self._as_before()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
     bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
     self.opt = recipe(self.opt, bb)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
-    w = RecordWriter(self.folder).open(self.describe(net, asked)) if rank == 0 else _Quiet()
-    if rank == 0: sweep(self.folder)
+    w = RecordWriter(self.folder).open(now := self.describe(net, asked)) if rank == 0 else _Quiet()
+    if rank == 0: _warn_of_change(self.folder, there, now); sweep(self.folder)
     state = self.load(net, w)
     if not state:
         if rank == 0: w.truncate(0)
@@ -360,12 +360,19 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     return net, w, state
 
 @patch
-def _as_before(self:Run):
+def _as_before(self:Run) -> dict: # run.json, {} for a new run
     "Set what bits depend on: the threads that the run names or began with, deterministic kernels if it began with them."
     there = read_json(self.folder/"run.json", "run file") if (self.folder/"run.json").is_file() else {}
     torch.set_num_threads(n := self.comp.threads or there.get("threads") or torch.get_num_threads())
     if torch.get_num_threads() != n: raise CitError(f"{self.folder} needs {n} CPU threads, but torch gives {torch.get_num_threads()}: check OMP_NUM_THREADS and OMP_THREAD_LIMIT")
     if there.get("deterministic"): torch.use_deterministic_algorithms(True)
+    return there
+
+def _warn_of_change(folder, there:dict, now:dict):
+    "Say loudly when a run goes on with other libraries or on another device."
+    about = lambda d: {k: d.get(k) for k in ("device", "versions")}
+    for name, a, b in differences(about(there), about(now))[:1] if there else []:
+        warnings.warn(f"{folder} began with {name} {a!r} and goes on with {b!r}: its bits may differ from those of a run that never stopped")
 
 @patch
 def insert(self:Run, net:Net):
@@ -414,7 +421,8 @@ def _settle(self:Run, net:Net, adapter:bool):
     "The record reaches the disk before a checkpoint that counts on it."
     at, answers = self.folder/"adapters"/net.task if adapter and net.peft is not None else None, self.folder/"answers"
     try:
-        if at: net.peft.save_pretrained(at); sync(*at.iterdir(), at, at.parent)
+        if at: net.peft.save_pretrained(tmp := at.with_name(f".tmp-{at.name}")); sync(*tmp.iterdir())
+        if at: rename(tmp, at)
         sync(self.folder/"events.jsonl", answers/str(self.t - 1), answers, self.folder)
     except (OSError, SafetensorError) as e: raise disk_error(at or self.folder, e) from e
 

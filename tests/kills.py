@@ -1,12 +1,12 @@
 """Kill runs at named places, resume them, and compare every byte with a run that nobody stopped.
 
-    python tests/kills.py [--exits 480] [--kills 24] [--methods a,b] [--seed 0] [--out records/kills.json] [--keep FOLDER]
+    python tests/kills.py [--exits 480] [--kills 24] [--methods a,b] [--seed 0] [--out FILE.json] [--keep FOLDER]
 
-One process imports everything, trains once and forks: a child trains a short stream and leaves with `os._exit` at a chosen
-passing of a named place, or is killed by SIGKILL from outside at a chosen moment. A *life* is one run folder: it is killed,
-resumed, killed at a later place, resumed …, and at last ends. After every exit what lies in the folder must be a beginning of
-the run that nobody stopped: events, answers, checkpoints with optimiser and memory. At the end of a life every file must be
-the same, the clock excepted.
+One process imports everything, trains once and forks: a child trains a short stream and leaves with `os._exit` at a
+chosen passing of a named place, or is killed by SIGKILL from outside at a chosen moment. A *life* is one run folder: it
+is killed, resumed, killed at a later place, resumed, and so on, and at last it ends. After every exit what lies in the
+folder must be a beginning of the run that nobody stopped: events, answers, checkpoints with optimiser and memory. At
+the end of a life every file must be the same, the clock excepted, and nothing else may be left.
 """
 import argparse
 import json
@@ -41,8 +41,9 @@ from cit_workbench.method import Net, all_methods, parts  # noqa: E402
 from cit_workbench.record import RecordWriter  # noqa: E402
 from cit_workbench.train import Run  # noqa: E402
 
-STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2}, "probe_every": 3}
-LEFT, BROKE = 77, 78
+STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
+          "probe_every": 3}
+LEFT, BROKE, OUTSIDE = 77, 78, "SIGKILL from outside"
 
 
 def methods() -> list:
@@ -94,6 +95,12 @@ def around(owner, hook, before=None, after=None):
     setattr(owner, hook, g)
 
 
+def both(mark, owner, hook, place):
+    "Mark both ends of a function."
+    def look(*when): return lambda *a, **kw: mark(place, hook, *when)
+    around(owner, hook, look(), look("done"))
+
+
 def within(owner, hook, manager):
     "Call a function inside a context."
     f = getattr(owner, hook)
@@ -105,7 +112,8 @@ def within(owner, hook, manager):
 
 def watch_training(mark):
     "Steps, hooks, services of hooks."
-    hooks = {"begin": "inside begin", "end": "inside end"} | dict.fromkeys(("batch", "loss", "grads", "update", "step"), "inside a hook of a step")
+    hooks = dict.fromkeys(("batch", "loss", "grads", "update", "step"), "inside a hook of a step")
+    hooks |= {"begin": "inside begin", "end": "inside end"}
 
     def hooked(when):
         def look(net, f, *args):
@@ -116,75 +124,90 @@ def watch_training(mark):
         def look(net, *args, **kw):
             if net.inside and net.clock[1] in ("begin", "end"): mark(hooks[net.clock[1]], what)
         return look
+
+    def forward(net, batch):
+        if net.clock[3] > 0 and not net.inside: mark("mid-accumulation")
     around(Net, "tick", after=lambda net, *args, **kw: mark.moves(*net.clock))
-    around(Net, "hook", before=hooked("entered"), after=hooked("done"))
-    for what in ("rows", "grad", "__call__", "carried"): around(Net, what, before=service(what))
-    around(Net, "forward", before=lambda net, b: mark("between micro-batches") if net.clock[3] > 0 and not net.inside else None)
-    for f in ("_linear_grads", "_loop_grads"): around(Net, f, before=lambda *a, f=f: mark("inside sample_grads", f), after=lambda *a, f=f: mark("inside sample_grads", f, "done"))
+    around(Net, "hook", hooked("entered"), hooked("done"))
+    for what in ("rows", "grad", "__call__", "carried"): around(Net, what, service(what))
+    around(Net, "forward", forward)
+    for f in ("_linear_grads", "_loop_grads"): both(mark, Net, f, "mid-importance")
     around(torch.optim.AdamW, "step", after=lambda *a, **kw: mark("between the optimiser and its hooks"))
     around(Run, "one_step", after=lambda *a: mark("between a step and its event"))
-    around(Run, "probe", before=lambda *a: mark("inside a probe"), after=lambda *a: mark("inside a probe", "done"))
+    both(mark, Run, "probe", "inside a probe")
 
 
-def part_by_part(run, mark):
+def watch_chain(run, mark):
     "Between the parts of a chain, inside `begin` and `end`."
+    def look(hook): return lambda *a: mark(f"inside {hook}", "between parts")
     for m in parts(run.m)[1:]:
-        for hook in ("begin", "end"): around(type(m), hook, before=lambda m, net, task, hook=hook: mark(f"inside {hook}", "between parts"))
+        for hook in ("begin", "end"): around(type(m), hook, look(hook))
 
 
 def watch_record(mark):
     "Rows, answers, events, the result file."
-    within(Run, "row", lambda run, net, w, t, name: mark.during("row", t))
-    around(Run, "row", before=lambda run, net, w, t, name: mark("between a checkpoint and its row") if t else None)
-    around(Net, "answer", before=lambda net, b, *a: mark("inside an evaluation", len(b)), after=lambda net, b, *a: mark("inside an evaluation", len(b), "done"))
-    around(RecordWriter, "answers", before=lambda w, t, column, lines: mark("between answer files", column))
-    around(RecordWriter, "row", before=lambda w, t, *a: mark("between the answers and their row"))
-    around(RecordWriter, "finish", before=lambda *a: mark("inside finish"))
-    within(RecordWriter, "finish", lambda *a: mark.during("finish"))
-    append = record_module.append_jsonl
+    def row(run, net, w, t, name):
+        if t: mark("between a checkpoint and its row")
 
-    def halved(path, row):
-        def half():
-            with open(path, "ab") as f: f.write(record_module.canonical(row).encode()[:20])
-        name = mark.name(path)
-        mark("half a line written", name, row["kind"], before=half)
+    def half(path, line):
+        with open(path, "ab") as f: f.write(line[:20])
+
+    def appended(path, row):
+        what = mark.name(path), row["kind"]
+        mark("half a line written", *what, before=lambda: half(path, record_module.canonical(row).encode()))
         append(path, row)
-        mark("after a line of the record", name, row["kind"])
-    record_module.append_jsonl = halved
-    around(RecordWriter, "truncate", before=lambda w, n: mark("inside a resume", "before the cut") if n else None, after=lambda w, n: mark("inside a resume", "after the cut") if n else None)
-    around(Run, "load", before=lambda *a: mark("inside a resume", "before the load"))
+        mark("after a line of the record", *what)
+
+    def cut(when):
+        def look(w, n):
+            if n: mark("inside a resume", when)
+        return look
+    append, record_module.append_jsonl = record_module.append_jsonl, appended
+    within(Run, "row", lambda run, net, w, t, name: mark.during("row", t))
+    around(Run, "row", row)
+    both(mark, Net, "answer", "mid-evaluation")
+    around(RecordWriter, "answers", lambda w, t, column, lines: mark("between answer files", column))
+    around(RecordWriter, "row", lambda *a: mark("between the answers and their row"))
+    around(RecordWriter, "finish", lambda *a: mark("inside finish"))
+    within(RecordWriter, "finish", lambda *a: mark.during("finish"))
+    around(RecordWriter, "truncate", cut("before the cut"), cut("after the cut"))
+    around(Run, "load", lambda *a: mark("inside a resume", "before the load"))
 
 
 def watch_files(mark):
     "Checkpoints file by file, and what the disk is told."
-    within(Run, "save", lambda run, net, w, stage, **kw: mark.during("save", run.t, stage, kw.get("phase", 0), kw.get("step", 0)))
-    around(Run, "save", before=lambda *a, **kw: mark("between the record and a checkpoint"))
-    around(PeftModel, "save_pretrained", before=lambda *a, **kw: mark("around the adapter's files", "before"), after=lambda *a, **kw: mark("around the adapter's files", "after"))
+    def saving(run, net, w, stage, phase=0, step=0, **kw): return mark.during("save", run.t, stage, phase, step)
 
-    def file(path):
-        name = os.path.basename(path)
-        return "mem" if name.startswith("mem-") else name
-    def place(path): return "the manifest" if file(path) == "manifest.json" else "a file of a checkpoint"
-    around(checkpoint_module, "write_atomic", before=lambda path, data: mark(f"before {place(path)}", file(path)), after=lambda path, data: mark(f"after {place(path)}", file(path)))
-    around(checkpoint_module, "_rename", before=lambda tmp, path: mark("before a checkpoint gets its name"), after=lambda tmp, path: mark("after a checkpoint got its name"))
-    around(checkpoint_module, "_drop", before=lambda path: mark("while old checkpoints go", path.name) if path.exists() else None, after=lambda path: mark("while old checkpoints go", path.name, "done"))
-    fsync, replace = os.fsync, os.replace
+    def written(when):
+        def look(path, data):
+            name = "mem" if path.name.startswith("mem-") else path.name
+            mark(f"{when} {'the manifest' if name == 'manifest.json' else 'a file of a checkpoint'}", name)
+        return look
+
+    def dropped(path):
+        if path.exists(): mark("while old checkpoints go", path.name)
 
     def synced(fd):
         path = os.readlink(f"/proc/self/fd/{fd}")
-        def half():
-            if os.path.isfile(path): os.truncate(path, os.path.getsize(path)//2)
         at = mark.name(path)
-        if not os.path.isfile(path) or at.endswith(".jsonl"): mark("before a folder or record is synced", at)
-        else:
+        if os.path.isfile(path) and not at.endswith(".jsonl"):
             mark("before a file is synced", at)
-            mark("half a file written", at, before=half)
+            mark("half a file written", at, before=lambda: os.truncate(path, os.path.getsize(path)//2))
+        else: mark("before a folder or record is synced", at)
         fsync(fd)
 
     def replaced(a, b):
         mark("before a rename", mark.name(b))
         replace(a, b)
         mark("after a rename", mark.name(b))
+    within(Run, "save", saving)
+    around(Run, "save", lambda *a, **kw: mark("between the record and a checkpoint"))
+    both(mark, PeftModel, "save_pretrained", "around the adapter's files")
+    around(checkpoint_module, "write_atomic", written("before"), written("after"))
+    around(checkpoint_module, "rename", lambda *a: mark("before a checkpoint gets its name"),
+           lambda *a: mark("after a checkpoint got its name"))
+    around(checkpoint_module, "_drop", dropped, lambda path: mark("while old checkpoints go", path.name, "done"))
+    fsync, replace = os.fsync, os.replace
     os.fsync, os.replace = synced, replaced
 
 
@@ -218,19 +241,19 @@ def ended(pid) -> int:
 
 
 def trained(out, method, store, at=None, marks=None):
-    "Train or resume in this process; `at`: the mark to leave at; `marks`: where to write those passed, and every manifest."
+    "Train or resume in this process; leave at the mark `at`, or write those passed and every manifest to `marks`."
     os.environ["CIT_CACHE"] = str(store)
     if at or marks:
         mark = Marks(out, at)
         for watch in (watch_training, watch_record, watch_files): watch(mark)
-        within(Run, "train", lambda run: part_by_part(run, mark) or mark.during("open"))
+        within(Run, "train", lambda run: watch_chain(run, mark) or mark.during("open"))
     manifests = {}
     if marks:
-        f = checkpoint_module._rename
+        f = checkpoint_module.rename
         def noted(tmp, path):
             manifests[path.name] = (tmp/"manifest.json").read_text()
             f(tmp, path)
-        checkpoint_module._rename = noted
+        checkpoint_module.rename = noted
     train(out, method, **STREAM)
     if marks: Path(marks).write_text(json.dumps({"marks": mark.seen, "manifests": manifests}))
 
@@ -238,10 +261,12 @@ def trained(out, method, store, at=None, marks=None):
 class Whole:
     "A run that nobody stopped: its files, the marks it passed, the manifests of all its checkpoints."
     def __init__(self, work, method):
-        self.method, self.folder, log = method, Path(work)/"whole"/method, Path(work)/f"{method}.log"
-        tic, marks = time.time(), Path(work)/f"{method}.marks"
-        Path(work).mkdir(exist_ok=True)
-        if ended(child(trained, self.folder, method, Path(work)/"store"/f"{method}-whole", None, marks, log=log)): raise SystemExit(f"{method} does not run:\n{log.read_text()}")
+        work = Path(work)
+        work.mkdir(exist_ok=True)
+        self.method, self.folder = method, work/"whole"/method
+        tic, marks, log = time.time(), work/f"{method}.marks", work/f"{method}.log"
+        done = ended(child(trained, self.folder, method, work/"store"/f"{method}-whole", None, marks, log=log))
+        if done: raise SystemExit(f"{method} does not run:\n{log.read_text()}")
         self.seconds = time.time() - tic
         said = json.loads(marks.read_text())
         self.marks, self.manifests = said["marks"], said["manifests"]
@@ -270,7 +295,8 @@ class Life:
     "One run folder that is killed and resumed until it ends."
     def __init__(self, work, whole, number):
         self.whole, self.number, self.work = whole, number, Path(work)
-        self.out, self.log = self.work/"lives"/f"{whole.method}-{number}", self.work/"lives"/f"{whole.method}-{number}.log"
+        self.out = self.work/"lives"/f"{whole.method}-{number}"
+        self.log = self.out.with_suffix(".log")
         self.out.parent.mkdir(exist_ok=True)
         self.exits, self.bad, self.children = [], [], 0
 
@@ -278,6 +304,8 @@ class Life:
         "Every other life keeps one store of answers; in the rest each child answers for itself."
         self.children += 1
         return self.work/"store"/f"{self.whole.method}-{self.number}-{0 if self.number % 2 else self.children}"
+
+    def why(self, code) -> str: return self.log.read_text() if code == BROKE else f"exit code {code}"
 
     def stopped(self, place):
         self.exits.append(place)
@@ -287,7 +315,7 @@ class Life:
         "Train on and leave at a mark; False when it was not passed and the run ended."
         code = ended(child(trained, self.out, self.whole.method, self.store(), at, log=self.log))
         if code == LEFT: self.stopped(at[0])
-        elif code: self.bad.append(f"on the way to {at}: {self.log.read_text()}" if code == BROKE else f"on the way to {at}: exit code {code}")
+        elif code: self.bad.append(f"on the way to {at}: {self.why(code)}")
         return code == LEFT
 
     def killed(self, seconds) -> bool:
@@ -295,25 +323,26 @@ class Life:
         pid = child(trained, self.out, self.whole.method, self.store(), log=self.log)
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
-        if (code := ended(pid)) == -signal.SIGKILL: self.stopped("SIGKILL from outside")
-        elif code: self.bad.append(f"SIGKILL: {self.log.read_text()}")
+        if (code := ended(pid)) == -signal.SIGKILL: self.stopped(OUTSIDE)
+        elif code: self.bad.append(f"before a SIGKILL: {self.why(code)}")
         return code == -signal.SIGKILL
 
     def ends(self) -> list:
         "Resume to the end; what differs from the run that nobody stopped."
-        if code := ended(child(trained, self.out, self.whole.method, self.store(), log=self.log)):
-            self.bad.append(self.log.read_text() if code == BROKE else f"exit code {code}")
+        code = ended(child(trained, self.out, self.whole.method, self.store(), log=self.log))
+        if code: self.bad.append(f"on the way to the end: {self.why(code)}")
         else: self.bad += differing(self.out, self.whole.folder)
         if not self.bad: shutil.rmtree(self.out)
         for f in self.work.glob(f"store/{self.whole.method}-{self.number}-*"): shutil.rmtree(f)
         return self.bad
 
 
-RESUMES = [["inside a resume", f"{moment}/{what}", 1] for moment, what in (("open", "before the load"), ("start/wrap/0/-1", "before the cut"), ("start/wrap/0/-1", "after the cut"))]
+RESUMES = [["inside a resume", at, 1] for at in
+           ("open/before the load", *(f"start/wrap/0/-1/{when} the cut" for when in ("before", "after")))]
 
 
 def chosen(whole, n, g, used) -> list:
-    "Marks to leave at, in the order of the run: of the places used least by this method, then by all (`used`), then at random."
+    "Marks to leave at, in the order of the run; of places used least by this method, then by all (`used`), at random."
     left = {p: list(g.permutation(at)) for p, at in sorted(whole.by_place().items()) if p != "inside a resume"}
     turn, own, picked = {p: g.random() for p in left}, Counter(), []
     while len(picked) < n and left:
@@ -348,10 +377,10 @@ def kill_all(work, names, exits, kills, seed=0, said=lambda life: None, length=1
     for m in names:
         todo, number = chosen(whole[m], share[m], g, used), 0
         while todo:
-            n = -(-len(todo)//length)
             rest = []
-            for k in range(n):
-                life, missed = live(work, whole[m], todo[k::n], number := number + 1, said, RESUMES if k == 0 and again else ())
+            for k in range(n := -(-len(todo)//length)):
+                number += 1
+                life, missed = live(work, whole[m], todo[k::n], number, said, RESUMES if k == 0 and again else ())
                 lives.append(life)
                 rest += missed if len(missed) < len(todo[k::n]) else missed[1:]
             todo = sorted(rest, key=whole[m].marks.index)
@@ -372,15 +401,15 @@ def kill_all(work, names, exits, kills, seed=0, said=lambda life: None, length=1
 
 def table(lives) -> tuple:
     "(counts by place and method, text)"
-    names = list(dict.fromkeys(l.whole.method for l in lives))
-    counts = defaultdict(Counter)
+    names, counts = list(dict.fromkeys(l.whole.method for l in lives)), defaultdict(Counter)
     for l in lives:
         for p in l.exits: counts[p][l.whole.method] += 1
-    rows = [["place", *names, "all"]] + [[p, *[str(counts[p][m] or "·") for m in names], str(sum(counts[p].values()))] for p in sorted(counts)]
-    rows.append(["all", *[str(sum(c[m] for c in counts.values())) for m in names], str(sum(sum(c.values()) for c in counts.values()))])
+    places = sorted(counts, key=lambda p: (p == OUTSIDE, p))
+    row = lambda head, c: [head, *(str(c[m] or "·") for m in names), str(sum(c.values()))]
+    rows = [["place", *names, "all"], *(row(p, counts[p]) for p in places), row("all", sum(counts.values(), Counter()))]
     width = [max(map(len, c)) for c in zip(*rows)]
-    text = "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))) for r in rows)
-    return {p: dict(sorted(counts[p].items())) for p in sorted(counts)}, text
+    text = "\n".join("  ".join([r[0].ljust(width[0]), *map(str.rjust, r[1:], width[1:])]) for r in rows)
+    return {p: dict(sorted(counts[p].items())) for p in places}, text
 
 
 def few(work, exits, kills, seed=0) -> list:
@@ -408,23 +437,30 @@ def main():
     warm(work)
     one = Whole(work/"first", names[0]).seconds
     total = a.exits + a.kills
-    print(f"{len(names)} methods, {a.exits} exits, {a.kills} SIGKILLs, one process: about {(len(names)*1.5*one + total*one*.55)/60:.0f} minutes", flush=True)
-    with tqdm(total=total, unit="kill", dynamic_ncols=True, mininterval=1) as bar:
-        def said(life): bar.update(); bar.set_postfix_str(life.whole.method, refresh=False)
+    print(f"{len(names)} methods, {a.exits} exits, {a.kills} SIGKILLs, one process: "
+          f"about {(len(names)*1.5*one + total*one*.55)/60:.0f} minutes", flush=True)
+    with tqdm(total=total, unit="kill", dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+        def said(life):
+            bar.set_postfix_str(life.whole.method, refresh=False)
+            bar.update()
         lives = kill_all(work, names, a.exits, a.kills, a.seed, said)
     counts, text = table(lives)
     failed = [l for l in lives if l.bad]
-    outside = sum(counts.get("SIGKILL from outside", {}).values())
-    inside = sum(sum(c.values()) for c in counts.values()) - outside
+    outside = sum(counts.get(OUTSIDE, {}).values())
+    inside = sum(len(l.exits) for l in lives) - outside
+    lost = sum(len(l.exits) for l in failed)
+    seconds, cpu = time.time() - tic, sum(os.times()[:4])
     print(text)
     for l in failed: print(f"FAILED {l.whole.method}, kept in {l.out}: {l.bad[:4]}")
-    bad = sum(len(l.exits) for l in failed)
-    print(f"{inside} exits and {outside} SIGKILLs in {len(lives)} lives: {inside + outside - bad} survived, {bad} in lives that failed, {time.time() - tic:.0f} s")
+    print(f"{inside} exits and {outside} SIGKILLs in {len(lives)} lives: {inside + outside - lost} survived, "
+          f"{lost} in lives that failed; {seconds:.0f} s, {cpu:.0f} s of them computing")
     if a.out:
-        said = {"exits": inside, "sigkills": outside, "lives": len(lives), "failed": len(failed), "seconds": round(time.time() - tic), "seed": a.seed, "places": counts,
-                "stream": STREAM, "threads": 1, "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors", "numpy")}}
+        versions = {p: version(p) for p in ("torch", "transformers", "peft", "safetensors", "numpy")}
+        said = {"exits": inside, "sigkills": outside, "survived": inside + outside - lost, "lives": len(lives),
+                "failed_lives": len(failed), "seconds": round(seconds), "cpu_seconds": round(cpu), "seed": a.seed,
+                "threads": 1, "stream": STREAM, "versions": versions, "places": counts}
         Path(a.out).parent.mkdir(exist_ok=True)
-        Path(a.out).write_text(json.dumps(said, indent=1) + "\n")
+        Path(a.out).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
     if not failed and not a.keep: shutil.rmtree(work)
     sys.exit(bool(failed) or inside < a.exits or outside < a.kills)
 

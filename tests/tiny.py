@@ -107,7 +107,8 @@ def everything(folder) -> dict:
     every = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
     result, run = json.loads(every["result.json"]), json.loads(every["run.json"])
     about = {k: run[k] for k in ("asked", "config", "hashes", "protocol", "threads")}
-    return every | {"result.json": canonical(untimed(result)).encode(), "run.json": canonical(about).encode(), "clock.jsonl": b""}
+    said = {"result.json": untimed(result), "run.json": about, "clock.jsonl": None}
+    return every | {k: canonical(v).encode() for k, v in said.items()}
 
 
 def differing(a, b) -> list:
