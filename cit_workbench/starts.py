@@ -29,7 +29,7 @@ from .core import write_atomic
 _more = """zero four five six seven eight nine ten no yes left right above below of on with and or not the a an is are in at to this that
 sum total plus minus larger smaller taller shorter tall short higher lower most least same different both only first last second third
 image picture object objects digit digits number bar bars night day light dark black white gray pink brown cyan circles squares triangles
-crosses diamonds USER ASSISTANT : . , ? ! ' - ( ) [ ] A B C D E F A. B. C. D. E. F. Yes No In There The what which how many where""".split()
+crosses diamonds true USER ASSISTANT : . , ? ! ' - ( ) [ ] A B C D E F A. B. C. D. E. F. Yes No In There The what which how many where""".split()
 
 def words() -> list:
     "Every token of the generator's texts, sorted."
@@ -247,11 +247,12 @@ instruct_mix = ("shp-mcq", "shp-mcq", "cnt-day", "shp-pos", "cnt-day", "shp-mcq"
 
 @dataclass
 class Recipe:
-    "Sizes of the three stages."
+    "Sizes of the stages."
     seed:int = 0
     tower:int = 2500 # Steps of stage 1
     base:int = 1200 # Steps of stage 2
-    instruct:int = 2000 # Steps of stage 3
+    instruct:int = 2000 # Steps of stage 3: instructions for one start, as many further captions for the other
+    threads:int = 2 # Bits depend on it
     batch:int = 64
     lr:float = 1e-3
     n_test:int = 200 # Examples per score
@@ -265,9 +266,10 @@ def finish(model, processor, out, r:Recipe, **facts) -> dict: # the record
     return save_start(back, proc, out, keep | facts | {"parameters": sum(p.numel() for p in model.parameters())})
 
 # %% ../nbs/starts/tiny.ipynb #91761f0a
-def make_starts(out, # Folder for tiny-base and tiny-instruct
+def make_starts(out, # Folder for the three starts
                 r:Recipe=Recipe()) -> dict: # records by name
-    "Make both starts."
+    "Make all three starts of a seed; the same bytes on the same kind of machine."
+    torch.set_num_threads(r.threads)
     began, out, processor = time.time(), Path(out), make_processor()
     took = lambda: round(time.time() - began)
     model = make_model(processor.tokenizer, r.seed)
@@ -275,18 +277,21 @@ def make_starts(out, # Folder for tiny-base and tiny-instruct
     curve, sees = train_tower(model, Schedule(r.tower, 2e-3, r.batch), r.seed)
     tower = {"tower_curve": curve, "tower_accuracy": sees, "tower_seconds": took()}
     base = train_language(model, processor, base_mix, Schedule(r.base, r.lr, r.batch), r.seed)
-    one = finish(model, processor, out/"tiny-base", r, **tower, curve=base, seconds=took())
-    tuned = train_language(model, processor, instruct_mix, Schedule(r.instruct, r.lr, r.batch), r.seed + 1)
-    two = finish(model, processor, out/"tiny-instruct", r, curve=tuned, seconds=took())
-    return {"tiny-base": one, "tiny-instruct": two}
+    records, branch = {"tiny-base": finish(model, processor, out/"tiny-base", r, **tower, curve=base, seconds=took())}, deepcopy(model.state_dict())
+    for name, mix in (("tiny-instruct", instruct_mix), ("tiny-base-long", base_mix)):
+        model.load_state_dict(branch)
+        tuned = train_language(model, processor, mix, Schedule(r.instruct, r.lr, r.batch), r.seed + 1)
+        records[name] = finish(model, processor, out/name, r, curve=tuned, seconds=took())
+    return records
 
 # %% ../nbs/starts/tiny.ipynb #0a9d0507
 @call_parse
-def main(out:str, # Folder for tiny-base and tiny-instruct
+def main(out:str, # Folder for tiny-base, tiny-instruct and tiny-base-long
          seed:int=0, # Pre-training seed
          tower:int=Recipe.tower, # Steps of the vision tower
          base:int=Recipe.base, # Steps on captions
-         instruct:int=Recipe.instruct, # Steps on held-in instructions
+         instruct:int=Recipe.instruct, # Steps on held-in instructions, and on further captions
+         threads:int=Recipe.threads, # Bits depend on it
         ):
-    "Make `tiny-base` and `tiny-instruct` of a seed."
-    make_starts(out, Recipe(seed, tower, base, instruct))
+    "Make `tiny-base`, `tiny-instruct` and `tiny-base-long` of a seed."
+    make_starts(out, Recipe(seed, tower, base, instruct, threads))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['scorers', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_names', 'places', 'grid_cells', 'count_words',
-           'code_words', 'palette', 'formats', 'templates', 'catalogue', 'Example', 'exact', 'slots', 'iou', 'boxed',
-           'Format', 'Task', 'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw',
+           'code_words', 'palette', 'formats', 'templates', 'catalogue', 'shapes', 'Example', 'exact', 'slots', 'iou',
+           'boxed', 'Format', 'Task', 'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw',
            'scatter', 'two_digits', 'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'locate', 'read', 'parity',
-           'verify', 'colors', 'compare', 'describe', 'caption', 'looks', 'region', 'point', 'in_format',
-           'make_example', 'make_task', 'ShapesArgs', 'shapes']
+           'verify', 'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption', 'looks', 'region', 'point',
+           'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
 import random, re
@@ -114,6 +114,7 @@ class Stream:
     tasks:list
     held_in:list = field(default_factory=list)
     unseen:list = field(default_factory=list)
+    steps:int|None = None # Optimiser steps per task it is meant for; None: what the start's recipe says
     image_mode:str = "plain" # How images are squared: "plain" as the processor does, "pad" as LLaVA-1.5 and CoIN do
 
     def __len__(self): return len(self.tasks)
@@ -194,7 +195,7 @@ color_names = ("red", "orange", "yellow", "green", "blue", "purple")
 domain_names = ("day", "night", "digits", "bars")
 places = tuple(f"{r} {c}" for r in ("top", "middle", "bottom") for c in ("left", "center", "right"))
 grid_cells = tuple(f"{r}{c}" for r in "abc" for c in "123")
-count_words = ("one", "two", "three", "four")
+count_words = ("one", "two", "three")
 code_words = ("zim", "bok", "tal", "fep", "gud", "nar")
 palette = np.array([(222, 36, 40), (243, 140, 28), (238, 218, 40), (44, 166, 70), (46, 92, 222), (150, 56, 190)], np.uint8)
 
@@ -348,14 +349,15 @@ def shape_at(r, domain):
 @skill("How many {} are there?", "How many {} do you see?", "What is the number of {}?", "Count the {}.",
        "Tell me how many {} there are.", "The number of {} is what?")
 def count(r, domain):
-    k, by = 1 + r.below(len(count_words)), "shape" if domain == "night" else r.pick(("shape", "color"))
+    words = count_words[:3] if domain == "night" else count_words
+    k, by = 1 + r.below(len(words)), "shape" if domain == "night" else r.pick(("shape", "color"))
     asked, other = (shape_names, color_names) if by == "shape" else (color_names, shape_names)
-    what, cells = r.pick(asked), r.sample(range(9), max(k, 3 + r.below(3)))
+    what, cells = r.pick(asked), r.sample(range(9), max(k, 3 + r.below(1 if domain == "night" else 3)))
     pairs = [(what if i < k else r.pick([a for a in asked if a != what]), r.pick(other)) for i in range(len(cells))]
     ts = [Thing(c, *(p if by == "shape" else p[::-1])) for c, p in zip(cells, pairs)]
     r.pick(ts).framed = True
     plural = f"{what} objects" if by == "color" else what + ("es" if what == "cross" else "s")
-    return Ask(ts, plural, count_words[k-1], count_words)
+    return Ask(ts, plural, words[k-1], words)
 
 @skill("Where is the {}?", "Where do you see the {}?", "In which cell is the {}?", "Find the {}.",
        "Tell me where the {} is.", "The {} is in which cell?")
@@ -378,12 +380,15 @@ def parity(r, domain):
     t, *rest = r.sample(two_digits(r), 2)
     return Ask([t, *rest], t.color, "no" if int(t.kind) % 2 else "yes", ("yes", "no"))
 
-@skill("Is the {}?", "Is it true: the {}?", "Is it right: the {}?", "Say if this is true: the {}.", "Tell me if this is true: the {}.", "The {}, right?")
+@skill("Is there {}?", "Is {} there?", "Is {} in the image?", "Say if there is {}.", "Tell me if there is {}.", "There is {}, right?")
 def verify(r, domain):
-    ts = scatter(r, "shape")
-    yes = r.below(2)
-    said = ts[0].color if yes else r.pick([c for c in color_names if c != ts[0].color])
-    return Ask(ts, f"{ts[0].kind} {said}", "yes" if yes else "no", ("yes", "no"))
+    ts, by = scatter(r), r.pick(("kind", "color"))
+    there = [getattr(t, by) for t in ts]
+    absent = [n for n in (shape_names if by == "kind" else color_names) if n not in there]
+    yes = r.below(2) or not absent
+    said = r.pick(there if yes else absent)
+    asked = f"{'an' if said[0] in 'aeiou' else 'a'} {said}{' object' if by == 'color' else ''}"
+    return Ask(ts, asked, "yes" if yes else "no", ("yes", "no"))
 
 # %% ../nbs/01_stream.ipynb #3d9120e9
 @skill("List the colors.", "List all colors.", "What colors are there?", "Which colors are there?", "Name all colors.", "The colors are which?")
@@ -393,12 +398,23 @@ def colors(r, domain):
     flip = lambda i: ", ".join(r.pick([c for c in color_names if c != x]) if i == j else x for j, x in enumerate(cols))
     return Ask(ts, "", ", ".join(cols), (", ".join(cols), *(flip(i) for i in range(3))))
 
+def bars(r:Draw) -> list:
+    "Three bars of different heights and colors."
+    hs, cs = r.sample(range(1, 6), 3), r.sample(color_names, 3)
+    return [Thing(c, "bar", col, height=h) for c, (h, col) in enumerate(zip(hs, cs))]
+
 @skill("What color is the tallest bar?", "Which color is the tallest bar?", "What is the color of the tallest bar?",
        "Name the color of the tallest bar.", "Tell me the color of the tallest bar.", "The tallest bar has which color?")
 def compare(r, domain):
-    hs, cs = r.sample(range(1, 6), 3), r.sample(color_names, 3)
-    ts = [Thing(c, "bar", col, height=h) for c, (h, col) in enumerate(zip(hs, cs))]
+    ts = bars(r)
     return Ask(ts, "", max(ts, key=lambda t: t.height).color, color_names)
+
+@skill("What color is the framed object?", "Which color is the framed object?", "What is the color of the framed object?",
+       "Name the color of the framed object.", "Tell me the color of the framed object.", "The framed object has which color?")
+def framed_color(r, domain):
+    ts = {"digits": two_digits, "bars": bars}.get(domain, scatter)(r)
+    if domain in ("digits", "bars"): r.pick(ts).framed = True
+    return Ask(ts, "", next(t.color for t in ts if t.framed), color_names)
 
 # %% ../nbs/01_stream.ipynb #49e0babf
 @skill("Describe the framed object.", "Describe the object in the frame.", "What is in the frame?", "Say what is framed.",
@@ -459,13 +475,14 @@ def in_format(ask:Ask, fmt:str, r:Draw) -> tuple: # what precedes the template l
     return "\n" + " ".join(f"{k}. {o}" for k, o in zip(letters, ask.closed)), letters[ask.closed.index(ask.answer)], tuple(letters)
 
 # %% ../nbs/01_stream.ipynb #3f5024ea
-def make_example(split:str, i:int, name:str, domain:str, skill:str, fmt:str, seed:int, held_out:bool=False) -> Example:
+def make_example(split:str, i:int, name:str, domain:str, skill:str, fmt:str, seed:int, held_out:bool=False, named:bool=False) -> Example:
     "Draw example `i` of a split: scene, question, answer, picture."
     r = Draw(seed, name, split, i)
     ask = _skills[skill](r, domain)
     p = 5 if held_out else r.below(5)
     options, answer, choices = in_format(ask, fmt, r)
-    question = f"{_phrases[skill][p].format(ask.fill)}{options}\n{templates[fmt]}".strip()
+    where = f"In the {domain} image: " if named else ""
+    question = f"{where}{_phrases[skill][p].format(ask.fill)}{options}\n{templates[fmt]}".strip()
     meta = {"things": ask.things, "domain": domain, "paraphrase": p, **({"slots": ask.slots} if ask.slots else {})}
     return Example(f"{name}/{split}/{i}", draw(ask.things, domain, r, split), question, answer, choices, meta)
 
@@ -476,48 +493,80 @@ catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name
     ("col-digits", "digits", "color", "letter", 100/6), ("col-para", "day", "color", "word", 100/6),
     ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
     ("shp-mcq", "day", "shape", "letter", 20.),      ("shp-pos", "day", "shape_at", "word", 20.),
-    ("cnt-day", "day", "count", "word", 25.),        ("cnt-night", "night", "count", "word", 25.),
+    ("yes-night", "night", "verify", "yesno", 50.),
+    ("cnt-day", "day", "count", "word", 25.),      ("cnt-night", "night", "count", "word", 100/3),
     ("read", "digits", "read", "word", 1.),          ("par-digits", "digits", "parity", "yesno", 50.),
-    ("box", "day", "locate", "cell", 100/9),         ("yes-day", "day", "verify", "yesno", 50.),
+    ("box", "day", "locate", "cell", 100/9),         ("box-night", "night", "locate", "cell", 100/9),
+    ("mcq-digits", "digits", "framed_color", "letter", 100/6), ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
     ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3), ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
+    ("cap-night", "night", "describe", "sentence", 100*(1/6+1/5+1/9)/3),
     ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.),
     ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.),
     ("all-night", "night", "caption", "caption", 0.), ("at-night", "night", "point", "caption", 0.),
-    ("at-day", "day", "point", "caption", 0.))}
+    ("at-day", "day", "point", "caption", 0.),
+    *((f"frm-{d}{n}", d, "framed_color", "word", 100/6) for d in domain_names for n in ("", "-named")))}
 
-def make_task(name:str, # A name of the catalogue
+def make_task(name:str, # A name of the catalogue; with "-para", in the wording that training never shows
               n_train:int=2000, n_val:int=64, n_test:int=100, # Examples per split
               seed:int=0, # Which drawing of the task
              ) -> Task:
     "A task of the catalogue."
-    c = catalogue[one_of("task", name, catalogue)]
-    source = dict(name=name, domain=c["domain"], skill=c["skill"], fmt=c["fmt"], seed=seed, held_out=name.endswith("-para"))
+    c = catalogue[one_of("task", name if name in catalogue else name.removesuffix("-para"), catalogue)]
+    source = dict(name=name, domain=c["domain"], skill=c["skill"], fmt=c["fmt"], seed=seed, held_out=name.endswith("-para"),
+                  named=name.endswith("-named"))
     return Task(name, formats[c["fmt"]], c["domain"], c["skill"], {"train": n_train, "val": n_val, "test": n_test},
                 partial(make_example, **source), c["chance"], source)
 
-# %% ../nbs/01_stream.ipynb #1f9bf5bf
+# %% ../nbs/01_stream.ipynb #e8900531
 @dataclass
 class ShapesArgs:
-    "Arguments of the stream `shapes`."
-    tasks:list|str|None = None # Names, in training order; default: all eight
+    "Arguments of the embedded streams."
+    tasks:list|str|None = None # Names of the catalogue, in training order; default: the stream's own
     n_train:int = 2000
     n_val:int = 64
     n_test:int = 100
     seed:int = 0
+    paraphrases:bool = False # Unseen columns: every task in the wording that training never shows, in place of the stream's own
 
-_shapes = "col-mcq read cap-day shp-word col-word col-night box cnt-night".split()
 _held_in = "shp-pos shp-mcq par-digits list-day".split()
 _unseen = "shp-night col-digits col-para cmp-bars".split()
 
-@register
-def shapes(**args) -> Stream:
-    "Eight tasks over day, night and handwriting; colors conflict between day and night."
-    a = ShapesArgs(**check_args(ShapesArgs, args, "stream 'shapes'"))
-    names = a.tasks.split(",") if isinstance(a.tasks, str) else _shapes if a.tasks is None else list(a.tasks)
-    if not names: raise CitError("stream 'shapes': `tasks` is empty; name at least one task, or leave it out for all eight")
-    if len(set(names)) < len(names): raise CitError("stream 'shapes': `tasks` names a task twice; each task may come once")
-    for k in ("n_train", "n_val", "n_test"):
-        if getattr(a, k) < 1: raise CitError(f"stream 'shapes': `{k}` is {getattr(a, k)}, but must be at least 1")
-    make = lambda ns: [make_task(one_of("task of stream 'shapes'", n, catalogue), a.n_train, a.n_val, a.n_test, a.seed) for n in ns]
-    return Stream("shapes", make(names), make([n for n in _held_in if n not in names]), make([n for n in _unseen if n not in names]))
+def _names(stream, given, own): # the tasks asked for
+    names = given.split(",") if isinstance(given, str) else own if given is None else list(given)
+    if not names: raise CitError(f"stream {stream!r}: `tasks` is empty; name at least one task, or leave it out for all {len(own)}")
+    if len(set(names)) < len(names): raise CitError(f"stream {stream!r}: `tasks` names a task twice; each task may come once")
+    return [one_of(f"task of stream {stream!r}", n, catalogue) for n in names]
+
+# %% ../nbs/01_stream.ipynb #561c190d
+def from_catalogue(name:str, about:str, tasks:str, # Names, in training order
+                   held_in:str=" ".join(_held_in), unseen:str=" ".join(_unseen), steps:int|None=None):
+    "Register a stream made of tasks of the catalogue."
+    def make(**args):
+        a = ShapesArgs(**check_args(ShapesArgs, args, f"stream {name!r}"))
+        for k in ("n_train", "n_val", "n_test"):
+            if getattr(a, k) < 1: raise CitError(f"stream {name!r}: `{k}` is {getattr(a, k)}, but must be at least 1")
+        names = _names(name, a.tasks, tasks.split())
+        new = " ".join(f"{n}-para" for n in names) if a.paraphrases else unseen
+        parts = (names, *([n for n in ns.split() if n not in names] for ns in (held_in, new)))
+        return Stream(name, *([make_task(n, a.n_train, a.n_val, a.n_test, a.seed) for n in p] for p in parts), steps=steps)
+    make.__doc__, make.__name__ = about, name
+    return register(make)
+
+# %% ../nbs/01_stream.ipynb #1f9bf5bf
+shapes = from_catalogue("shapes", "Eight tasks over day, night and handwriting; colors conflict between day and night.",
+                        "col-mcq read cap-day shp-word col-word col-night box cnt-night")
+_shapes = [t.name for t in shapes()]
+
+# %% ../nbs/01_stream.ipynb #57776b22
+_qa6 = "col-word col-night shp-word cnt-night read col-code"
+for _args in (
+    ("shapes-qa6", "Six questions answered in words.", _qa6),
+    ("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, " ".join(_held_in), " ".join(_unseen), 600),
+    ("shapes-fmt6", "One image domain, six answer formats.", "col-word col-mcq cap-day box col-code yes-day"),
+    ("shapes-domain", "One question in four image domains.", "frm-day frm-night frm-digits frm-bars"),
+    ("shapes-domain-named", "One question in four image domains, named in the instruction.", "frm-day-named frm-night-named frm-digits-named frm-bars-named"),
+    ("shapes-capability", "One image domain: name, verify, describe, locate.", "col-word yes-day cap-day box"),
+    ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read shp-word", ""),
+    ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read shp-word"),
+    ("shapes-tune", "Four tasks of no other stream, for tuning only.", "mcq-digits cap-night yes-night box-night")): from_catalogue(*_args)

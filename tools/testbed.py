@@ -1,0 +1,38 @@
+"""Run what the gates of the testbed are judged by, and pack each run into records/testbed.
+
+    python tools/testbed.py [--jobs 2] [NAME …]     names as in `cit_workbench.testbed.gate_runs`; finished runs are not run again
+"""
+import argparse
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CIT_QUIET", "1")
+root = Path(__file__).resolve().parents[1]
+
+
+def one(name):
+    "Train one run, pack it, say how long it took."
+    import time
+
+    from cit_workbench import Run
+    from cit_workbench.record import pack
+    from cit_workbench.testbed import gate_runs
+    began = time.time()
+    rec = Run(**gate_runs()[name], out=str(root/"runs/testbed"/name)).train()
+    pack(rec.path, root/f"records/testbed/{name}.jsonl", steps=40)
+    return name, time.time() - began
+
+
+if __name__ == "__main__":
+    from cit_workbench.core import progress
+    from cit_workbench.testbed import gate_runs
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("names", nargs="*")
+    p.add_argument("--jobs", type=int, default=2)
+    a = p.parse_args()
+    names = a.names or [n for n in gate_runs() if not (root/f"records/testbed/{n}.jsonl").exists()]
+    print(f"{len(names)} runs, about {2*len(names)//a.jobs} minutes with {a.jobs} jobs", flush=True)
+    with get_context("spawn").Pool(a.jobs) as pool:
+        for n, s in progress(pool.imap(one, names), total=len(names), desc="testbed"): print(f"{n} {s:.0f} s", flush=True)
