@@ -349,6 +349,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     w = RecordWriter(self.folder).open(now := self.describe(net, asked)) if rank == 0 else _Quiet()
     if rank == 0: _warn_of_change(self.folder, there, now); sweep(self.folder)
     state = self.load(net, w)
+    if rank == 0: prune(self.folder/"checkpoints")
     if not state:
         if rank == 0: w.truncate(0)
         method, net.method = net.method, Method()

@@ -13,6 +13,8 @@ from kills import Life, Whole, few, methods
 from test_probes import Keys
 from tiny import TASKS, Held, differing, same_files, tiny, train
 
+import cit_workbench.train as train_module
+from cit_workbench import checkpoint
 from cit_workbench.checkpoint import checkpoints
 from cit_workbench.core import CitError, assets
 from cit_workbench.method import Method, get_method, method_class
@@ -74,8 +76,7 @@ def test_twenty_kills_over_all_methods(tmp_path, fork):
 
 def forgetful(work):
     "What a kill finds when the optimiser's state is not put back."
-    from cit_workbench import train as module
-    module.load_optim = lambda opt, tensors: None
+    train_module.load_optim = lambda opt, tensors: None
     life = Life(work, whole := Whole(work, "finetune"), 1)
     life.leave(whole.marks[whole.by_place()["between a step and its event"][-1]])
     return life.ends()
@@ -103,6 +104,12 @@ def test_resumed_inside_a_phase(tmp_path, whole, nth):
     same_files(train(tmp_path/"run", Keys, **(TWO | tune)).folder, whole(Keys, **tune))
 
 
+def test_old_checkpoints_go_later_when_a_kill_came_before(tmp_path, whole):
+    "Twice: at the last checkpoint between steps, and at the task's end."
+    for nth in (6, 2): stopped(tmp_path/"run", "single", "prune", nth, train_module)
+    assert differing(train(tmp_path/"run", "single", **TWO).folder, whole("single")) == []
+
+
 @pytest.mark.parametrize("hook, steps", [("begin", 5), ("end", 0)])
 def test_a_kill_inside_a_hook_repeats_the_hook_alone(tmp_path, monkeypatch, hook, steps):
     "Without checkpoints between steps: the last task is trained once more only if its `begin` was not over."
@@ -116,7 +123,6 @@ def test_a_kill_inside_a_hook_repeats_the_hook_alone(tmp_path, monkeypatch, hook
 
 
 def test_an_unchanged_memory_is_written_once(tmp_path, monkeypatch):
-    from cit_workbench import checkpoint
     written, write = [], checkpoint.write_atomic
     monkeypatch.setattr(checkpoint, "write_atomic", lambda path, data: written.append(path) or write(path, data))
     run = train(tmp_path/"run", "ewc", **TWO)
@@ -178,6 +184,16 @@ def test_every_checkpoint_damaged_begins_anew(tmp_path, whole, broken_off):
     with pytest.warns(UserWarning) as said: run = train(tmp_path/"run", FULL, **TWO)
     assert sum("is damaged" in str(w.message) for w in said) == 3
     same_files(run.folder, whole(FULL))
+
+
+def test_what_a_kill_left_of_an_adapter_goes(tmp_path, whole, broken_off):
+    "peft reads the README that it finds and writes it again, half or whole."
+    shutil.copytree(broken_off, tmp_path/"run")
+    for name in ("shp-mcq", ".tmp-shp-mcq"):
+        f = tmp_path/"run"/"adapters"/name/"README.md"
+        f.parent.mkdir()
+        f.write_text((whole(FULL)/"adapters"/"col-word"/"README.md").read_text()[:3000])
+    assert differing(train(tmp_path/"run", FULL, **TWO).folder, whole(FULL)) == []
 
 
 def test_a_torn_event_is_cut(tmp_path, whole, broken_off):
