@@ -226,7 +226,7 @@ def child(f, *args, log=None) -> int:
     sys.stderr.flush()
     if pid := os.fork(): return pid
     try:
-        signal.alarm(300)
+        signal.alarm(1800)
         warnings.simplefilter("ignore")
         f(*args)
     except BaseException:
