@@ -11,7 +11,8 @@ __all__ = ['sights', 'captions', 'held_in', 'base_mix', 'instruct_mix', 'words',
 # %% ../nbs/starts/tiny.ipynb #0e8d9f73
 import hashlib, json, re, time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,9 @@ def see(model, images): # [n, 9, 96]
     "The tower's patch features, as the projector receives them."
     return model.model.vision_tower(normal(images), output_hidden_states=True).hidden_states[-1][:, 1:]
 
-def endless(names, seed): return [cs.make_task(n, n_train=1<<40, n_val=1<<20, seed=seed) for n in names]
+def endless(names, seed, **skills): # of tasks by name, another skill: fuller scenes than the task asks about
+    tasks = [cs.make_task(n, n_train=1<<40, n_val=1<<20, seed=seed) for n in names]
+    return [replace(t, make=partial(cs.make_example, **t.source | {"skill": skills.get(t.name.replace("-", "_"), t.skill)})) for t in tasks]
 
 # %% ../nbs/starts/tiny.ipynb #67c036e2
 @dataclass
@@ -146,7 +149,7 @@ def fit(params, loss_of, s:Schedule, name:str) -> list: # [(step, loss)] about 4
 def train_tower(model, s:Schedule, seed:int=0) -> tuple: # the curve, accuracies in percent
     "Dense labels of every cell, in all domains."
     torch.manual_seed(seed)
-    widths, tasks = (18, 7, 2, 4), endless(sights, seed)
+    widths, tasks = (18, 7, 2, 4), endless(sights, seed, cnt_night="count")
     heads = nn.Linear(96, sum(widths))
     def logits(exs):
         y = torch.from_numpy(np.stack([cell_labels(e.meta["things"], e.meta["domain"]) for e in exs]))

@@ -6,9 +6,9 @@
 __all__ = ['scorers', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_names', 'places', 'grid_cells', 'count_words',
            'code_words', 'palette', 'formats', 'templates', 'catalogue', 'shapes', 'Example', 'exact', 'slots', 'iou',
            'boxed', 'Format', 'Task', 'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw',
-           'scatter', 'two_digits', 'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'locate', 'read', 'parity',
-           'verify', 'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption', 'looks', 'region', 'point',
-           'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
+           'scatter', 'two_digits', 'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'count_few', 'locate',
+           'read', 'read_one', 'parity', 'verify', 'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption',
+           'looks', 'region', 'point', 'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
 import random, re
@@ -195,7 +195,7 @@ color_names = ("red", "orange", "yellow", "green", "blue", "purple")
 domain_names = ("day", "night", "digits", "bars")
 places = tuple(f"{r} {c}" for r in ("top", "middle", "bottom") for c in ("left", "center", "right"))
 grid_cells = tuple(f"{r}{c}" for r in "abc" for c in "123")
-count_words = ("one", "two", "three")
+count_words = ("one", "two", "three", "four")
 code_words = ("zim", "bok", "tal", "fep", "gud", "nar")
 palette = np.array([(222, 36, 40), (243, 140, 28), (238, 218, 40), (44, 166, 70), (46, 92, 222), (150, 56, 190)], np.uint8)
 
@@ -348,16 +348,18 @@ def shape_at(r, domain):
 # %% ../nbs/01_stream.ipynb #a4e8c68c
 @skill("How many {} are there?", "How many {} do you see?", "What is the number of {}?", "Count the {}.",
        "Tell me how many {} there are.", "The number of {} is what?")
-def count(r, domain):
-    words = count_words[:3] if domain == "night" else count_words
-    k, by = 1 + r.below(len(words)), "shape" if domain == "night" else r.pick(("shape", "color"))
+def count(r, domain, most=4, things=(3, 3)): # `most` of a kind among things[0] to sum(things) - 1
+    k, by = 1 + r.below(most), "shape" if domain == "night" else r.pick(("shape", "color"))
     asked, other = (shape_names, color_names) if by == "shape" else (color_names, shape_names)
-    what, cells = r.pick(asked), r.sample(range(9), max(k, 3 + r.below(1 if domain == "night" else 3)))
+    what, cells = r.pick(asked), r.sample(range(9), max(k, things[0] + r.below(things[1])))
     pairs = [(what if i < k else r.pick([a for a in asked if a != what]), r.pick(other)) for i in range(len(cells))]
     ts = [Thing(c, *(p if by == "shape" else p[::-1])) for c, p in zip(cells, pairs)]
     r.pick(ts).framed = True
     plural = f"{what} objects" if by == "color" else what + ("es" if what == "cross" else "s")
-    return Ask(ts, plural, words[k-1], words)
+    return Ask(ts, plural, count_words[k-1], count_words[:most])
+
+@skill(*_phrases["count"])
+def count_few(r, domain): return count(r, domain, 3, (3, 1))
 
 @skill("Where is the {}?", "Where do you see the {}?", "In which cell is the {}?", "Find the {}.",
        "Tell me where the {} is.", "The {} is in which cell?")
@@ -373,6 +375,12 @@ def read(r, domain):
     a, b = (t.kind for t in ts)
     others = [k for k in "0123456789" if k not in (a, b)]
     return Ask(ts, "", f"{a} {b}", (f"{a} {b}", f"{b} {a}", *(f"{a} {k}" for k in r.sample(others, 3)), *(f"{k} {b}" for k in r.sample(others, 3))))
+
+@skill("What digit is {}?", "Which digit is {}?", "What is the {} digit?", "Read the {} digit.", "Tell me the {} digit.",
+       "The {} digit is which?")
+def read_one(r, domain):
+    ts = r.sample(two_digits(r), 2)
+    return Ask(ts, ts[0].color, ts[0].kind, tuple("0123456789"))
 
 @skill("Is the {} digit even?", "Is the {} number even?", "Is the digit in {} even?", "Is the number in {} even?",
        "Tell me if the {} digit is even.", "The {} digit, is it even?")
@@ -455,7 +463,7 @@ def point(r, domain):
 
 # %% ../nbs/01_stream.ipynb #9d47940f
 formats = {f.name: f for f in (
-    Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d \d".format("|".join(code_words)), 4), Format("letter", "[A-F]", 4),
+    Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d(?: \d)?".format("|".join(code_words)), 4), Format("letter", "[A-F]", 4),
     Format("sentence", r"In the (?P<place>[a-z]+ [a-z]+) there is a (?P<color>[a-z]+) (?P<kind>\w+)\.", 14, "caption"),
     Format("cell", "[abc][123]", 4), Format("yesno", "yes|no", 4), Format("code", "|".join(code_words), 4),
     Format("list", "[a-z]+(, [a-z]+)*", 12), Format("caption", r"[^.]+\.", 32))}
@@ -493,14 +501,14 @@ catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name
     ("col-digits", "digits", "color", "letter", 100/6), ("col-para", "day", "color", "word", 100/6),
     ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
     ("shp-mcq", "day", "shape", "letter", 20.),      ("shp-pos", "day", "shape_at", "word", 20.),
-    ("yes-night", "night", "verify", "yesno", 50.),
-    ("cnt-day", "day", "count", "word", 25.),      ("cnt-night", "night", "count", "word", 100/3),
-    ("read", "digits", "read", "word", 1.),          ("par-digits", "digits", "parity", "yesno", 50.),
+    ("frm-code", "day", "framed_color", "code", 100/6),
+    ("cnt-day", "day", "count", "word", 25.),      ("cnt-night", "night", "count_few", "word", 100/3),
+    ("read", "digits", "read", "word", 1.),          ("read-one", "digits", "read_one", "word", 10.),
+             ("par-digits", "digits", "parity", "yesno", 50.),
     ("box", "day", "locate", "cell", 100/9),         ("box-night", "night", "locate", "cell", 100/9),
-    ("mcq-digits", "digits", "framed_color", "letter", 100/6), ("yes-day", "day", "verify", "yesno", 50.),
+    ("mcq-digits", "digits", "framed_color", "letter", 100/6), ("frm-mcq", "day", "framed_color", "letter", 100/6), ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
     ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3), ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
-    ("cap-night", "night", "describe", "sentence", 100*(1/6+1/5+1/9)/3),
     ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.),
     ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.),
     ("all-night", "night", "caption", "caption", 0.), ("at-night", "night", "point", "caption", 0.),
@@ -555,11 +563,11 @@ def from_catalogue(name:str, about:str, tasks:str, # Names, in training order
 
 # %% ../nbs/01_stream.ipynb #1f9bf5bf
 shapes = from_catalogue("shapes", "Eight tasks over day, night and handwriting; colors conflict between day and night.",
-                        "col-mcq read cap-day shp-word col-word col-night box cnt-night")
+                        "col-mcq read-one cap-day shp-word col-word col-night box cnt-night")
 _shapes = [t.name for t in shapes()]
 
 # %% ../nbs/01_stream.ipynb #57776b22
-_qa6 = "col-word col-night shp-word cnt-night read col-code"
+_qa6 = "col-word col-night shp-word cnt-night read-one col-code"
 for _args in (
     ("shapes-qa6", "Six questions answered in words.", _qa6),
     ("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, " ".join(_held_in), " ".join(_unseen), 600),
@@ -567,6 +575,6 @@ for _args in (
     ("shapes-domain", "One question in four image domains.", "frm-day frm-night frm-digits frm-bars"),
     ("shapes-domain-named", "One question in four image domains, named in the instruction.", "frm-day-named frm-night-named frm-digits-named frm-bars-named"),
     ("shapes-capability", "One image domain: name, verify, describe, locate.", "col-word yes-day cap-day box"),
-    ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read shp-word", ""),
-    ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read shp-word"),
-    ("shapes-tune", "Four tasks of no other stream, for tuning only.", "mcq-digits cap-night yes-night box-night")): from_catalogue(*_args)
+    ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read-one shp-word", ""),
+    ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read-one shp-word"),
+    ("shapes-tune", "Four tasks of no other stream, for tuning only.", "frm-code mcq-digits box-night frm-mcq")): from_catalogue(*_args)
