@@ -8,7 +8,6 @@ __all__ = ['Batch', 'Out', 'LastLayer', 'bare', 'Backbone', 'load_image', 'pad_s
 
 # %% ../nbs/02_backbone.ipynb #3d61194c
 import re
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -384,20 +383,33 @@ def _answer(self:Backbone, b, max_new, choices):
     return [r[:r.index(self.eos)] if self.eos in r else r for r in rows], lls
 
 # %% ../nbs/02_backbone.ipynb #5f00dce0
+def _tree(choices:list) -> dict: # {beginning: its place}
+    "All proper beginnings of the choices of a row, shorter ones first."
+    starts = {tuple(t[:k]) for t in choices for k in range(1, len(t))}
+    return {p: k for k, p in enumerate(sorted(starts, key=lambda p: (len(p), p)))}
+
+@patch
+def _grow(self:Backbone, b, cache, mask, trees, n):
+    "Logits after every beginning [B, n, V]: one token each, which sees the prompt and its own beginning."
+    ids, deep, sees = np.full((len(trees), n), self.pad), np.zeros((len(trees), n), int), np.zeros((len(trees), n, n), bool)
+    sees[:, range(n), range(n)] = True
+    for j, tree in enumerate(trees):
+        for p, k in tree.items(): ids[j, k], deep[j, k] = p[-1], len(p) - 1; sees[j, k, [tree[p[:m]] for m in range(1, len(p))]] = True
+    put = lambda x: torch.from_numpy(x).to(mask.device)
+    wide = torch.cat([(mask == 1)[:, None].expand(-1, n, -1), put(sees)], 2)[:, None]
+    with at(replace(b, prompt=None)): return self._step(put(ids), wide, mask.sum(1, keepdim=True) + put(deep), cache)
+
+# %% ../nbs/02_backbone.ipynb #29257e71
 @patch
 def _choose(self:Backbone, b, cache, mask, first, choices):
     "Log-likelihoods of the choices of every row; `first` are log-probabilities of the first token [B, V]."
-    row, toks = zip(*[(j, t) for j, cs in enumerate(choices) for t in cs]) if any(choices) else ((), ())
+    row, toks = zip(*[(j, tuple(t)) for j, cs in enumerate(choices) for t in cs]) if any(choices) else ((), ())
     ll = first[list(row), [t[0] for t in toks]]
-    if more := [i for i, t in enumerate(toks) if len(t) > 1]:
-        idx, n = torch.tensor([row[i] for i in more], device=mask.device), max(len(toks[i]) for i in more)
-        ids = torch.tensor([toks[i] + [self.pad]*(n - len(toks[i])) for i in more], device=mask.device)
-        wide = deepcopy(cache); wide.batch_select_indices(idx)
-        pos = mask[idx].sum(1, keepdim=True) + torch.arange(n - 1, device=mask.device)
-        pick = lambda d: {k: v[idx] for k, v in d.items()}
-        with at(replace(b, route=pick(b.route), ctx=pick(b.ctx), prompt=None)): logits = self._step(ids[:, :-1], F.pad(mask[idx], (0, n - 1), value=1), pos, wide)
-        lp = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        real = torch.tensor([[j < len(toks[i]) for j in range(1, n)] for i in more], device=mask.device)
-        ll = ll.index_add(0, torch.tensor(more, device=ll.device), (lp*real).sum(1))
+    if any(len(t) > 1 for t in toks):
+        trees = [_tree(cs) for cs in choices]
+        n = max(map(len, trees)); lp = self._grow(b, cache, mask, trees, n).log_softmax(-1)
+        more = [(i, r, trees[r][t[:k]], t[k]) for i, (r, t) in enumerate(zip(row, toks)) for k in range(1, len(t))]
+        i, r, at_, tok = torch.tensor(more, device=ll.device).T
+        ll = ll.index_add(0, i, lp[r, at_, tok]); cache.crop(-n)
     parts = iter(ll.split([len(cs) for cs in choices if cs]))
     return [next(parts) if cs else None for cs in choices]

@@ -253,7 +253,7 @@ def answers(one=True, cold=False):
         if not one: return len(generate(t, refs[t.name]))
         return sum(len(generate(t, [refs[t.name][(k*n + j) % t.n["test"]]])) for j in range(n))
     for t in tasks:
-        said = [l["text"] for l in net.ask(refs[t.name], "test").values()]
+        got = net.ask(refs[t.name], "test"); said = [got[r]["text"] for r in refs[t.name]]
         test = refs[t.name] if not one else refs[t.name][:5]
         assert said[:len(test)] == (sum((generate(t, [r]) for r in test), []) if one else generate(t, test)), t.name
     yield ours, theirs
@@ -300,8 +300,8 @@ def step_flops(x, # From `opened`
 def share(**kw):
     "The share of the measured matmul rate that a training step reaches; the work counted is what our step does."
     x = opened(**kw); b = x.net.rows(draw(0, x.task, x.run.opt.batch, 0))
-    for s in range(3): x.step(s)
-    flops, step = step_flops(x, 3), counted(lambda s: x.step(s + 4))
+    for s in range(10): x.step(s)
+    flops, step = step_flops(x, 10), counted(lambda s: x.step(s + 11))
     share.flops, share.rate = flops, matmul_speed(x.net.backbone.lm, b.ids.numel())
     yield step, lambda n: time.sleep(n*flops/share.rate) or n
 

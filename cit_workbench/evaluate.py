@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 
+from .adapt import whole
 from .core import CitError, assets, cache_dir, canonical, digest, progress, write_atomic
 from .memory import split_tree
 from .method import Net, code_of, config_of, overrides
@@ -48,7 +49,7 @@ def column_scores(task, # A `Task`
 @cache
 def code_digest() -> str:
     "Digest of the package's code that answers and scores, and of the libraries below it."
-    files = [f for f in sorted(assets().parent.rglob("*.py")) if f.stem not in ("_modidx", "cli", "sweep", "record", "analysis", "train", "starts")]
+    files = [f for f in sorted(assets().parent.rglob("*.py")) if f.stem not in ("_modidx", "cli", "sweep", "record", "analysis", "train", "starts", "bench")]
     return digest([(f.name, f.read_text(encoding="utf-8")) for f in files], torch.__version__, version("transformers"), version("peft"))
 
 # %% ../nbs/07_evaluate.ipynb #b257e3ab
@@ -80,11 +81,12 @@ def ask(self:Net,
     items, lines = sorted(items, key=lambda r: (*room[r], r)), {}
     size = max(1, min(128, tokens//max(n for _, n in room.values())))
     chunks = [items[i:i+size] for i in range(0, len(items), size)]
-    for c in progress(chunks[self.rank::self.world], "answering"):
-        b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
-        choices = [[self.backbone.encode(e.question, x, e.image is not None)[1][:-1] for x in e.choices] for e in b.examples]
-        ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
-        for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
+    with whole(self.model):
+        for c in progress(chunks[self.rank::self.world], "answering"):
+            b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
+            choices = [[self.backbone.encode(e.question, x, e.image is not None)[1][:-1] for x in e.choices] for e in b.examples]
+            ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
+            for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
     return self._gather(lines)
 
 @patch

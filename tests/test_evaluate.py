@@ -69,7 +69,7 @@ def test_forced_choice_is_likelihood(net):
     b = net.rows(ROWS, "test", answers=False)
     enc = net.backbone.encode
     choices = [[enc(e.question, c, True)[1][:-1] for c in e.choices] for e in b.examples]
-    assert {1, 2} <= {len(t) for cs in choices for t in cs}
+    assert len({len(t) for cs in choices for t in cs} | {1}) > 2
     _, lls = net.answer(b, 2, choices)
     lines = net.ask(ROWS, "test")
     for ref, e, ll in zip(ROWS, b.examples, lls):
