@@ -24,9 +24,9 @@ def balanced_orders(names:list) -> list: # As many orders as names, an even numb
     return [[names[(f + i) % n] for f in first] for i in range(n)]
 
 # %% ../nbs/14_testbed.ipynb #56d4f9bf
-rates = (7.5e-4, 1.5e-3, 3e-3)
+rates = (1e-3, 2e-3, 4e-3)
 targets = r".*language_model\.layers\.[123]\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-optim = {"lr": 1.5e-3, "steps": 120}
+optim = {"lr": 2e-3, "steps": 120}
 
 def gate_runs() -> dict: # {name: fields of `Run`}
     "The runs that the gates are judged by."
@@ -105,7 +105,7 @@ def zero_shot(content:dict, # {task: forced choice of the start model, percent}
 
 # %% ../nbs/14_testbed.ipynb #98a6d4e5
 def judged(runs:dict, # {name as in `gate_runs`: Record}
-           best:float=1.5e-3, # Learning rate that was best on validation data
+           best:float=2e-3, # Learning rate that was best on validation data
           ) -> list: # Lines of the gate table
     "All gates, from the records of `gate_runs`."
     pick = lambda start, rate="": [r for n, r in runs.items() if n.startswith(start) and n.partition("-lr")[2] == rate]
