@@ -25,8 +25,8 @@ def pack(tensors:dict) -> bytes:
     return save(unshared({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
 
 def unpack(data:bytes) -> dict:
-    "Tensors from such bytes, each where torch itself would have put it: alignment decides which kernel runs."
-    return {k: t.clone() for k, t in load(data).items()}
+    "Tensors from such bytes, by name, each where torch itself would have put it: alignment decides which kernel runs."
+    return {k: t.clone() for k, t in sorted(load(data).items())}
 
 # %% ../nbs/06a_checkpoint.ipynb #e9e138d8
 def sync(*paths): # Files and folders; those that do not exist are left out
