@@ -24,9 +24,9 @@ def balanced_orders(names:list) -> list: # As many orders as names, an even numb
     return [[names[(f + i) % n] for f in first] for i in range(n)]
 
 # %% ../nbs/14_testbed.ipynb #56d4f9bf
-rates = (1e-3, 2e-3, 4e-3)
+rates = (7.5e-4, 1.5e-3, 3e-3)
 targets = r".*language_model\.layers\.[123]\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-optim = {"lr": 2e-3, "steps": 120}
+optim = {"lr": 1.5e-3, "steps": 140}
 
 def gate_runs() -> dict: # {name: fields of `Run`}
     "The runs that the gates are judged by."
@@ -38,7 +38,7 @@ def gate_runs() -> dict: # {name: fields of `Run`}
             for m in ("finetune", "er"): out[f"{m}-o{k}-s{s}"] = dict(method=m, order=o, seed=s)
     for n in names: out[f"alone-{n}"] = dict(method="finetune", stream_args={"tasks": [n], "paraphrases": True})
     for lr in rates[::2]:
-        for k, o in orders[::2]: out[f"finetune-o{k}-s0-lr{lr:g}"] = dict(method="finetune", order=o, optim=optim | {"lr": lr})
+        for k, o in orders[::4]: out[f"finetune-o{k}-s0-lr{lr:g}"] = dict(method="finetune", order=o, optim=optim | {"lr": lr})
     for b in ("tiny-instruct", "tiny-base-long"): out[f"early-{b}"] = dict(method="single", backbone=b, optim=optim | {"steps": 20})
     for n in ("qa6", "fmt6", "domain", "domain-named", "capability", "b1", "b2", "tune"):
         start = {"backbone": "tiny-base"} if n == "b1" else {}
@@ -105,7 +105,7 @@ def zero_shot(content:dict, # {task: forced choice of the start model, percent}
 
 # %% ../nbs/14_testbed.ipynb #98a6d4e5
 def judged(runs:dict, # {name as in `gate_runs`: Record}
-           best:float=2e-3, # Learning rate that was best on validation data
+           best:float=1.5e-3, # Learning rate that was best on validation data
           ) -> list: # Lines of the gate table
     "All gates, from the records of `gate_runs`."
     pick = lambda start, rate="": [r for n, r in runs.items() if n.startswith(start) and n.partition("-lr")[2] == rate]
