@@ -157,7 +157,7 @@ class Forks:
         there.close()
         return p, here
 
-    def join(self, p, here, seconds=120):
+    def join(self, p, here, seconds=900):
         "What the process sends back (plain values and arrays); its exit code when it was killed."
         assert here.poll(seconds), "the process hangs"
         try: ok, got = here.recv()
