@@ -388,7 +388,8 @@ def figures(src="runs", # Run folders, packed runs, Records, or folders of those
             reports:bool=True, # Also one report per run
            ) -> list: # Paths written
     "Write the pictures of all finished runs as files that are the same every time."
-    sets = _sets(find_runs(src)); paths = []
+    runs = [r for r in find_runs(src) if r.config.get("stream") != "shapes-tune"] # trials are no results
+    sets, paths = _sets(runs), []
     if not sets: raise CitError(f"no finished run to draw in {src}")
     for prefix, recs in sets.items():
         pictures = {"compare": lambda: compare(recs), "curves": lambda: curves(recs), "costs": lambda: costs(recs)}

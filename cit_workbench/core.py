@@ -119,7 +119,8 @@ def disk_error(path, # The file that could not be written
               ) -> CitError:
     "The sentence for a disk that refuses: full, read-only, not permitted."
     why = {errno.ENOSPC: "no space is left on the disk", errno.EACCES: "permission is denied", errno.EROFS: "the disk is read-only",
-           errno.ENOTDIR: "a part of the path is a file"}
+           errno.ENOTDIR: "a part of the path is a file", errno.EISDIR: "a folder stands in its place",
+           errno.EFBIG: "the file would be larger than the system allows"}
     number = getattr(e, "errno", None) or int((re.findall(r"os error (\d+)", str(e)) or [0])[0])
     why = why.get(number, getattr(e, "strerror", None) or str(e))
     return CitError(f"cannot write {path}: {why}; free space or choose another `out` folder (what is already recorded is kept)")

@@ -1,6 +1,7 @@
 """Run what the gates of the testbed are judged by, and pack each run into records/testbed.
 
     python tools/testbed.py [--jobs 2] [NAME …]     names as in `cit_workbench.testbed.gate_runs`; finished runs are not run again
+    python tools/testbed.py --lock                  judge the records; where every gate is passed, write testbed.lock
 """
 import argparse
 import os
@@ -25,13 +26,30 @@ def one(name):
     return name, time.time() - began
 
 
+def lock():
+    "Judge the records and freeze what they stand on; raises `CitError` where a gate failed."
+    import json
+
+    from cit_workbench.backbone import start_hash
+    from cit_workbench.core import assets, write_atomic
+    from cit_workbench.record import Record
+    from cit_workbench.testbed import frozen, gate_runs, judged, recipe
+    runs = {n: Record(f) for n in gate_runs() if (f := root/f"records/testbed/{n}.jsonl").exists()}
+    gates = judged(runs)
+    for g in gates: print("passed" if g["passed"] else "FAILED", g["gate"], "|", g["value"], "|", g["needed"])
+    starts = {p.parent.name: start_hash(p.parent.name) for p in sorted(assets().glob("*/config.json"))}
+    return write_atomic(assets("testbed.lock"), json.dumps(frozen(starts, recipe, gates), indent=1, ensure_ascii=False) + "\n")
+
+
 if __name__ == "__main__":
     from cit_workbench.core import progress
     from cit_workbench.testbed import gate_runs
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*")
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--lock", action="store_true")
     a = p.parse_args()
+    if a.lock: raise SystemExit(print(lock()))
     names = a.names or [n for n in gate_runs() if not (root/f"records/testbed/{n}.jsonl").exists()]
     print(f"{len(names)} runs, about {2*len(names)//a.jobs} minutes with {a.jobs} jobs", flush=True)
     with get_context("spawn").Pool(a.jobs) as pool:
