@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'turns', 'interval', 'Arm', 'verdict', 'opened', 'counted', 'theirs_of', 'written', 'Peer', 'stacked',
-           'against_trainer', 'bare_loop', 'overhead', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops',
-           'share', 'big', 'on_gpu', 'measure', 'shown', 'compare', 'bench']
+           'against_trainer', 'overhead', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops', 'share', 'big',
+           'on_gpu', 'measure', 'shown', 'compare', 'bench']
 
 # %% ../nbs/15_bench.ipynb #47ca32ac
-import json as json_, os, subprocess, sys, tempfile, threading, time
+import json as json_, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .adapt import linears
-from .backbone import Backbone, at, get_backbone, load_image
+from .adapt import whole
+from .backbone import Backbone, _where, at, get_backbone, load_image
 from .core import one_of, progress, rng
 from .method import Net, fresh, row_nll
 from .train import Run, draw, recipe
@@ -60,7 +59,7 @@ class Arm:
     about: str # In words
     most: bool = False # The goal is an upper bound
     cuda: bool = False # Needs a CUDA GPU
-    blocks: int = 20 # At least
+    clock: bool = False # a() and b() give seconds used and seconds allowed
 
 def verdict(arm:Arm, ratio:float, low:float, high:float) -> dict:
     "A result line."
@@ -98,16 +97,12 @@ def theirs_of(net:Net, # A net with plain LoRA
              ): # `peft.PeftModel`
     "A second copy of the model as transformers and peft build it, with the same adapter weights."
     bb, t = net.backbone, net.tuning
-    model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype) if bb.name == "shape" else LlavaForConditionalGeneration.from_pretrained(_folder(bb.name), dtype=bb.dtype, local_files_only=True)
+    model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype) if bb.name == "shape" else LlavaForConditionalGeneration.from_pretrained(_where(bb.name), dtype=bb.dtype, local_files_only=True)
     model = get_peft_model(model, LoraConfig(r=t.r, lora_alpha=t.alpha, target_modules=t.targets, task_type="CAUSAL_LM"))
     own = dict(model.base_model.model.named_parameters())
     with torch.no_grad():
         for n, p in (net.model.named_parameters() if bb.name == "shape" else net.params.items()): own[n].copy_(p)
     return model.to(bb.device)
-
-def _folder(name):
-    from cit_workbench.backbone import _where
-    return _where(name)
 
 def written(proc, # An `LlavaProcessor`
             examples:list, # `Example`s
@@ -135,7 +130,8 @@ class Peer(TrainerCallback):
         self.folder = tempfile.TemporaryDirectory()
         args = TrainingArguments(self.folder.name, per_device_train_batch_size=batch, max_steps=10**6, learning_rate=lr, lr_scheduler_type="constant", max_grad_norm=1., use_cpu=not cuda, bf16=cuda,
                                  train_sampling_strategy="sequential", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda)
-        self.trainer, self.threads = Noting(model, args, train_dataset=rows, data_collator=collate, callbacks=[self]), torch.get_num_threads()
+        self.threads, self.trainer = torch.get_num_threads(), Noting(model, args, train_dataset=rows, data_collator=collate, callbacks=[self])
+        self.trainer.remove_callback(PrinterCallback)
         self.thread = threading.Thread(target=self.run, daemon=True); self.thread.start(); self.wait()
     def run(self):
         torch.set_num_threads(self.threads)
@@ -154,7 +150,7 @@ class Peer(TrainerCallback):
     def close(self): self.left = 0; self.go.release(); self.thread.join(60); self.folder.cleanup()
 
 # %% ../nbs/15_bench.ipynb #94c9f5e9
-def _trained(collate=None, prepared=False, bb=None, batch=32, lr=3e-3):
+def _trained(prepared=False, bb=None, batch=32, lr=3e-3):
     "Our step against Trainer's on the same rows in the same order; losses of the first steps agree."
     x = opened(bb=bb, batch=batch, lr=lr); proc = x.net.backbone.processor
     rows = {i: x.net.example(x.task.name, "train", i) for i in range(len(x.task))}
@@ -168,9 +164,9 @@ def _trained(collate=None, prepared=False, bb=None, batch=32, lr=3e-3):
 
 class _Order(torch.utils.data.Dataset):
     "The rows of a task in the order of a run's steps."
-    def __init__(self, rows, task, batch): self.rows, self.task, self.batch = rows, task, batch
-    def __len__(self): return 10**7
-    def __getitem__(self, k): return self.rows[draw(0, self.task, self.batch, k//self.batch)[k % self.batch][1]]
+    def __init__(self, rows, task, batch, steps=1000): self.rows = rows; self.order = [i for s in range(steps) for _, i in draw(0, task, batch, s)]
+    def __len__(self): return len(self.order)
+    def __getitem__(self, k): return self.rows[self.order[k]]
 
 def stacked(rows:list) -> dict:
     "Pad rows that were written in advance and stack them."
@@ -182,20 +178,6 @@ def stacked(rows:list) -> dict:
 def against_trainer(**kw):
     x, peer, ours = _trained(**kw)
     try: yield ours, peer
-    finally: peer.close()
-
-# %% ../nbs/15_bench.ipynb #41378a8f
-@contextmanager
-def bare_loop():
-    "Trainer's model in a loop of five lines, on rows written in advance, against Trainer."
-    x, peer, _ = _trained(prepared=True)
-    model, rows = theirs_of(x.net), peer.trainer.train_dataset
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    def step(s):
-        loss = model(**stacked([rows[32*s + k] for k in range(32)])).loss
-        loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
-    model.train()
-    try: yield counted(step), peer
     finally: peer.close()
 
 # %% ../nbs/15_bench.ipynb #d55db17f
@@ -228,34 +210,38 @@ def fisher(hf=False):
         loop.mean = mean; return n
     loop(32)
     for f, m in zip(net.sample_grads(name, n=32).values(), loop.mean): assert (f - m).abs().max() <= 1e-5*max(1, m.abs().max())
-    yield lambda n: net.sample_grads(name, n=32*n) and 32*n, lambda n: sum(loop(n) for _ in range(1))
+    size = lambda n: 32*max(1, n//5)
+    yield lambda n: net.sample_grads(name, n=size(n)) and size(n), loop
 
 # %% ../nbs/15_bench.ipynb #6466ac3b
 @contextmanager
-def answers(one=True, cold=False):
-    "Evaluation against `generate`, which gets every question through the processor: one at a time, or in the same batches."
+def answers(size:int, # Questions per call of the peer
+            cold=False, # Forget the tower's features before every block
+            ask=False, # With what `generate` does not give: scores and the likelihood of every choice
+           ):
+    "Evaluation against `generate`, which gets its questions through the processor; answers are equal token by token."
     x = opened(); net = x.net; [x.step(s) for s in range(20)]
-    model, proc, tasks, at_ = theirs_of(net).eval(), net.backbone.processor, list(x.run.data), iter(range(10**9))
-    bb, turn = net.backbone, [0, 0]
+    model, proc, tasks, bb, turn = theirs_of(net).eval(), net.backbone.processor, list(x.run.data), net.backbone, [0, 0]
     refs = {t.name: [(t.name, i) for i in range(t.n["test"])] for t in tasks}
     for rs in refs.values(): net.rows(rs, "test", answers=False)
     @torch.no_grad()
     def generate(t, rs):
-        b = written(proc, [net.example(*r[:1], "test", r[1]) for r in rs], answers=False)
+        b = written(proc, [net.example(n, "test", i) for n, i in rs], answers=False)
         out = model.generate(**b, do_sample=False, max_new_tokens=t.format.max_new_tokens, pad_token_id=bb.pad, eos_token_id=bb.eos)
         return [s.strip() for s in proc.tokenizer.batch_decode(out[:, b["input_ids"].shape[1]:], skip_special_tokens=True)]
     def ours(n):
         if cold: net._feats.clear()
         t = tasks[turn[0] % len(tasks)]; turn[0] += 1
-        return len(net.ask(refs[t.name], "test"))
+        if ask: return len(net.ask(refs[t.name], "test"))
+        with whole(net.model): ids, _ = net.answer(net.rows(refs[t.name], "test", answers=False), t.format.max_new_tokens)
+        return len([bb.decode(i) for i in ids])
     def theirs(n):
-        k = turn[1]; t = tasks[k % len(tasks)]; turn[1] += 1
-        if not one: return len(generate(t, refs[t.name]))
-        return sum(len(generate(t, [refs[t.name][(k*n + j) % t.n["test"]]])) for j in range(n))
+        k, turn[1] = turn[1], turn[1] + 1; t = tasks[k % len(tasks)]; rs = refs[t.name]
+        some = [rs[(k*n + j) % len(rs)] for j in range(n)] if size == 1 else rs
+        return sum(len(generate(t, some[j:j+size])) for j in range(0, len(some), size))
     for t in tasks:
-        got = net.ask(refs[t.name], "test"); said = [got[r]["text"] for r in refs[t.name]]
-        test = refs[t.name] if not one else refs[t.name][:5]
-        assert said[:len(test)] == (sum((generate(t, [r]) for r in test), []) if one else generate(t, test)), t.name
+        got = net.ask(refs[t.name], "test"); said, asked = [got[r]["text"] for r in refs[t.name]], refs[t.name][:5 if size == 1 else None]
+        assert said[:len(asked)] == sum((generate(t, asked[j:j+size]) for j in range(0, len(asked), size)), []), t.name
     yield ours, theirs
 
 # %% ../nbs/15_bench.ipynb #fc0064a6
@@ -269,7 +255,7 @@ def start_of(what, seconds):
     def helping():
         tic = time.perf_counter(); subprocess.run(_help, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - tic
-    yield {"import": importing, "help": helping}[what], seconds
+    yield {"import": importing, "help": helping}[what], lambda: seconds
 
 # %% ../nbs/15_bench.ipynb #dfa7708a
 def matmul_speed(lm, # A language model
@@ -298,12 +284,14 @@ def step_flops(x, # From `opened`
 
 @contextmanager
 def share(**kw):
-    "The share of the measured matmul rate that a training step reaches; the work counted is what our step does."
+    "Seconds that a step's matrix products need at the measured rate, over the seconds that the step takes."
     x = opened(**kw); b = x.net.rows(draw(0, x.task, x.run.opt.batch, 0))
     for s in range(10): x.step(s)
     flops, step = step_flops(x, 10), counted(lambda s: x.step(s + 11))
-    share.flops, share.rate = flops, matmul_speed(x.net.backbone.lm, b.ids.numel())
-    yield step, lambda n: time.sleep(n*flops/share.rate) or n
+    def used():
+        _sync(b.ids); tic = time.perf_counter(); step(10); _sync(b.ids)
+        return (time.perf_counter() - tic)/10
+    yield used, lambda: flops/matmul_speed(x.net.backbone.lm, b.ids.numel())
 
 # %% ../nbs/15_bench.ipynb #d2537a2c
 def big(hidden=4096, layers=32, inner=11008, heads=32, vision=(1024, 4096, 24, 16), side=336, vocab=32064,
@@ -311,7 +299,7 @@ def big(hidden=4096, layers=32, inner=11008, heads=32, vision=(1024, 4096, 24, 1
        ) -> Backbone:
     "LLaVA-1.5-7B's shape with random weights; rows are those of `shapes`, 576 visual tokens each."
     from transformers import AutoProcessor, LlavaConfig
-    proc = AutoProcessor.from_pretrained(_folder("tiny-instruct"), local_files_only=True)
+    proc = AutoProcessor.from_pretrained(_where("tiny-instruct"), local_files_only=True)
     proc.image_processor.size, proc.image_processor.crop_size, proc.patch_size = {"shortest_edge": side}, {"height": side, "width": side}, 14
     proc.num_additional_image_tokens, proc.vision_feature_select_strategy = 1, "default"
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -334,21 +322,22 @@ def on_gpu(f):
 
 # %% ../nbs/15_bench.ipynb #c4cc42c6
 ARMS = {
-    "eval_vs_generate_1": Arm(lambda: answers(one=True), 10., 40, "evaluation, scores and forced choice included, against `generate` question by question"),
-    "eval_vs_generate_batched": Arm(lambda: answers(one=False), 2., 35, "the same against `generate` on the same batches"),
-    "eval_cold_vs_generate_batched": Arm(lambda: answers(one=False, cold=True), None, 35, "the same when no image was seen before"),
-    "fisher_vs_loop": Arm(lambda: fisher(), 8., 15, "per-sample Fisher against our own forward, one sample at a time"),
-    "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 20, "per-sample Fisher against transformers' and peft's forward, one sample at a time"),
-    "ewc_step": Arm(lambda: overhead("ewc", n=32), 1.03, 60, "a step of ewc over one of finetune", most=True),
-    "er_step": Arm(lambda: overhead("er"), 1.03, 60, "a step of er over one of finetune, prompts equally long", most=True),
-    "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 70, "training against HF Trainer + peft, images and texts through the processor"),
-    "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 70, "the same, the peer's pixels and tokens made in advance"),
-    "trainer_vs_bare_loop": Arm(lambda: bare_loop(), None, 80, "a bare loop over Trainer's own model against Trainer, for scale"),
-    "matmul_share": Arm(lambda: share(), None, 50, "share of the measured matmul rate that a training step reaches"),
-    "import_time": Arm(lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`"),
-    "help_time": Arm(lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`"),
+    "eval_vs_generate_1": Arm(lambda: answers(1), 10., 14, "answers to all 100 questions of a task against `generate` question by question"),
+    "eval_vs_generate_batched": Arm(lambda: answers(128), 2., 16, "the same against `generate` on the very same batch"),
+    "eval_vs_generate_32": Arm(lambda: answers(32), None, 18, "the same against `generate` on 32 questions at a time"),
+    "eval_cold_vs_generate_batched": Arm(lambda: answers(128, cold=True), None, 17, "as batched, when the tower has seen none of the images"),
+    "ask_vs_generate_batched": Arm(lambda: answers(128, ask=True), None, 17, "as batched, with scores and forced choice, which `generate` does not give"),
+    "fisher_vs_loop": Arm(lambda: fisher(), 8., 16, "per-sample Fisher against our own forward and backward, one sample at a time"),
+    "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
+    "ewc_step": Arm(lambda: overhead("ewc", n=32), 1.03, 45, "a step of ewc over one of finetune", most=True),
+    "er_step": Arm(lambda: overhead("er"), 1.03, 45, "a step of er over one of finetune, prompts equally long", most=True),
+    "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
+    "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
+    "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),
+    "import_time": Arm(lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`", clock=True),
+    "help_time": Arm(lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`", clock=True),
     "train_vs_trainer_7b": Arm(lambda: on_gpu(against_trainer), 1.5, 400, "training at the shape of LLaVA-1.5-7B against HF Trainer + peft, bfloat16", cuda=True),
-    "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True),
+    "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
 }
 
 def measure(name:str, # Of `ARMS`
@@ -360,7 +349,7 @@ def measure(name:str, # Of `ARMS`
     arm = ARMS[name]
     if arm.cuda and not torch.cuda.is_available(): return {"ratio": None, "low": None, "high": None, "goal": arm.goal, "ok": None, "note": "not measured: no CUDA GPU"}
     with arm.make() as (a, b):
-        if not callable(b): times = np.array([[a(), b] for _ in range(blocks)]); [seen() for _ in range(2*blocks + 2)]
+        if arm.clock: times = np.array([(a(), b(), seen(), seen())[:2] for _ in range(blocks + 1)][1:], float)
         else: times = turns(a, b, blocks, steps, seen)
     return verdict(arm, *interval(times, name)) | {"seconds": [round(float(t), 6) for t in times.mean(0)]}
 
@@ -370,7 +359,8 @@ def shown(name:str, r:dict) -> str:
     if r["ratio"] is None: return f"{name:30} {r['note']}"
     sign = "≤" if ARMS[name].most else "≥"
     goal = "for information" if r["goal"] is None else f"goal {sign} {r['goal']:g}: {'met' if r['ok'] else 'NOT met'}"
-    return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal}"
+    ours, peer = (f"{1e3*t:.3g} ms" for t in r.get("seconds", (np.nan, np.nan)))
+    return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal:20} {ours} / {peer}: {ARMS[name].about}"
 
 def compare(names:list|None=None, # Of `ARMS`; None: all
             blocks:int=20, # Blocks of each arm
@@ -386,7 +376,7 @@ def compare(names:list|None=None, # Of `ARMS`; None: all
         say(f"matmul: {rate/1e9:.0f} GFLOP/s on one thread; about {sum(ARMS[n].seconds for n in run)*1e11/rate*blocks*steps/200/60:.1f} minutes")
         out = {}
         with progress(desc="bench", total=len(run)*(2*blocks + 2), unit="block") as bar:
-            for n in names: out[n] = measure(n, blocks, steps, bar.update); say(shown(n, out[n]))
+            for n in names: out[n] = measure(n, blocks, steps, bar.update); say(shown(n, out[n])); out[n].pop("seconds", None)
         return out
     finally: torch.set_num_threads(before)
 
@@ -399,3 +389,4 @@ def bench(names:str="", # Comparisons, with commas; all if left out
     said = (lambda line: None) if json else lambda line: print(line, flush=True)
     got = compare([n.strip() for n in names.split(",") if n.strip()], say=said)
     if json: print(json_.dumps(got, indent=1))
+    return got

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'pair', 'add_parameters', 'Parser', 'parse', 'call', 'given', 'run', 'resume', 'sweep', 'table', 'figures',
-           'again', 'tune', 'entries', 'list_', 'export_stream', 'versions', 'gpus', 'doctor', 'demo', 'usage',
+           'again', 'tune', 'entries', 'list_', 'export_stream', 'versions', 'gpus', 'doctor', 'bench', 'demo', 'usage',
            'sentence', 'quiet', 'main']
 
 # %% ../nbs/13_cli.ipynb #8ca52376
@@ -233,6 +233,15 @@ def doctor():
     for p in sorted(assets().glob("*/model.safetensors")):
         print(f"start {p.parent.name}: {digest(p.read_bytes())}, {p.stat().st_size/2**20:.1f} MB")
 
+# %% ../nbs/13_cli.ipynb #22d3a3f9
+def bench(names:str="", # Comparisons, with commas; all if left out
+          /,
+          json:bool=False, # Print {name: {ratio, low, high, goal, ok}} and nothing else
+         ):
+    "Measure speed as ratios to named peers, in alternating blocks, with 95 % intervals."
+    from cit_workbench.bench import bench
+    bench(names, json)
+
 # %% ../nbs/13_cli.ipynb #ff40ffcc
 def demo(out:str="runs/demo", # Where pictures go
         ):
@@ -258,7 +267,7 @@ def demo(out:str="runs/demo", # Where pictures go
 
 # %% ../nbs/13_cli.ipynb #b510cdcd
 COMMANDS = {"run": run, "resume": resume, "tune": tune, "sweep": sweep, "table": table, "figures": figures,
-            "list": list_, "export-stream": export_stream, "doctor": doctor, "demo": demo}
+            "list": list_, "export-stream": export_stream, "doctor": doctor, "bench": bench, "demo": demo}
 
 def usage() -> str:
     "What `cit --help` prints."
