@@ -8,7 +8,7 @@ __all__ = ['linears', 'Tune', 'FusedLora', 'fused', 'seeded', 'add_lora', 'whole
 # %% ../nbs/03_adapt.ipynb #d8f5599c
 import re, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from .backbone import current
+from .backbone import current, hooked
 from .core import CitError, seed_of
 
 # %% ../nbs/03_adapt.ipynb #a8d984cd
@@ -27,7 +27,7 @@ class Tune:
     "What is trained when a method inserts nothing itself."
     r: int = 16 # Rank of LoRA
     alpha: float = 64. # Its scale is alpha / r
-    targets: str = linears # Full-match regex over the names of linear layers
+    targets: str|None = None # Full-match regex over the names of linear layers; None: all of the language model, but the first block of a tiny start
     train: str|None = None # Full-match regex of the start model's own parameters to train too, e.g. the projector's
     dropout: float = 0. # On LoRA's input
 
@@ -55,19 +55,20 @@ class FusedLora(PeftLinear):
     "peft's LoRA layer with a faster forward; peft's own where anything but one plain adapter is at work."
     local = True # Acts on each position alone
     tape = None # A list notes the layer, its input and its output at every forward
-    whole = None # W + s B A, while nothing is trained
+    whole = None # A, B and the W + s B A made of them, while nothing is trained
     @property
     def plain(self) -> bool: # One adapter, no dropout, nobody listening to its parts
         on, base = self.active_adapters, self.base_layer
         if self.disable_adapters or self.merged or len(on) != 1 or on[0] not in self.lora_A or on[0] in self.lora_variant: return False
         A, B, drop = self.lora_A[on[0]], self.lora_B[on[0]], self.lora_dropout[on[0]]
-        heard = any(m._forward_hooks or m._forward_pre_hooks for m in (A, B, base))
+        heard = any(hooked(m) for m in (A, B, base, drop))
         return not heard and type(base) is nn.Linear and B.bias is None and not base.weight.requires_grad and not (self.training and getattr(drop, "p", 0))
     def forward(self, x, *args, **kw):
         if args or kw or not self.plain: return super().forward(x, *args, **kw)
         (k,), base = self.active_adapters, self.base_layer
-        if self.whole is not None and not torch.is_grad_enabled(): return F.linear(x, self.whole, base.bias)
-        y = _Lora.apply(x, base.weight, base.bias, self.lora_A[k].weight, self.lora_B[k].weight, self.scaling[k])
+        A, B = self.lora_A[k].weight, self.lora_B[k].weight
+        if self.whole is not None and not torch.is_grad_enabled() and self.whole[0] is A and self.whole[1] is B: return F.linear(x, self.whole[2], base.bias)
+        y = _Lora.apply(x, base.weight, base.bias, A, B, self.scaling[k])
         if self.tape is not None: self.tape.append((self, x.detach(), y if y.requires_grad else y.requires_grad_()))
         return y
     @torch.no_grad()
@@ -101,6 +102,7 @@ def add_lora(model:nn.Module, # A Hugging Face model, changed in place
              key:tuple, # Seeds A; B starts at zero
             ): # `peft.PeftModel` around `model`
     "Put LoRA into `model` through peft (arXiv 2106.09685); raises `CitError` when `targets` names no linear layer."
+    tune = replace(tune, targets=tune.targets or linears)
     if not any(re.fullmatch(tune.targets, n) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
         raise CitError(f"tune: targets {tune.targets!r} matches no linear layer; names look like {next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and 'layers' in n)!r}")
     if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
@@ -118,7 +120,9 @@ def whole(model:nn.Module, # With plain LoRA
     layers = [m for m in model.modules() if isinstance(m, FusedLora) and m.plain]
     ws = [m.base_layer.weight for m in layers]
     if all(w.dtype == torch.float32 for w in ws) and sum(w.numel()*4 for w in ws) <= room:
-        for m in layers: m.whole = m.base_layer.weight + m.get_delta_weight(m.active_adapters[0]).detach().to(m.base_layer.weight.dtype)
+        for m in layers:
+            k, W = m.active_adapters[0], m.base_layer.weight
+            m.whole = m.lora_A[k].weight, m.lora_B[k].weight, W + m.get_delta_weight(k).detach().to(W.dtype)
     try: yield
     finally:
         for m in layers: m.whole = None

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors import SafetensorError
 
-from .adapt import Tune
+from .adapt import Tune, linears
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng
@@ -28,14 +28,14 @@ from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
 from .record import Record, RecordWriter, differences
 from .stream import get_stream
-from .testbed import lock_of
+from .testbed import lock_of, recipe as toy
 
 # %% ../nbs/06_train.ipynb #bcd86cbe
 @dataclass
 class Optim:
     "AdamW with linear warm-up and cosine decay, built afresh for every task and phase."
-    lr: float|None = None # Peak learning rate; None: 3e-3 for the tiny starts, 2e-4 otherwise
-    steps: int|None = None # Optimiser steps per task; None: 80 for the tiny starts, one epoch otherwise
+    lr: float|None = None # Peak learning rate; None: the testbed's for the tiny starts, 2e-4 otherwise
+    steps: int|None = None # Optimiser steps per task; None: what the stream says, else the testbed's for the tiny starts, one epoch otherwise
     batch: int = 32 # Rows per optimiser step, over all micro-batches and processes
     accum: int = 1 # Micro-batches the rows are split into
     warmup: float = .03 # Share of the steps
@@ -79,8 +79,7 @@ class Run(Spec):
     def __init__(self, method="finetune", **fields):
         super().__init__(**check_args(Spec, {"method": method, **fields}, "run"))
         self.m = get_method(self.method, **self.method_args)
-        make = lambda cls, what: cls(**check_args(cls, getattr(self, what), what))
-        self.tuning, self.opt, self.comp = make(Tune, "tune"), make(Optim, "optim"), make(Compute, "compute")
+        self.tuning, self.opt, self.comp = self._made(Tune, "tune"), self._made(Optim, "optim"), self._made(Compute, "compute")
         self.data = get_stream(self.stream, **self.stream_args)
         if self.order: self.data = self.data.reorder(self.order)
         self._check()
@@ -89,6 +88,7 @@ class Run(Spec):
             if t.n["test"] < 1 or (role == "stream" and t.n["train"] < 1): raise CitError(f"task {t.name!r} of stream {self.stream!r} has no examples ({t.n['train']} train, {t.n['test']} test); at least one of each is needed")
         self.plan = fresh(self.m).plan(self.data)
         self.folder = Path(self.out or f"runs/{self.m.name}-{digest(self.config())[:8]}")
+    def _made(self, cls, what:str): return cls(**check_args(cls, getattr(self, what), what))
     def _check(self):
         "Ranges; raises `CitError` naming the field."
         low = {"optim": (self.opt, {"batch": 1, "accum": 1, "steps": 1, "clip": 0, "weight_decay": 0, "warmup": 0}), "tune": (self.tuning, {"r": 1, "dropout": 0}),
@@ -103,7 +103,7 @@ class Run(Spec):
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self.tuning), "optim": asdict(self.opt), "compute": asdict(self.comp)})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp)})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #204110c2
@@ -310,15 +310,21 @@ def train(self:Run) -> Record: # The finished record
                 w.event("end", task=task.name, trainable=sum(p.numel() for p in net.params.values()), stored_bytes=net.carried(), extra_forwards=net.spent(), observed=sorted(net.observed))
                 self.save(net, w, stage="end")
             state = {}
+            if self.probe_every and self.done % self.probe_every == 0 and overrides(net.method, "end"): self.probe(w, net, task, self.opt.steps)
             self.row(net, w, t, task.name)
     w.finish()
     return Record(self.folder) if net.rank == 0 else None
 
 # %% ../nbs/06_train.ipynb #4c297b00
-def recipe(optim:Optim, backbone) -> Optim:
-    "Fill in what was left open: the tiny starts' recipe, or the usual one for large models."
-    tiny = backbone.lm.config.hidden_size <= 512
-    return replace(optim, lr=(3e-3 if tiny else 2e-4) if optim.lr is None else optim.lr, steps=80 if tiny and optim.steps is None else optim.steps)
+def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the stream is meant for
+          ) -> tuple: # (optim, tuning)
+    "Fill in what was left open: the testbed's recipe for the tiny starts, or the usual one for large models."
+    text = backbone.lm.config
+    tiny = text.hidden_size <= 512
+    o = toy["optim"] if tiny else {"lr": 2e-4, "steps": None}
+    most = toy["tune"]["targets"] if tiny and text.num_hidden_layers > 1 else linears
+    return (replace(optim, lr=o["lr"] if optim.lr is None else optim.lr, steps=optim.steps or steps or o["steps"]),
+            replace(tuning, targets=tuning.targets or most))
 
 @patch
 def _finished(self:Run):
@@ -343,7 +349,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     there = self._as_before()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
     bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
-    self.opt = recipe(self.opt, bb)
+    self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
     w = RecordWriter(self.folder).open(now := self.describe(net, asked)) if rank == 0 else _Quiet()
@@ -397,7 +403,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": digest(sorted((r, t.digest()) for t, r in self.data.roles())), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
-    return plain({"config": {**asked, "optim": o}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.stream, bb.hash)}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
