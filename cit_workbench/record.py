@@ -490,12 +490,18 @@ def _line(runs:list, # (record, its AP_norm) of one setting
 def _tuned(rec) -> str:
     "Where a run's fields come from, in words."
     t = rec.config.get("tuned_on") or {}
-    old = ", with validation data of old tasks" if t.get("old_val") else ""
+    old = ", with validation data of old tasks" if _old_val(rec) else ""
     return f"tuned on {t.get('stream')}, {t.get('trials')} trials{old}" if t else "tuning not recorded"
+
+def _old_val(rec) -> bool:
+    "Was the run tuned on old tasks' validation data? On another stream than `shapes-tune`: unless it says not so."
+    t = rec.config.get("tuned_on") or {}
+    unsaid = t.get("stream") != "shapes-tune" and t.get("old_val") is not False
+    return bool(t) and (unsaid or bool(t.get("old_val")) or t.get("stream") == rec.config.get("stream"))
 
 def _saw_old(rec) -> bool:
     "Was validation data of old tasks used?"
-    return bool((rec.config.get("tuned_on") or {}).get("old_val")) or "val_of_old_tasks" in rec.leaks
+    return _old_val(rec) or "val_of_old_tasks" in rec.leaks
 
 def _bound(rec) -> bool:
     "Is it a bound rather than a competitor?"
@@ -634,6 +640,19 @@ def _by_block(rows:list) -> list: # Lists of lines
     return [[r for r in rows if r["block"] == b] for b in dict.fromkeys(r["block"] for r in rows)]
 
 # %% ../nbs/09_record.ipynb #e13e40dc
+def _same(rec) -> str:
+    "Equal for a run and its copies, packed or not."
+    config = {k: v for k, v in (rec.run.get("config") or {}).items() if k not in (*_local, "order")}
+    said = [rec.run.get(k) for k in ("protocol", "method_code", "interactive")]
+    return canonical([config, _order(rec), said, rec.leaks])
+
+def _once(records:list) -> list:
+    "One record of each run, a finished one if there is one."
+    first = {}
+    for i in sorted(range(len(records)), key=lambda i: not records[i].finished): first.setdefault(_same(records[i]), i)
+    return [records[i] for i in sorted(first.values())]
+
+# %% ../nbs/09_record.ipynb #45101364
 def table(records, # Records, or where to find them
           keep=(), # "unfinished", "interactive", "tuning": runs to show although they are usually left out
          ) -> Table:
@@ -642,7 +661,8 @@ def table(records, # Records, or where to find them
     out = {"unfinished": lambda r: not r.finished, "interactive": lambda r: bool(r.run.get("interactive")),
            "tuning": lambda r: r.config.get("stream") == "shapes-tune"}
     left = {r.path: w for r in records for w, test in out.items() if w not in keep and test(r)}
-    records = [r for r in records if r.path not in left]
+    found = [r for r in records if r.path not in left]
+    copies = len(found) - len(records := _once(found))
     names, norms = (dict(zip([r.path for r in records], f(records))) for f in (_labels, _norms))
     kinds = [*dict.fromkeys(map(_tuned, records))]
     rows, marks = [], dict(zip(kinds, "abcdefghijklmnopqrstuvwxyz")) if len(kinds) > 1 else {}
@@ -658,8 +678,9 @@ def table(records, # Records, or where to find them
                          "mark": marks.get(tuned), "bound": bound, "ranked": not (bound or _saw_old(each[0][0])),
                          "name": each[0][0].config.get("method"), **_line(each)})
     singles = {canonical([_scale(r), _setting(r)]) for r in records if r.config.get("method") == "single"}
-    why = ", ".join(f"{list(left.values()).count(w)} {w}" for w in out if w in left.values())
-    notes = [*_notes(rows, singles), *([f"Left out: {why}."] if left else [])]
+    why = [f"{list(left.values()).count(w)} {w}" for w in out if w in left.values()]
+    why += [f"{copies} duplicate{'s'*(copies > 1)}"]*bool(copies)
+    notes = [*_notes(rows, singles), *([f"Left out: {', '.join(why)}."] if why else [])]
     return Table(rows, notes or ([] if rows else ["No runs."]))
 
 # %% ../nbs/09_record.ipynb #d1549e1b
@@ -685,9 +706,10 @@ def against(self:Table, method:str, # A method of the table, or the label of one
         if (base := _named(lines, method)) is None: continue
         rest = [r for r in lines if r is not base]
         for r in rest: r |= _difference(r, base, k, margin)
+        family = [r for r in rest if not r["bound"]]
         for p in ("p", "p_equivalent"):
-            for r, x in zip(rest, holm([r[p] for r in rest])): r[p] = x
-    return Table(rows, [*self.notes, _said_p(k, margin)], _widened(self.columns, method, k, margin))
+            for r, x in zip(family, holm([r[p] for r in family])): r[p] = x
+    return Table(rows, [*self.notes, *_said_p(rows, method, k, margin)], _widened(self.columns, method, k, margin))
 
 # %% ../nbs/09_record.ipynb #01c17817
 def _difference(r:dict, base:dict, k:str, margin) -> dict:
@@ -696,20 +718,26 @@ def _difference(r:dict, base:dict, k:str, margin) -> dict:
     a, b = ({o: x["units"][k][o] for o in both} for x in (r, base))
     d = _versus(r, base, k)
     same = tost(a, b, margin).p if margin is not None and d.n >= _enough else np.nan
-    return {"difference": d.mean, "difference_low": d.low, "difference_high": d.high, "p": d.p, "p_equivalent": same}
+    return {"difference": d.mean, "difference_low": d.low, "difference_high": d.high, "n": d.n, "p": d.p,
+            "p_equivalent": same}
 
 def _widened(columns:dict, method:str, k:str, margin) -> dict: # {key: (heading, digits)}
     "The columns with the differences right of the metric."
     title, digits = columns[k]; out = {}
-    more = {"difference": (f"{title} − {method}'s", digits), "p": ("p", 3)}
+    more = {"difference": (f"{title} − {method}'s", digits), "n": ("n", 0), "p": ("p", 3)}
     if margin is not None: more["p_equivalent"] = (f"p (within ±{margin:g})", 3)
     for c, v in columns.items(): out |= {c: v} | (more if c == k else {})
     return out
 
-def _said_p(k:str, margin) -> str:
-    "The footnote of the differences."
+def _said_p(rows:list, method:str, k:str, margin) -> list:
+    "The footnotes of the differences."
+    few = {n: ", ".join(r["method"] for r in rows if r.get("n") == n) for n in range(_enough)}
+    said = [f"No interval: {n} common order{'s'*(n != 1)} of {method} and {m}." for n, m in few.items() if m]
+    tested = [r for r in rows if r.get("p", np.nan) == r.get("p", np.nan)]
     how = " and two one-sided tests" if margin is not None else ""
-    return f"p: paired t-test{how} on the order means of {_table[k][0]}, Holm-adjusted over the comparisons of a block."
+    but = " and the p of bounds"*any(r["bound"] for r in tested)
+    return said + [f"p: paired t-test{how} on the order means of {_table[k][0]}, Holm-adjusted over the comparisons of "
+                   f"a block; intervals{but} are not adjusted."]*bool(tested)
 
 # %% ../nbs/09_record.ipynb #7f903bf7
 _metrics = (*list(_table)[1:], "backward_transfer", "forward_transfer", "mean_average_accuracy")

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -163,6 +164,32 @@ def test_orders_that_only_one_has_do_not_count(tmp_path):
     runs(tmp_path, "ewc", 60., wobbles=(.5, 3.))
     few = line(table(tmp_path).against("finetune"), "ewc")
     assert few["difference"] == pytest.approx(20.25) and np.isnan([few["difference_low"], few["p"]]).all()
+    assert (wide["n"], few["n"]) == (3, 2) and "n" in table(tmp_path).against("finetune").head
+    assert "No interval: 2 common orders of finetune and ewc." in table(tmp_path).against("finetune").notes
+
+
+def test_without_common_orders_there_is_no_word_about_p(tmp_path):
+    runs(tmp_path, "finetune", 40., wobbles=(0., 3., -2.))
+    write(tmp_path/"er", "er", order=ORDERS[5])
+    t = table(tmp_path).against("finetune")
+    assert line(t, "er")["n"] == 0 and t.notes[-1] == "No interval: 0 common orders of finetune and er."
+    assert "p" not in t.head and not [s for s in t.notes if s.startswith("p:")]
+
+
+def test_a_run_that_is_found_twice_counts_once(tmp_path):
+    made = runs(tmp_path/"runs", "er", 60., wobbles=(0., 8., 4.)) + runs(tmp_path/"runs", "finetune", 40.)
+    alone = table(tmp_path)
+    assert not [s for s in alone.notes if "duplicate" in s]
+    shutil.copytree(made[0].path, tmp_path/"copy")
+    write(tmp_path/"asked", "er", 60., wobble=0., **{"seed": 0})
+    for r in made[:3]: pack(r.path, tmp_path/"packed"/f"{r.path.name}.jsonl")
+    twice = table(tmp_path)
+    assert twice.notes == [*alone.notes, "Left out: 5 duplicates."]
+    assert [r["units"]["average_accuracy"] for r in twice.rows] == [r["units"]["average_accuracy"] for r in alone.rows]
+    write(tmp_path/"other", "er", 60., probe_every=4)
+    assert line(table(tmp_path), "er")["runs"] == line(alone, "er")["runs"] + 1
+    (tmp_path/"copy"/"result.json").unlink()
+    assert line(table(tmp_path, keep=["unfinished"]), "er")["runs"] == line(alone, "er")["runs"] + 1
 
 
 def test_blocks_by_protocol_name_what_differs_and_are_ranked_apart(tmp_path):
@@ -174,7 +201,10 @@ def test_blocks_by_protocol_name_what_differs_and_are_ranked_apart(tmp_path):
     assert not [s for s in bold(t.latex()) if s.startswith("9")] and [s for s in bold(t.latex()) if s.startswith("6")]
 
 
-@pytest.mark.parametrize("how", [{"tuned_on": {"stream": "shapes", "trials": 12, "old_val": True}}, {"leaks": ["val_of_old_tasks"]}])
+@pytest.mark.parametrize("how", [{"tuned_on": {"stream": "shapes", "trials": 12, "old_val": True}}, {"leaks": ["val_of_old_tasks"]},
+                                 {"tuned_on": {"stream": "shapes", "trials": 99}}, {"tuned_on": {"stream": "toy", "trials": 99}},
+                                 {"tuned_on": {"stream": "toy", "trials": 99, "old_val": False}},
+                                 {"tuned_on": {"stream": "shapes-tune", "trials": 9, "old_val": True}}])
 def test_what_saw_old_validation_data_is_never_ranked_with_the_rest(tmp_path, how):
     runs(tmp_path, "ewc", 90., **how)
     runs(tmp_path, "lwf", 80., wobbles=(0., 3., -2., 1.5), **how)
@@ -184,6 +214,12 @@ def test_what_saw_old_validation_data_is_never_ranked_with_the_rest(tmp_path, ho
     assert line(t, "ewc")["block"] == "used validation data of old tasks: not ranked" and line(t, "er")["block"] == ""
     assert [r["ranked"] for r in t.rows] == [True, True, False, False]
     assert "difference" not in line(t, "ewc") and bold(t.latex()) and all(s.startswith("6") for s in bold(t.latex()))
+
+
+@pytest.mark.parametrize("tuned_on", [{}, {"stream": "shapes-tune", "trials": 9}, {"stream": "shapes", "trials": 9, "old_val": False}])
+def test_tuned_elsewhere_and_said_to_be_without_old_validation_data_is_ranked(tmp_path, tuned_on):
+    write(tmp_path/"x", tuned_on=tuned_on)
+    assert table(tmp_path).rows[0]["ranked"] and "validation data" not in table(tmp_path).text()
 
 
 def test_a_leak_that_was_only_observed_counts(tmp_path):
@@ -244,6 +280,12 @@ def test_against_adjusts_over_the_block_and_tests_equivalence(tmp_path):
     raw = {m: paired(of(m), of("finetune")).p for m in scores}
     assert {m: line(t, m)["p"] for m in scores} == pytest.approx(holm(raw))
     assert line(t, "lwf")["p_equivalent"] == pytest.approx(holm({m: tost(of(m), of("finetune"), 1.).p for m in scores})["lwf"])
+    runs(tmp_path, "joint", 41., wobbles=(.5, 1., 2., -1.), joint=True)
+    more = table(tmp_path).against("finetune", margin=1.)
+    assert {m: line(more, m)["p"] for m in scores} == {m: line(t, m)["p"] for m in scores}
+    assert line(more, "joint")["p"] == pytest.approx(paired(line(more, "joint")["units"]["average_accuracy"], of("finetune")).p)
+    assert t.notes[-1].endswith("; intervals are not adjusted.")
+    assert more.notes[-1].endswith("; intervals and the p of bounds are not adjusted.")
     assert "AP − finetune's" in t.head and "p (within ±1)" in t.head
     with pytest.raises(CitError, match="unknown method of the table 'err'"): t.against("err")
 
@@ -318,7 +360,7 @@ def test_tuning_refuses_before_it_trains(tmp_path, monkeypatch, capsys, words, s
 def test_a_tiny_tuning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIT_QUIET", "1")
-    words = ["tune", "finetune", "--trials", "2", "--grid", "lr=.0003,.003", "--stream-args", "tasks=['cap-night']", "n_train=400", "n_val=8",
+    words = ["tune", "finetune", "--trials", "2", "--grid", "lr=.0003,.003", "--stream-args", "tasks=['box-night']", "n_train=400", "n_val=8",
              "--optim", "steps=24", "batch=8", "--compute", "threads=1"]
     cli.main(words)
     out = capsys.readouterr().out
