@@ -30,7 +30,7 @@ recipe = {"optim": {"lr": 1.5e-3, "steps": 140, "batch": 32, "warmup": .03}, "tu
 def gate_runs() -> dict: # {name: fields of `Run`}
     "The runs that the gates are judged by."
     names = [t.name for t in get_stream("shapes").tasks]
-    orders, out = list(enumerate(balanced_orders(names))), {}
+    orders, out = list(enumerate(balanced_orders(names))), {"start": dict(method="zero_shot", stream_args={"n_test": 500})}
     for s in (0, 1):
         for m in ("single", "joint"): out[f"{m}-s{s}"] = dict(method=m, seed=s)
         for k, o in orders: out[f"finetune-o{k}-s{s}"] = dict(method="finetune", order=o, seed=s)
@@ -110,10 +110,10 @@ def judged(runs:dict, # {name as in `gate_runs`: Record}
     plain = {lr: [r for n, r in runs.items() if n.startswith("finetune-") and at(n) == lr] for lr in rates}
     pick = lambda start: [r for n, r in runs.items() if n.startswith(start)]
     usual = plain[recipe["optim"]["lr"]]
-    content = dict(zip(_order(usual[0]), usual[0].matrix("content")[0]))
+    knows = dict(zip(_order(runs["start"]), runs["start"].matrix("content")[0]))
     blind = {t.name: 100/len(t.example("val", 0).choices) for t in get_stream("shapes").tasks}
     others = {n.removesuffix("-single"): r for n, r in runs.items() if n.endswith("-single")}
-    return [*learnable(pick("single-s"), pick("joint-s"), others), *forgets(plain), *replay_helps(pick("er-"), usual), *zero_shot(content, blind)]
+    return [*learnable(pick("single-s"), pick("joint-s"), others), *forgets(plain), *replay_helps(pick("er-"), usual), *zero_shot(knows, blind)]
 
 # %% ../nbs/14_testbed.ipynb #dcd22944
 def stale(runs:dict, # {name as in `gate_runs`: Record}

@@ -31,14 +31,15 @@ def lock():
     import json
 
     from cit_workbench.backbone import start_hash
-    from cit_workbench.core import assets, write_atomic
+    from cit_workbench.core import CitError, assets, write_atomic
     from cit_workbench.record import Record
-    from cit_workbench.testbed import frozen, gate_runs, judged, recipe
+    from cit_workbench.testbed import frozen, gate_runs, judged, stale
     runs = {n: Record(f) for n in gate_runs() if (f := root/f"records/testbed/{n}.jsonl").exists()}
+    if old := stale(runs): raise CitError(f"the records {', '.join(old)} are of other data, weights or settings: delete them and run them again")
     gates = judged(runs)
     for g in gates: print("passed" if g["passed"] else "FAILED", g["gate"], "|", g["value"], "|", g["needed"])
     starts = {p.parent.name: start_hash(p.parent.name) for p in sorted(assets().glob("*/config.json"))}
-    return write_atomic(assets("testbed.lock"), json.dumps(frozen(starts, recipe, gates), indent=1, ensure_ascii=False) + "\n")
+    return write_atomic(assets("testbed.lock"), json.dumps(frozen(starts, gates), indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
