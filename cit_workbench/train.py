@@ -302,15 +302,19 @@ def row(self:Run, net:Net, w, t:int, name:str):
 # %% ../nbs/06_train.ipynb #e2b34eaf
 @contextmanager
 def alone(folder:Path):
-    "Hold a run folder; raises `CitError` while another process writes it."
+    "Hold a run folder; raises `CitError` while another process writes it. A folder that stays empty is removed."
     if int(os.environ.get("RANK", 0)): yield; return
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
     try: folder.mkdir(parents=True, exist_ok=True); fd = os.open(folder, os.O_RDONLY)
     except OSError as e: raise disk_error(folder, e) from e
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise CitError(f"{folder} is being written by another process; wait for it or stop it, or choose another `out` folder") from None
         yield
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
+        for p in new:
+            if p.is_dir() and not any(p.iterdir()): p.rmdir()
 
 # %% ../nbs/06_train.ipynb #bc51cbc5
 class _Quiet:
