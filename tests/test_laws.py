@@ -211,9 +211,15 @@ def test_4_the_trainable_set_is_known(watched, name):
     assert len(log) == (0 if name == "zero_shot" else len(run.plan.tasks)) and len(begun) == len(run.plan.tasks)
 
 
-def test_4_by_default_all_linear_layers_of_the_language_model_are_tuned(tmp_path):
+def test_4_all_linear_layers_of_the_language_model_can_be_tuned(tmp_path):
     net = opened(tmp_path, "finetune", tune={"targets": linears}).net
-    assert {n: p.numel() for n, p in net.params.items()} == lora_names(net.model, "_proj") and Tune().targets == linears
+    assert {n: p.numel() for n, p in net.params.items()} == lora_names(net.model, "_proj") and Tune().targets is None
+
+
+def test_4_by_default_a_tiny_start_keeps_its_first_block(tmp_path):
+    net = opened(tmp_path, "finetune", tune={"targets": None}).net
+    every = lora_names(net.model, "_proj")
+    assert [*net.params] == [n for n in every if ".layers.0." not in n] != [*every]
 
 
 def test_4_old_slots_are_frozen(watched):
