@@ -39,7 +39,7 @@ from cit_workbench.checkpoint import checkpoints, read_checkpoint  # noqa: E402
 from cit_workbench.core import rng  # noqa: E402
 from cit_workbench.method import Net, all_methods, parts  # noqa: E402
 from cit_workbench.record import RecordWriter  # noqa: E402
-from cit_workbench.train import Run  # noqa: E402
+from cit_workbench.train import Run, git_state  # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
           "probe_every": 3}
@@ -458,7 +458,7 @@ def main():
         versions = {p: version(p) for p in ("torch", "transformers", "peft", "safetensors", "numpy")}
         said = {"exits": inside, "sigkills": outside, "survived": inside + outside - lost, "lives": len(lives),
                 "failed_lives": len(failed), "seconds": round(seconds), "cpu_seconds": round(cpu), "seed": a.seed,
-                "threads": 1, "stream": STREAM, "versions": versions, "places": counts}
+                "threads": 1, "stream": STREAM, "versions": versions, "git": git_state(), "places": counts}
         Path(a.out).parent.mkdir(exist_ok=True)
         Path(a.out).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
     if not failed and not a.keep: shutil.rmtree(work)
