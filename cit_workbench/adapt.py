@@ -8,7 +8,7 @@ __all__ = ['linears', 'Tune', 'FusedLora', 'fused', 'seeded', 'add_lora', 'whole
 # %% ../nbs/03_adapt.ipynb #d8f5599c
 import re, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class Tune:
     targets: str|None = None # Full-match regex over the names of linear layers; None: all of the language model, but the first block of a tiny start
     train: str|None = None # Full-match regex of the start model's own parameters to train too, e.g. the projector's
     dropout: float = 0. # On LoRA's input
+    @property
+    def layers(self) -> str: return self.targets or linears
 
 # %% ../nbs/03_adapt.ipynb #6d8550c4
 class _Lora(torch.autograd.Function):
@@ -102,11 +104,10 @@ def add_lora(model:nn.Module, # A Hugging Face model, changed in place
              key:tuple, # Seeds A; B starts at zero
             ): # `peft.PeftModel` around `model`
     "Put LoRA into `model` through peft (arXiv 2106.09685); raises `CitError` when `targets` names no linear layer."
-    tune = replace(tune, targets=tune.targets or linears)
-    if not any(re.fullmatch(tune.targets, n) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
-        raise CitError(f"tune: targets {tune.targets!r} matches no linear layer; names look like {next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and 'layers' in n)!r}")
+    if not any(re.fullmatch(tune.layers, n) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
+        raise CitError(f"tune: targets {tune.layers!r} matches no linear layer; names look like {next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and 'layers' in n)!r}")
     if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
-    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=tune.targets, lora_dropout=tune.dropout, task_type="CAUSAL_LM")
+    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=tune.layers, lora_dropout=tune.dropout, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return fused(seeded(key, lambda: get_peft_model(model, cfg)))

@@ -184,7 +184,7 @@ def _one_stream(recs) -> list:
     recs = find_runs(recs)
     recs.sort(key=lambda r: len(r.rows) <= len(r.of("stream")))
     if not recs: raise CitError("there is no run to draw: the list of records is empty")
-    tasks = [sorted(r.columns[i][0] for i in r.of("stream")) for r in recs]
+    tasks = [sorted(r.tasks) for r in recs]
     for r, t in zip(recs, tasks):
         if t == tasks[0]: continue
         raise CitError(f"{r.name} and {recs[0].name} have different tasks and cannot share a picture: "
@@ -210,7 +210,7 @@ def curves(recs, # A record, or several of one stream
 _kinds = {"formatted": (0, "as formatted"), "valid": (4, "format-valid"), "content": (2, "content, forced choice")}
 
 def _draw_kinds(ax, rec):
-    cols = rec.of("stream"); names = [rec.columns[i][0] for i in cols]; T = len(names)
+    cols, names = rec.of("stream"), rec.tasks; T = len(names)
     for j, (what, (hue, label)) in enumerate(_kinds.items()):
         C, end, y = rec.core(what), _last(rec.matrix(what))[cols], np.arange(T) + .22*(j - 1)
         if len(C) == T:

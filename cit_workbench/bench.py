@@ -98,7 +98,7 @@ def theirs_of(net:Net, # A net with plain LoRA
     "A second copy of the model as transformers and peft build it, with the same adapter weights."
     bb, t = net.backbone, net.tuning
     model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype) if bb.name == "shape" else LlavaForConditionalGeneration.from_pretrained(_where(bb.name), dtype=bb.dtype, local_files_only=True)
-    model = get_peft_model(model, LoraConfig(r=t.r, lora_alpha=t.alpha, target_modules=t.targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(r=t.r, lora_alpha=t.alpha, target_modules=t.layers, task_type="CAUSAL_LM"))
     own = dict(model.base_model.model.named_parameters())
     with torch.no_grad():
         for n, p in (net.model.named_parameters() if bb.name == "shape" else net.params.items()): own[n].copy_(p)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-from .core import CitError, assets, digest, disk_error, one_of, write_atomic
-from .sweep import _leaves, nested
+from .core import CitError, assets, digest, disk_error, leaves, one_of, write_atomic
+from .sweep import nested
 
 # %% ../nbs/13_cli.ipynb #eb601ddd
 def pair(text:str, # "lam=100"
@@ -145,7 +145,7 @@ def figures(dir:str="runs", # Folder with runs
 def again(found:dict, # What `sweep.tune` returns
          ) -> str: # A command line
     "The command that runs a method as it was tuned."
-    pairs = lambda d: " ".join(f"{'.'.join(path)}={v}" for path, v in _leaves(d))
+    pairs = lambda d: " ".join(f"{'.'.join(path)}={v}" for path, v in leaves(d))
     fields = found["fields"]
     options = {"--set": fields["method_args"], "--optim": fields["optim"], "--tuned-on": found["tuned_on"]}
     return " ".join(["cit run --method", found["method"], *(f"{k} {pairs(v)}" for k, v in options.items() if v)])

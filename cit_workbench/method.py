@@ -19,7 +19,7 @@ from fastcore.basics import camel2snake, patch
 from torch import nn
 from torch.func import functional_call
 
-from .adapt import FusedLora, Tune, add_lora, linears
+from .adapt import FusedLora, Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
 from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
@@ -197,7 +197,7 @@ class Net:
         plan=None, # What the method's `plan` made of the stream
         tuning:Tune=Tune(), # What the run says about LoRA
     ):
-        self.plan, self.tuning = plan or stream, tuning if tuning.targets else replace(tuning, targets=linears)
+        self.plan, self.tuning = plan or stream, tuning
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
         self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from fastcore.basics import patch
 
-from .core import CitError, append_jsonl, canonical, one_of, plain, read_json, write_atomic
+from .core import CitError, append_jsonl, canonical, leaves, one_of, plain, read_json, write_atomic
 from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
                                    order_means, paired, t_interval, tost)
@@ -177,6 +177,10 @@ def seconds(self:Record, what:str|None=None, # "train", "evaluate", "load"; None
 @patch(as_prop=True)
 def columns(self:Record) -> list: # (name, role); role: stream | held_in | unseen; stream first, in training order
     return [tuple(c) for c in self.run["columns"]]
+
+@patch(as_prop=True)
+def tasks(self:Record) -> list: # Names of the stream's tasks, in training order
+    return [n for n, role in self.columns if role == "stream"]
 
 @patch(as_prop=True)
 def rows(self:Record) -> list: # "start", then the training tasks after `plan`
@@ -418,18 +422,12 @@ def _is_packed(path:Path) -> bool:
     return b'"kind":"run"' in first and first.startswith(b"{") and first.endswith(b"\n")
 
 # %% ../nbs/09_record.ipynb #5fdaecac
-def _leaves(d:dict, at:str="") -> dict: # {dotted name: value}
-    "The values of nested tables."
-    out = {}
-    for k, v in d.items(): out |= _leaves(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": v}
-    return out
-
 def _setting(rec) -> dict: # {dotted name: value}
     "What may differ between runs of one method in one protocol, besides task order and seed."
     c = rec.config; optim = c.get("optim") or {}
     code = {"code": c["method_code"][:6]} if c.get("method_code") else {}
     kept = {k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
-    return _leaves(c.get("method_args") or {}) | kept | code
+    return {".".join(path): v for path, v in leaves(c.get("method_args") or {})} | kept | code
 
 def _labels(records:list) -> list:
     "Method names; where one method occurs in several settings, with what differs."
@@ -456,11 +454,10 @@ def _norms(records:list) -> list:
     own = defaultdict(lambda: defaultdict(list)) # {scale: {task: scores of a model of its own}}
     for r in records:
         if r.config.get("method") == "single" and len(C := r.core()) == C.shape[1]:
-            for i, x in zip(r.of("stream"), C.diagonal()): own[_scale(r)][r.columns[i][0]].append(x)
+            for n, x in zip(r.tasks, C.diagonal()): own[_scale(r)][n].append(x)
     def one(r):
-        at, chance, alone = r.of("stream"), r.run.get("chance") or {}, own[_scale(r)]
-        names = [r.columns[i][0] for i in at]
-        return ap_norm(_last(r.R)[at], [chance.get(n, np.nan) for n in names], [_mean(alone[n]) for n in names])
+        chance, alone = r.run.get("chance") or {}, own[_scale(r)]
+        return ap_norm(_last(r.R)[r.of("stream")], [chance.get(n, np.nan) for n in r.tasks], [_mean(alone[n]) for n in r.tasks])
     return [one(r) for r in records]
 
 # %% ../nbs/09_record.ipynb #d9a571e7
@@ -471,7 +468,7 @@ _table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_ac
 _ranked = {k: -1 if k == "forgetting" else 1 for k, (_, digits) in _table.items() if digits} # Sign of better
 _enough = 3 # Task orders for an interval
 
-def _order(rec) -> str: return " ".join(rec.columns[i][0] for i in rec.of("stream"))
+def _order(rec) -> str: return " ".join(rec.tasks)
 
 def _line(runs:list, # (record, its AP_norm) of one setting
          ) -> dict:

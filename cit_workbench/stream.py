@@ -504,7 +504,7 @@ catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name
     ("frm-code", "day", "framed_color", "code", 100/6),
     ("cnt-day", "day", "count", "word", 25.),      ("cnt-night", "night", "count_few", "word", 100/3),
     ("read", "digits", "read", "word", 1.),          ("read-one", "digits", "read_one", "word", 10.),
-             ("par-digits", "digits", "parity", "yesno", 50.),
+    ("par-digits", "digits", "parity", "yesno", 50.),
     ("box", "day", "locate", "cell", 100/9),         ("box-night", "night", "locate", "cell", 100/9),
     ("mcq-digits", "digits", "framed_color", "letter", 100/6), ("frm-mcq", "day", "framed_color", "letter", 100/6), ("yes-day", "day", "verify", "yesno", 50.),
     ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
@@ -570,7 +570,6 @@ _shapes = [t.name for t in shapes()]
 _qa6 = "col-word col-night shp-word cnt-night read-one col-code"
 for _args in (
     ("shapes-qa6", "Six questions answered in words.", _qa6),
-    ("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, " ".join(_held_in), " ".join(_unseen), 600),
     ("shapes-fmt6", "One image domain, six answer formats.", "col-word col-mcq cap-day box col-code yes-day"),
     ("shapes-domain", "One question in four image domains.", "frm-day frm-night frm-digits frm-bars"),
     ("shapes-domain-named", "One question in four image domains, named in the instruction.", "frm-day-named frm-night-named frm-digits-named frm-bars-named"),
@@ -578,3 +577,4 @@ for _args in (
     ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read-one shp-word", ""),
     ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read-one shp-word"),
     ("shapes-tune", "Four tasks of no other stream, for tuning only.", "frm-code mcq-digits box-night frm-mcq")): from_catalogue(*_args)
+from_catalogue("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, steps=600)

@@ -15,7 +15,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core import (CitError, assets, canonical, check_args, digest, one_of, plain, progress, read_json,
+from .core import (CitError, assets, canonical, check_args, digest, leaves, one_of, plain, progress, read_json,
                                 write_atomic)
 
 # %% ../nbs/12_sweep.ipynb #b0d6a2fa
@@ -125,11 +125,6 @@ def data_digest(params:dict, # All parameters of a page
     return digest(*found)
 
 # %% ../nbs/12_sweep.ipynb #0f8c7076
-def _leaves(table, at=()):
-    for k, v in table.items():
-        if isinstance(v, dict): yield from _leaves(v, (*at, k))
-        else: yield (*at, k), v
-
 def _put(params, path, value):
     for k in path[:-1]: params = params.setdefault(k, {})
     params[path[-1]] = value
@@ -140,7 +135,7 @@ def grid_points(spec:dict, # A sweep file, parsed
     "The product of the lists under `[grid]`, over what is `[set]`."
     pages = spec["sweep"]["pages"]
     pick = lambda t: {**{k: v for k, v in spec.get(t, {}).items() if k not in pages}, **spec.get(t, {}).get(page, {})}
-    axes = list(_leaves(pick("grid")))
+    axes = list(leaves(pick("grid")))
     for path, values in axes:
         if not isinstance(values, list):
             raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
@@ -396,7 +391,7 @@ def val_scores(rec, # A record with a probe at the end of every task
                own:bool=False, # Each task at its own end, rather than all at the end of the stream
               ) -> dict: # {task: percent}
     "Scores on validation data."
-    probes, tasks = rec.events("probe"), [rec.columns[i][0] for i in rec.of("stream")]
+    probes, tasks = rec.events("probe"), rec.tasks
     at = {t: next((p["scores"] for p in reversed(probes) if p["task"] == t or not own), {}) for t in tasks}
     if missing := [t for t in tasks if t not in at[t]]:
         raise CitError(f"{rec.path} has no validation score of {missing[0]} at the end of its training")

@@ -12,6 +12,7 @@ import json
 import numpy as np
 
 from .core import CitError, assets, digest
+from .metrics import average_accuracy, forgetting, order_means, paired
 from .stream import all_streams, get_stream
 
 # %% ../nbs/14_testbed.ipynb #c96db4f5
@@ -43,17 +44,13 @@ def gate_runs() -> dict: # {name: fields of `Run`}
     return {k: {"stream": "shapes", **recipe, "compute": {"threads": 1}} | v for k, v in out.items()}
 
 # %% ../nbs/14_testbed.ipynb #881662ea
-def _order(rec): return tuple(n for n, r in rec.columns if r == "stream")
-
 def by_order(records:list, value) -> dict: # {order: mean over its seeds}
     "The unit of every statement: one task order, averaged over seeds."
-    at = {}
-    for r in records: at.setdefault(_order(r), []).append(value(r))
-    return {o: float(np.mean(v)) for o, v in at.items()}
+    return order_means({(tuple(r.tasks), i): value(r) for i, r in enumerate(records)})
 
 def scores_of(records:list, pick) -> dict: # {task: percent}
     "A score per task, averaged over records; `pick(core)` gives one per stream task."
-    tables = [dict(zip(_order(r), pick(r.core()))) for r in records]
+    tables = [dict(zip(r.tasks, pick(r.core()))) for r in records]
     return {t: float(np.mean([x[t] for x in tables])) for t in tables[0]}
 
 # %% ../nbs/14_testbed.ipynb #ee396c59
@@ -77,7 +74,6 @@ def learnable(single:list, joint:list, others:dict, # {stream: record of `single
 def forgets(finetune:dict, # {learning rate: records}
            ) -> list:
     "Plain tuning forgets at every learning rate, and at the recipe's equally so in every order."
-    from cit_workbench.metrics import forgetting
     lost = {lr: by_order(rs, lambda r: forgetting(r.core())) for lr, rs in finetune.items()}
     mean, orders = {lr: np.mean([*v.values()]) for lr, v in lost.items()}, [*lost[recipe["optim"]["lr"]].values()]
     sd, say = np.std(orders, ddof=1), ", ".join(f"{m:.1f} at {lr:g} (n = {len(lost[lr])})" for lr, m in sorted(mean.items()))
@@ -87,7 +83,6 @@ def forgets(finetune:dict, # {learning rate: records}
 # %% ../nbs/14_testbed.ipynb #3a1e3535
 def replay_helps(er:list, finetune:list) -> list:
     "One percent of replay beats plain tuning in the paired interval over orders."
-    from cit_workbench.metrics import average_accuracy, paired
     a, b = (by_order(rs, lambda r: average_accuracy(r.core())) for rs in (er, finetune))
     d = paired(a, b)
     return [gate("er − finetune: average accuracy", f"{d.mean:.1f} [{d.low:.1f}, {d.high:.1f}] (n = {d.n})", "interval above 0", d.low > 0)]
@@ -110,7 +105,7 @@ def judged(runs:dict, # {name as in `gate_runs`: Record}
     plain = {lr: [r for n, r in runs.items() if n.startswith("finetune-") and at(n) == lr] for lr in rates}
     pick = lambda start: [r for n, r in runs.items() if n.startswith(start)]
     usual = plain[recipe["optim"]["lr"]]
-    knows = dict(zip(_order(runs["start"]), runs["start"].matrix("content")[0]))
+    knows = dict(zip(runs["start"].tasks, runs["start"].matrix("content")[0]))
     blind = {t.name: 100/len(t.example("val", 0).choices) for t in get_stream("shapes").tasks}
     others = {n.removesuffix("-single"): r for n, r in runs.items() if n.endswith("-single")}
     return [*learnable(pick("single-s"), pick("joint-s"), others), *forgets(plain), *replay_helps(pick("er-"), usual), *zero_shot(knows, blind)]

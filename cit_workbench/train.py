@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors import SafetensorError
 
-from .adapt import Tune, linears
+from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng
@@ -30,7 +30,7 @@ from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
 from .record import Record, RecordWriter, differences
 from .stream import get_stream
-from .testbed import lock_of, recipe as toy
+from .testbed import content, lock_of, recipe as toy
 
 # %% ../nbs/06_train.ipynb #bcd86cbe
 @dataclass
@@ -354,7 +354,7 @@ def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the s
     text = backbone.lm.config
     tiny = text.hidden_size <= 512
     o = toy["optim"] if tiny else {"lr": 2e-4, "steps": None}
-    most = toy["tune"]["targets"] if tiny and text.num_hidden_layers > 1 else linears
+    most = toy["tune"]["targets"] if tiny and text.num_hidden_layers > 1 else tuning.layers
     return (replace(optim, lr=o["lr"] if optim.lr is None else optim.lr, steps=optim.steps or steps or o["steps"]),
             replace(tuning, targets=tuning.targets or most))
 
@@ -432,7 +432,7 @@ def git_state() -> dict:
 def describe(self:Run, net:Net, asked:dict) -> dict:
     "run.json: configuration, versions, hashes and the protocol, by which tables put like with like."
     bb, o = net.backbone, asdict(self.opt)
-    fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": digest(sorted((r, t.digest()) for t, r in self.data.roles())), "dtype": str(bb.dtype), "decoding": "greedy",
+    fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,

@@ -33,7 +33,7 @@ def wrap(self:Single, net):
         layer = SlotLinear(base, net.tuning.r, net.tuning.alpha)
         for _ in self.mem.get("slots", []): layer.add()
         return layer
-    swap_linears(net.model, net.tuning.targets, make)
+    swap_linears(net.model, net.tuning.layers, make)
     return net
 
 # %% ../../nbs/methods/single.ipynb #207fa1f2
