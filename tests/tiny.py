@@ -21,7 +21,10 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
 OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if role != "stream"]
-ARGS = {"ewc": {"n": 24}, "er+ewc": {"ewc": {"n": 24}}}
+ARGS = {
+    "er+ewc": {"ewc": {"n": 24}},
+    "ewc": {"n": 24},
+}  # what makes a method small enough here, one line each, by name
 SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
         "optim": {"steps": 4, "batch": 8, "lr": 3e-3}, "tune": {"r": 8, "alpha": 16., "targets": SOME}}
