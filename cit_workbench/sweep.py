@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
-           'normalised', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute', 'notes',
-           'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep', 'around', 'nested', 'axes_of',
-           'val_scores', 'tune']
+           'normalised', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute', 'keep',
+           'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep', 'in_turn', 'around',
+           'nested', 'axes_of', 'val_scores', 'tune']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
 import ast, copy, itertools, json, math, queue, threading, time, tomllib
@@ -153,9 +153,10 @@ def read_sweep(file, # A TOML file
     except FileNotFoundError: raise CitError(f"sweep file {file} does not exist") from None
     except ValueError as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
     for table in spec: one_of(f"table of {file}", table, ["sweep", "set", "grid"])
-    head = make_dataclass("Head", [("name", str, Path(file).stem), ("pages", list, None)])
-    spec["sweep"] = {"name": Path(file).stem, **check_args(head, spec.get("sweep", {}), f"[sweep] in {file}")}
-    if not spec["sweep"].get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc']")
+    head = make_dataclass("Head", [("name", str, Path(file).stem), ("pages", list, None), ("records", str, ""), ("beside", list, None)])
+    head = spec["sweep"] = {"name": Path(file).stem, "records": "", "beside": [], **check_args(head, spec.get("sweep", {}), f"[sweep] in {file}")}
+    if not head.get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc'], or ['*'] for all methods")
+    if head["pages"] == ["*"]: head["pages"] = sorted(p.stem for p in pages_dir().glob("*.ipynb"))
     return spec
 
 # %% ../nbs/12_sweep.ipynb #6fb0ae11
@@ -169,6 +170,7 @@ class Cell:
     folder:Path # The sweep's folder
     varied:dict = field(default_factory=dict) # What tells it from the page's other cells
     error:str = "" # What went wrong, if something did
+    records:Path|None = None # Folder of finished cells, a packed file each
 
     @property
     def id(self): return digest(self.page.stem, self.params)
@@ -177,7 +179,15 @@ class Cell:
     @property
     def notebook(self): return self.out.with_suffix(".ipynb")
     @property
-    def finished(self): return (self.out/"result.json").exists()
+    def packed(self): return self.records and self.records/f"{self.page.stem}-{self.id}-{self.key}.jsonl"
+    @property
+    def older(self): # Packed results of other code or data
+        return sorted({*self.records.glob(f"{self.page.stem}-{self.id}-*.jsonl")} - {self.packed}) if self.records else []
+    @property
+    def finished(self): return (self.out/"result.json").exists() or bool(self.packed and self.packed.exists())
+    @property
+    def run(self): # Where its record is, a stale one where there is no other; None: nowhere
+        return next((p for p in (self.out, self.packed, *self.older) if p and (p.is_file() or (p/"run.json").exists())), None)
     def __str__(self): return " ".join([self.page.stem, *(f"{k}={v}" for k, v in self.varied.items())])
 
 # %% ../nbs/12_sweep.ipynb #fb2048f7
@@ -186,7 +196,7 @@ def plan(file, # A TOML file
         ) -> list: # Cells, checked
     "All cells of a sweep; every mistake in names and types is found here."
     spec, near = read_sweep(file), Path(file).parent
-    folder = Path(out or f"runs/sweeps/{spec['sweep']['name']}").absolute()
+    folder, records = Path(out or f"runs/sweeps/{spec['sweep']['name']}").absolute(), spec["sweep"]["records"]
     pages = [find_page(p, near) for p in spec["sweep"]["pages"]]
     known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
     for t in ("set", "grid"):
@@ -198,7 +208,7 @@ def plan(file, # A TOML file
             given = {k: params[k] for k in given}
             named = {k: params[k] for k in ("stream", "stream_args", "backbone") if k in params}
             key = digest(page.stem, params, code_digest(page, params.get("plus", "")), data(canonical(named)))
-            cells.append(Cell(page, given, params, key, folder, varied))
+            cells.append(Cell(page, given, params, key, folder, varied, records=near/records if records else None))
     return list({c.key: c for c in cells}.values())
 
 # %% ../nbs/12_sweep.ipynb #706477df
@@ -214,10 +224,19 @@ def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
                                    kernel_name="python3", progress_bar=False, store_widget_state=False,
                                    extra_arguments=["--log-level=50"])
         if not cell.finished: cell.error = f"the page ended without {cell.out/'result.json'}"
+        elif cell.records: keep(cell)
     except papermill.PapermillExecutionError as e: cell.error = f"{e.ename}: {e.evalue}".strip()
     except Exception as e: cell.error = f"{type(e).__name__}: {e}".strip()
     write_atomic(beside, canonical({**note, "error": cell.error, "seconds": round(time.time() - began, 1)}))
     return cell
+
+# %% ../nbs/12_sweep.ipynb #83d4136d
+def keep(cell:Cell):
+    "Pack a finished cell into the folder of records that the sweep names, in place of older results."
+    from cit_workbench.record import pack
+    old = cell.older
+    pack(cell.out, cell.packed, steps=40)
+    for p in old: p.unlink()
 
 # %% ../nbs/12_sweep.ipynb #462a5ba4
 def notes(folder:Path, # Folder of sweeps, or of one
@@ -230,7 +249,7 @@ def status(cells:list, # Cells of a sweep
     "Sort cells by what their folder holds."
     folder = cells[0].folder
     old = {n["id"] for n in notes(folder) if (folder/f"{n['page']}-{n['key']}"/"result.json").exists()}
-    kind = lambda c: "finished" if c.finished else "stale" if c.id in old else "new"
+    kind = lambda c: "finished" if c.finished else "stale" if c.id in old or c.older else "new"
     return {k: [c for c in cells if kind(c) == k] for k in ("finished", "stale", "new")}
 
 # %% ../nbs/12_sweep.ipynb #4b34529a
@@ -281,11 +300,12 @@ class Sweep:
     folder:Path # Where everything is
     cells:list # All of them
     stale:list # Those whose result is of other code or data
+    beside:list = field(default_factory=list) # Records to show in the same table
 
     @property
     def failed(self): return [c for c in self.cells if c.error]
     @property
-    def runs(self): return [c.out for c in self.cells if c.finished and (c.out/"run.json").exists()]
+    def runs(self): return [*(c.run for c in self.cells if c.run), *self.beside]
     @property
     def sentence(self):
         "What failed, and where to read about it; empty if nothing did."
@@ -308,8 +328,8 @@ def sweep(file, # A TOML file
     "Execute every cell of a sweep that has no result yet."
     if workers < 1: raise CitError(f"workers is {workers}, but must be at least 1")
     cells = plan(file, out)
-    name, folder, kinds = read_sweep(file)["sweep"]["name"], cells[0].folder, status(cells)
-    todo = kinds["new"] + (kinds["stale"] if force else [])
+    head, folder, kinds = read_sweep(file)["sweep"], cells[0].folder, status(cells)
+    name, todo = head["name"], in_turn(kinds["new"] + (kinds["stale"] if force else []))
     seconds = sum(expected(c, notes(folder.parent) + recorded()) for c in todo)/min(workers, len(todo) or 1)
     print(f"sweep {name}: {len(cells)} cells, {len(kinds['finished'])} finished, {len(todo)} to run"
           + (f", {duration(seconds)}" if todo and not seconds < 60 else "") + f", in {_near(folder)}")
@@ -317,7 +337,13 @@ def sweep(file, # A TOML file
         for c in kinds["stale"]: print(f"stale: {c} (its code or data changed; --force runs it again)")
     bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
     for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else _took(c)))
-    return Sweep(name, folder, cells, [] if force else kinds["stale"])
+    beside = [p for b in head["beside"] for p in sorted(Path(file).parent.glob(b))]
+    return Sweep(name, folder, cells, [] if force else kinds["stale"], beside)
+
+def in_turn(cells:list) -> list:
+    "Cells of all pages in turn, so that a sweep that is stopped early has something of each."
+    of = lambda page: [c for c in cells if c.page == page]
+    return [c for row in itertools.zip_longest(*map(of, dict.fromkeys(c.page for c in cells))) for c in row if c]
 
 def _took(c): return f"{read_json(c.out.with_suffix('.json'))['seconds']:.0f} s"
 

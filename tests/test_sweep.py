@@ -96,6 +96,23 @@ def test_unknown_page_and_missing_file(tmp_path):
     with pytest.raises(CitError, match="names no pages"): sweep(tmp_path/"s.toml")
 
 
+def test_packed_cells_are_finished_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CIT_QUIET", "1")
+    few = ('stream_args = {tasks = ["col-word"], n_train = 16, n_val = 2, n_test = 2}\n'
+           'optim = {steps = 2, batch = 4}\ncompute = {threads = 1}')
+    (tmp_path/"s.toml").write_text(f'[sweep]\npages = ["*"]\nrecords = "kept"\nbeside = ["more/*.jsonl"]\n[set]\n{few}\n[grid]\nseed = []\n'
+                                   '[grid.finetune]\nseed = [0]\n')
+    first = sweep(tmp_path/"s.toml", out=tmp_path/"a")
+    assert not first.failed and len(first.cells) == 1
+    kept, = (tmp_path/"kept").glob("finetune-*.jsonl")
+    (tmp_path/"more").mkdir()
+    (tmp_path/"more/other.jsonl").write_text(kept.read_text().replace('"seed":0', '"seed":1'))
+    again = sweep(tmp_path/"s.toml", out=tmp_path/"b")
+    assert "1 finished, 0 to run" in capsys.readouterr().out
+    assert again.runs == [kept, tmp_path/"more/other.jsonl"] and "finetune" in str(again)
+    assert not list((tmp_path/"b").glob("finetune-*/result.json"))
+
+
 def test_demo_is_a_valid_sweep(tmp_path):
     cells = plan(pages_dir().parents[1]/"sweeps/demo.toml", tmp_path)
     assert len({c.key for c in cells}) == 4
