@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_runs', 'by_order', 'scores_of', 'gate',
-           'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'content', 'drawn', 'read_lock',
-           'lock_of', 'frozen']
+           'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'verdict', 'content', 'drawn',
+           'read_lock', 'lock_of', 'frozen']
 
 # %% ../nbs/14_testbed.ipynb #5be6e875
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -132,6 +133,15 @@ def stale(runs:dict, # {name as in `gate_runs`: Record}
         same = [c["method"] == spec["method"], c["seed"] == spec.get("seed", 0), *(c[p][k] == v for p in recipe for k, v in spec[p].items())]
         return not all(same) or h["data"] != data.digest() or h["weights"] != start_hash(spec.get("backbone", "tiny-instruct"))
     return [n for n, spec in gate_runs().items() if n in runs and differs(runs[n], spec)]
+
+# %% ../nbs/14_testbed.ipynb #177ef5bd
+def verdict(name:str, # A method
+            records="../../records", # Folder with `testbed` and `zoo`, from where the method's page is
+           ): # `Table`
+    "A method on the locked testbed, beside the arms that judge it."
+    from cit_workbench.record import table
+    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
+    return table([p for a in (*arms, f"zoo/{name}-*.jsonl") for p in sorted(Path(records).glob(a))]).against("finetune")
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf
 def content(stream) -> str: # Hex digest
