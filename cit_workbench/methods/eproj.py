@@ -29,7 +29,7 @@ class EProj(Method):
     held_in: bool = True # Give keys to the tasks that the start model already knew
     lr: float|None = None # Learning rate of projectors; None: the run's
     key_lr: float = .01 # Learning rate of keys
-    key_steps: int = 600 # Steps of the keys' phase
+    key_steps: int = 800 # Steps of the keys' phase
     n: int = 500 # Training rows in the mean of queries
     paper, called = "arXiv 2311.16206", "eproj"
     @property
