@@ -36,7 +36,7 @@ def wrap(self:FinetuneProjector, net): return net.free(r".*multi_modal_projector
 
 # %% ../../nbs/methods/finetune.ipynb #d47f62af
 @patch
-def wrap(self:FinetunePrompt, net):
+def wrap(self:FinetunePrompt, net): # noqa: F811
     E = net.backbone.lm.embed_tokens.weight.detach()
     pick = rng(net.seed, "soft prompt").choice(len(E), self.length)
     net.model.soft_prompt = nn.Parameter(E[pick].float())
