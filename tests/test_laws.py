@@ -152,22 +152,28 @@ def test_3_the_first_task_is_plain_tuning(finished, name):
 # 4: what is frozen stays; what is trained is known
 
 class Watch(Method):
-    "Notes what is trainable and what is not at the first step of a task, and looks again at its end."
+    "Notes what is trainable and what is not at the first step of every phase, and looks again at the phase's end."
     def __post_init__(self):
         super().__post_init__()
-        self.log = []
+        self.log, self.at = [], None
 
     def batch(self, net, batch):
-        if net.clock[2:] == (0, 0) and not (self.log and self.log[-1]["task"] == net.task):
-            named = dict(net.model.named_parameters())
-            self.log.append({"task": net.task, "trainable": {n: p.numel() for n, p in named.items() if p.requires_grad},
-                             "frozen": {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}})
+        if net.clock[2:] == (0, 0) and net.clock[:2] != self.at:
+            self.at = net.clock[:2]
+            if not (self.log and self.log[-1]["task"] == net.task):
+                self.log.append({"task": net.task, "trainable": {}, "frozen": {}, "moved": []})
+            self.look(net)
+            named, seen = dict(net.model.named_parameters()), self.log[-1]
+            seen["trainable"] |= {n: p.numel() for n, p in named.items() if p.requires_grad}
+            seen["frozen"] = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
         return batch
 
-    def end(self, net, task):
-        if not self.log or self.log[-1]["task"] != task.name: return
+    def look(self, net):
         named = dict(net.model.named_parameters())
-        self.log[-1]["moved"] = [n for n, p in self.log[-1]["frozen"].items() if not torch.equal(p, named[n])]
+        self.log[-1]["moved"] += [n for n, p in self.log[-1]["frozen"].items() if not torch.equal(p, named[n])]
+
+    def end(self, net, task):
+        if self.log and self.log[-1]["task"] == task.name: self.look(net)
 
 
 class Count(Method):

@@ -23,6 +23,7 @@ TASKS = ["col-word", "shp-mcq", "col-night"]
 OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if role != "stream"]
 ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
+    "eproj": {"key_steps": 2, "n": 8},
     "ewc": {"n": 24},
 }  # what makes a method small enough here, one line each, by name
 SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
