@@ -50,8 +50,9 @@ def test_a_mixed_batch_is_its_rows_one_by_one(net):
 
 def grads_of(net, b):
     "Loss and gradients of a training batch."
-    with at(net.method.route(net, replace(b, ctx={}))) as b: loss = net.forward(b).loss
-    loss.backward()
+    with at(net.method.route(net, replace(b, ctx={}))) as b:
+        loss = net.forward(b).loss
+        loss.backward()
     got = {n: p.grad.clone() for n, p in net.params.items() if p.grad is not None}
     net.model.zero_grad(set_to_none=True)
     return float(loss.detach()), got
@@ -59,10 +60,10 @@ def grads_of(net, b):
 
 def test_gradient_checkpointing_changes_no_gradient(net):
     refs = [(t, i) for t in TASKS for i in range(3)]
-    b, layer, calls = net.rows(refs, task=[t for t, _ in refs]), net.backbone.lm.layers[0], []
+    b, part, calls = net.rows(refs, task=[t for t, _ in refs]), net.backbone.lm.layers[0].mlp, []
     net.model.train()
     loss, want = grads_of(net, b)
-    hook = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = part.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         net.model.gradient_checkpointing_enable({"use_reentrant": False})
         again, got = grads_of(net, b)
