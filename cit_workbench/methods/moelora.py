@@ -34,7 +34,8 @@ class MoELinear(nn.Module):
     local = True # Acts on each position alone
     def __init__(self, base, experts, r, scale, dropout=0.):
         super().__init__()
-        i, o, new = base.in_features, base.out_features, lambda *s: nn.Parameter(torch.zeros(*s, device=base.weight.device))
+        i, o = base.in_features, base.out_features
+        new = lambda *s: nn.Parameter(torch.zeros(*s, device=base.weight.device))
         self.base, self.scale, self.dropout, self.seen = base, scale, dropout, None
         self.A, self.B, self.R = new(experts, r, i), new(experts, o, r), new(experts, i)
         nn.init.normal_(self.A, std=.01); nn.init.kaiming_uniform_(self.R, a=5**.5)
@@ -49,7 +50,7 @@ class MoELinear(nn.Module):
 @patch
 def wrap(self:MoELoRA, net):
     t, E = net.tuning, self.experts
-    if t.r % E: raise CitError(f"method 'moelora': rank {t.r} of `tune` cannot be split evenly over {E} experts; choose `experts` so that it divides r")
+    if t.r % E: raise CitError(f"method 'moelora': rank {t.r} of `tune` cannot be split evenly over {E} experts")
     make = lambda base: MoELinear(base, E, t.r//E, t.alpha/t.r, t.dropout)
     seeded((net.seed, "moelora"), lambda: swap_linears(net.model, t.layers, make))
     return net

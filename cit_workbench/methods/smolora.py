@@ -35,10 +35,13 @@ class SMoLoRA(Method):
     n = property(lambda self: self.experts//len(self.kinds)) # Experts of a kind
     def __post_init__(self):
         super().__post_init__()
-        for f, allowed in {"variant": ("hard_frozen", "soft_topk", "straight_through"), "use": ("both", "vu", "if", "hash"), "pool": ("prompt", "released"), "layers": ("run", "paper", "released")}.items():
-            one_of(f"{f} of method 'smolora'", getattr(self, f), allowed)
-        if self.experts < 1 or self.experts % len(self.kinds): raise CitError(f"method 'smolora': experts is {self.experts}; allowed: {len(self.kinds)} and its multiples")
-        if self.variant == "soft_topk" and not 2 <= self.k <= self.n: raise CitError(f"method 'smolora': k is {self.k}; allowed: 2 to {self.n}, the experts of a kind (the softmax over one is constant)")
+        allowed = {"variant": ("hard_frozen", "soft_topk", "straight_through"), "use": ("both", "vu", "if", "hash"),
+                   "pool": ("prompt", "released"), "layers": ("run", "paper", "released")}
+        for f, names in allowed.items(): one_of(f"{f} of method 'smolora'", getattr(self, f), names)
+        if self.experts < 1 or self.experts % len(self.kinds):
+            raise CitError(f"method 'smolora': experts is {self.experts}; allowed: {len(self.kinds)} and its multiples")
+        if self.variant == "soft_topk" and not 2 <= self.k <= self.n:
+            raise CitError(f"method 'smolora': k is {self.k}; allowed: 2 to {self.n}, the experts of a kind")
 
 # %% ../../nbs/methods/smolora.ipynb #d677ed49
 class SMoLinear(nn.Module):
@@ -97,7 +100,8 @@ def routes(self:SMoLinear, x, b):
 @patch
 def wrap(self:SMoLoRA, net):
     t, number = net.tuning, iter(range(10**6))
-    if t.r % self.experts: raise CitError(f"method 'smolora': rank {t.r} of `tune` cannot be split evenly over {self.experts} experts; choose `experts` so that it divides r")
+    if t.r % self.experts:
+        raise CitError(f"method 'smolora': rank {t.r} of `tune` cannot be split evenly over {self.experts} experts")
     make = lambda image: lambda base: SMoLinear(base, f"smolora {next(number)}", self, t, image)
     only = {"run": "", "paper": r"(?=.*(gate|up|down)_proj$)", "released": r"(?=.*(o|gate|up|down)_proj$)"}[self.layers]
     def swap():
