@@ -25,7 +25,12 @@ ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
     "eproj": {"key_steps": 2, "n": 8},
     "ewc": {"n": 24},
+    "moelora": {"experts": 4},
 }  # what makes a method small enough here, one line each, by name
+MORE = {
+    "smolora": [{"variant": "soft_topk", "layers": "paper"}, {"variant": "straight_through", "use": "hash"},
+                {"variant": "soft_topk", "use": "vu"}, {"use": "if", "layers": "released"}],
+}  # further forms of a method that route in other ways, by name
 SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
         "optim": {"steps": 4, "batch": 8, "lr": 3e-3}, "tune": {"r": 8, "alpha": 16., "targets": SOME}}
