@@ -28,7 +28,7 @@ LEAKS = {"total_T", "task_id_at_test", "template_id_at_test", "batch_selection",
 every = pytest.mark.parametrize("name", EVERY)
 
 
-def lora_names(model, only=("q_proj", "v_proj", "down_proj")) -> dict:
+def lora_names(model, only=("q_proj", "v_proj", "o_proj", "down_proj")) -> dict:
     "Names and sizes of plain LoRA of rank 8 on linear layers of the language model, written out."
     cfg = model.config.text_config
     d, m, kv = cfg.hidden_size, cfg.intermediate_size, cfg.num_key_value_heads*cfg.head_dim
@@ -152,16 +152,19 @@ def test_3_the_first_task_is_plain_tuning(finished, name):
 # 4: what is frozen stays; what is trained is known
 
 class Watch(Method):
-    "Notes what is trainable and what is not at the first step of a task, and looks again at its end."
+    "Notes what is trainable in a task, in whichever phase, and what never is; looks again at its end."
     def __post_init__(self):
         super().__post_init__()
         self.log = []
 
     def batch(self, net, batch):
-        if net.clock[2:] == (0, 0) and not (self.log and self.log[-1]["task"] == net.task):
+        if net.clock[2:] == (0, 0):
             named = dict(net.model.named_parameters())
-            self.log.append({"task": net.task, "trainable": {n: p.numel() for n, p in named.items() if p.requires_grad},
-                             "frozen": {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}})
+            if not (self.log and self.log[-1]["task"] == net.task):
+                self.log.append({"task": net.task, "trainable": {}, "frozen": {n: p.detach().clone() for n, p in named.items()}})
+            now = {n: p.numel() for n, p in named.items() if p.requires_grad}
+            self.log[-1]["trainable"] |= now
+            for n in now: self.log[-1]["frozen"].pop(n, None)
         return batch
 
     def end(self, net, task):

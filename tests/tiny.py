@@ -25,7 +25,7 @@ ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
     "ewc": {"n": 24},
 }  # what makes a method small enough here, one line each, by name
-SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
+SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v|o)|mlp\.down)_proj"
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
         "optim": {"steps": 4, "batch": 8, "lr": 3e-3}, "tune": {"r": 8, "alpha": 16., "targets": SOME}}
 
