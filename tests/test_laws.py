@@ -276,8 +276,11 @@ def test_5_from_the_command_line_too(finished, tmp_path):
 # 6: routes need no task; the future is out of reach
 
 def shot(b) -> dict:
-    "A batch, copied field by field."
-    return {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v) for k, v in vars(b).items() if k != "examples"}
+    "A batch, copied field by field; routes may be results of what is trained."
+    def copied(v):
+        if isinstance(v, dict): return {k: copied(x) for k, x in v.items()}
+        return v.clone() if torch.is_tensor(v) else copy.deepcopy(v)
+    return {k: copied(v) for k, v in vars(b).items() if k != "examples"}
 
 
 def same_shot(a, b):

@@ -35,13 +35,13 @@ class ContinualLlava(Method):
     paper = "arXiv 2411.02564"
     def __post_init__(self):
         super().__post_init__()
-        for k, allowed in (("weights", ("linear", "softmax")), ("context", ("before", "through", "none")), ("feature", ("instruction", "embedding"))):
-            one_of(f"{k} of method 'continual_llava'", getattr(self, k), allowed)
-        if not 1 <= self.top <= self.slots: raise CitError(f"method 'continual_llava': top is {self.top} and slots is {self.slots}; allowed: top from 1 up to slots")
-        for k in ("r", "steps"):
-            if (v := getattr(self, k)) is not None and v < 1: raise CitError(f"method 'continual_llava': {k} is {v}; allowed: 1 and above, or None")
-        if not 0 < self.w < 1: raise CitError(f"method 'continual_llava': w is {self.w}; allowed: between 0 and 1")
-        if not self.lr > 0: raise CitError(f"method 'continual_llava': lr is {self.lr}; allowed: above 0")
+        choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none"), "feature": ("instruction", "embedding")}
+        for k, allowed in choices.items(): one_of(f"{k} of method 'continual_llava'", getattr(self, k), allowed)
+        allowed = {"top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"), "lr": (self.lr > 0, "above 0"),
+                   "r": (self.r is None or self.r >= 1, "1 and above, or None"), "w": (0 < self.w < 1, "between 0 and 1"),
+                   "steps": (self.steps is None or self.steps >= 1, "1 and above, or None")}
+        for k, (fine, what) in allowed.items():
+            if not fine: raise CitError(f"method 'continual_llava': {k} is {getattr(self, k)}; allowed: {what}")
 
 # %% ../../nbs/methods/continual_llava.ipynb #3e48ffb7
 class PoolLinear(nn.Module):
@@ -49,12 +49,14 @@ class PoolLinear(nn.Module):
     local = True # Acts on each position alone
     def __init__(self, base:nn.Linear, n:int, r:int, alpha:float):
         super().__init__()
-        self.base, self.n, self.r, self.scale, self.A, self.B = base, n, r, alpha/r, nn.ParameterList(), nn.ParameterList()
+        self.base, self.n, self.r, self.scale = base, n, r, alpha/r
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
     def add(self):
         "Append a block of increments that change nothing yet, and freeze the ones before it."
         for p in [*self.A, *self.B]: p.requires_grad_(False)
         on, i, o = self.base.weight.device, self.base.in_features, self.base.out_features
-        self.A.append(nn.Parameter(torch.empty(self.n, self.r, i, device=on).uniform_(-i**-.5, i**-.5))); self.B.append(nn.Parameter(torch.zeros(self.n, o, self.r, device=on)))
+        self.A.append(nn.Parameter(torch.empty(self.n, self.r, i, device=on).uniform_(-i**-.5, i**-.5)))
+        self.B.append(nn.Parameter(torch.zeros(self.n, o, self.r, device=on)))
     def forward(self, x): # b t d
         y, route, A, B = self.base(x), current().route, torch.cat([*self.A]), torch.cat([*self.B])
         d = mixed(x, A, B, route["pool"])
@@ -73,11 +75,14 @@ def grow(self:ContinualLlava, net, t):
 
 @patch
 def wrap(self:ContinualLlava, net):
-    layers = [n for n, m in net.model.named_modules() if isinstance(m, nn.Linear) and n.endswith("self_attn.o_proj") and re.fullmatch(net.tuning.layers, n)]
-    if not layers: raise CitError(f"method 'continual_llava' changes only attention outputs (self_attn.o_proj), and tune: targets {net.tuning.layers!r} matches none")
-    swap_linears(net.model, "|".join(map(re.escape, layers)), lambda base: PoolLinear(base, self.slots, self.r or max(1, net.tuning.r//self.top), net.tuning.alpha))
+    t, outputs = net.tuning, [n for n, m in net.model.named_modules() if isinstance(m, nn.Linear) and n.endswith("self_attn.o_proj")]
+    layers, r = [n for n in outputs if re.fullmatch(t.layers, n)], self.r or max(1, t.r//self.top)
+    if not layers:
+        raise CitError("method 'continual_llava' changes only attention outputs (self_attn.o_proj), "
+                       f"and tune: targets {t.layers!r} matches none")
+    swap_linears(net.model, "|".join(map(re.escape, layers)), lambda base: PoolLinear(base, self.slots, r, t.alpha))
     net.model.proxies = nn.ParameterList()
-    for t in range(len(self.mem.get("tasks", []))): self.grow(net, t)
+    for k in range(len(self.mem.get("tasks", []))): self.grow(net, k)
     return net
 
 @patch
@@ -115,7 +120,8 @@ def route(self:ContinualLlava, net, batch):
 # %% ../../nbs/methods/continual_llava.ipynb #3ce88d1b
 @patch
 def phases(self:ContinualLlava, task):
-    return [Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.lr}}), Phase("tune", train={r"(?!proxies\.).*": {}})]
+    return [Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.lr}}),
+            Phase("tune", train={r"(?!proxies\.).*": {}})]
 
 @patch
 def loss(self:ContinualLlava, net, batch, out):
@@ -137,6 +143,7 @@ def stats(self:ContinualLlava, net):
     ex = [net.example(task.name, "train", i) for i in range(min(32, len(task)))]
     cos, top = self.select(net, Batch([], None, None, None, task=[None]*len(ex), examples=ex))
     p = F.normalize(self.mem["used"][-1], p=1, dim=-1)
-    out = {"cosine": float(cos.gather(1, top).mean()), "own": float((top//self.slots == len(self.mem["tasks"]) - 1).float().mean()),
-           "entropy": float(torch.special.entr(p).sum())}
-    return out | ({"w": float(net.model.mixing.sigmoid().mean())} if hasattr(net.model, "mixing") else {})
+    own = (top//self.slots == len(self.mem["tasks"]) - 1).float().mean()
+    out = {"cosine": cos.gather(1, top).mean(), "own": own, "entropy": torch.special.entr(p).sum()}
+    if hasattr(net.model, "mixing"): out["w"] = net.model.mixing.sigmoid().mean()
+    return {k: float(v) for k, v in out.items()}
