@@ -28,7 +28,7 @@ LEAKS = {"total_T", "task_id_at_test", "template_id_at_test", "batch_selection",
 every = pytest.mark.parametrize("name", EVERY)
 
 
-def lora_names(model, only=("q_proj", "v_proj", "down_proj")) -> dict:
+def lora_names(model, only=("q_proj", "v_proj", "o_proj", "down_proj")) -> dict:
     "Names and sizes of plain LoRA of rank 8 on linear layers of the language model, written out."
     cfg = model.config.text_config
     d, m, kv = cfg.hidden_size, cfg.intermediate_size, cfg.num_key_value_heads*cfg.head_dim
@@ -279,8 +279,11 @@ def test_5_from_the_command_line_too(finished, tmp_path):
 # 6: routes need no task; the future is out of reach
 
 def shot(b) -> dict:
-    "A batch, copied field by field."
-    return {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v) for k, v in vars(b).items() if k != "examples"}
+    "A batch, copied field by field; routes may be results of what is trained."
+    def copied(v):
+        if isinstance(v, dict): return {k: copied(x) for k, x in v.items()}
+        return v.clone() if torch.is_tensor(v) else copy.deepcopy(v)
+    return {k: copied(v) for k, v in vars(b).items() if k != "examples"}
 
 
 def same_shot(a, b):

@@ -31,7 +31,7 @@ MORE = {
     "smolora": [{"variant": "soft_topk", "layers": "paper"}, {"variant": "straight_through", "use": "hash"},
                 {"variant": "soft_topk", "use": "vu"}, {"use": "if", "layers": "released"}],
 }  # further forms of a method that route in other ways, by name
-SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
+SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v|o)|mlp\.down)_proj"
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
         "optim": {"steps": 4, "batch": 8, "lr": 3e-3}, "tune": {"r": 8, "alpha": 16., "targets": SOME}}
 
