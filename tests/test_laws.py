@@ -375,7 +375,8 @@ def test_9_is_asked_of_someone(): assert {"er", "ewc"} <= {*STRONG}
 @pytest.mark.parametrize("name", STRONG)
 def test_9_strength_zero_is_off(finished, tmp_path, name):
     cls = type(get_method(name))
-    off = type(cls.__name__, (cls,), {h: getattr(Method, h) for h in ("loss", "grads", "update", "batch")})
+    hooks = [h for h in ("loss", "grads", "update", "batch") if overrides(get_method(name), h)] or ["step"]  # a mean of weights
+    off = type(cls.__name__, (cls,), {h: getattr(Method, h) for h in hooks})
     off.called = name
     zero = train(tmp_path/"zero", name, method_args={cls.strength: 0.})
     without = train(tmp_path/"off", off, method_args=ARGS.get(name, {}))
