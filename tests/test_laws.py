@@ -26,6 +26,7 @@ EVERY = [*METHODS, "er+ewc"]
 LEAKS = {"total_T", "task_id_at_test", "template_id_at_test", "batch_selection", "old_data", "pretrain_data",
          "val_of_old_tasks"}
 every = pytest.mark.parametrize("name", EVERY)
+more = pytest.mark.parametrize("name", [*EVERY, "er+llaca"])  # rewrites its memory at every step
 
 
 def lora_names(model, only=("q_proj", "v_proj", "down_proj")) -> dict:
@@ -251,7 +252,7 @@ def reopened(folder, out, name):
     return *logits_of(run.net), [*run.net.method.mem], sorted(run.net.params)
 
 
-@every
+@more
 def test_5_a_fresh_process_loads_the_same_model(finished, fork, tmp_path, name):
     run = finished(name)
     got, said, mem, params = fork(reopened, run.folder, tmp_path/"copy", name)
@@ -348,7 +349,7 @@ def test_7_batch_leaves_its_input_alone(finished, name):
 def moved(a, b): return any(not torch.equal(x, y) for x, y in zip(final(a.folder).values(), final(b.folder).values()))
 
 
-@every
+@more
 def test_8_same_seed_same_record(finished, tmp_path, monkeypatch, name):
     a = finished(name)
     monkeypatch.setenv("CIT_CACHE", str(tmp_path/"cache"))
