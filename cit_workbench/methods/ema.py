@@ -46,5 +46,5 @@ def end(self:EMA, net, task):
 @patch
 @torch.no_grad()
 def stats(self:EMA, net):
-    if not self.mem.get("mean"): return {}
-    return {"distance": sum((net.params[n].float() - m).square().sum() for n, m in self.mem["mean"].items() if n in net.params).sqrt()}
+    held = {n: m for n, m in self.mem.get("mean", {}).items() if n in net.params}
+    return {"distance": sum((net.params[n].float() - m).square().sum() for n, m in held.items()).sqrt()} if held else {}

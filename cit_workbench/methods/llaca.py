@@ -57,9 +57,10 @@ def step(self:Llaca, net, s):
     mean, grad, seen = self.mem["mean"], self.mem["grad"], []
     for n, p in net.params.items():
         now, old = p.detach().float(), s.old[n].float()
-        e, a, fits = mean.get(n, now if self.variant == "released" else old), now.new_tensor(1 - self.beta), now.new_zeros(())
+        e = mean.get(n, now if self.variant == "released" else old)
+        a, fits = now.new_tensor(1 - self.beta), now.new_zeros(())
         if self.variant != "fixed":
-            if p.grad is None: raise CitError(f"method 'llaca' needs the gradient of every trained tensor, but {n} has none after this step")
+            if p.grad is None: raise CitError(f"method 'llaca' needs every gradient, but {n} has none after this step")
             g = p.grad.float().clone()
             if n in grad: a, fits = share(self.variant, self.beta, g, grad[n], now, old, e)
             grad[n] = g
@@ -122,11 +123,10 @@ def wrap(self:Llaca, net):
 def route(self:Llaca, net, batch):
     if self.groups == "none": return batch
     books, of = self.mem.get("books", []), self.mem.get("of", {})
-    def match(text):
-        near, k = nearest([text], books)
-        return k if near >= self.threshold else len(books) - 1
-    found = {t: match(t) for t in {instruction(e.question) for e in batch.examples}}
-    slot = [of[t] if t in of else found[instruction(e.question)] for t, e in zip(batch.task, batch.examples)]
+    said = [instruction(e.question) for e in batch.examples]
+    near = {t: nearest([t], books) for t in {*said}}
+    match = {t: k if like >= self.threshold else len(books) - 1 for t, (like, k) in near.items()}
+    slot = [of[task] if task in of else match[t] for task, t in zip(batch.task, said)]
     return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})
 
 # %% ../../nbs/methods/llaca.ipynb #4d458c38
