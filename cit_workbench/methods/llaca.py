@@ -98,8 +98,7 @@ def place(self:Llaca, net, task) -> bool: # Is the group new?
         seeded((net.seed, task.name, "slot"), lambda: [l.add(like=last) for l in layers])
     books[k] += [t for t in said if t not in books[k]]
     self.mem["slot"], self.mem["of"] = k, self.mem.get("of", {}) | {task.name: k}
-    for l in layers:
-        for ps in (l.A, l.B): [p.requires_grad_(i == k) for i, p in enumerate(ps)]
+    for ps in [ps for l in layers for ps in (l.A, l.B)]: [p.requires_grad_(i == k) for i, p in enumerate(ps)]
     return new
 
 @patch
