@@ -25,6 +25,7 @@ ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
     "eproj": {"key_steps": 2, "n": 8},
     "ewc": {"n": 24},
+    "llaca": {"groups": "tfidf"},
     "moelora": {"experts": 4},
 }  # what makes a method small enough here, one line each, by name
 MORE = {
