@@ -27,6 +27,7 @@ class L2P(Method):
     pull: float = .5 # Weight λ of the mean similarity between query and chosen keys
     lr: float = .03 # Peak learning rate of prompts and keys
     strength = "pull"
+    called = "l2p"
     paper = "arXiv 2112.08654"
     def __post_init__(self):
         super().__post_init__()
