@@ -38,9 +38,8 @@ class FwdPrompt(Method):
         super().__post_init__()
         one_of("variant of method 'fwd_prompt'", self.variant, ("ordered", "intersection", "additive", "residual", "random", "none"))
         one_of("start of method 'fwd_prompt'", self.start, ("copy", "zeros"))
-        if not 1 <= self.top <= self.size: raise CitError(f"method 'fwd_prompt': top is {self.top} and size is {self.size}; allowed: top from 1 to size")
-        for k, ok, say in (("length", self.length >= 1, "from 1"), ("n", self.n >= 1, "from 1"), ("pull", self.pull >= 0, "from 0"), ("lr", self.lr > 0, "above 0"),
-                           ("eps_old", 0 < self.eps_old <= 1, "above 0, up to 1"), ("eps_pre", 0 < self.eps_pre <= 1, "above 0, up to 1")):
+        for k, ok, say in (("top", 1 <= self.top <= self.size, "from 1 to size"), ("length", self.length >= 1, "from 1"), ("n", self.n >= 1, "from 1"), ("pull", self.pull >= 0, "from 0"),
+                           ("lr", self.lr > 0, "above 0"), ("eps_old", 0 < self.eps_old <= 1, "above 0, up to 1"), ("eps_pre", 0 < self.eps_pre <= 1, "above 0, up to 1")):
             if not ok: raise CitError(f"method 'fwd_prompt': {k} is {getattr(self, k)}; allowed: {say}")
         if self.variant in ("residual", "none"): self.leaks = set()
 
@@ -57,8 +56,8 @@ def extend(V:torch.Tensor, G:torch.Tensor, eps:float) -> torch.Tensor:
 def project(u:torch.Tensor, pre:torch.Tensor, old:torch.Tensor, variant:str) -> torch.Tensor:
     "The part of a step [..., d] that may be taken, given the pre-trained and the old space [d, k]."
     if variant == "none": return u
-    along = 0 if variant == "residual" else (u @ pre) @ pre.T
-    u = u + along if variant == "additive" else u if variant == "residual" else along
+    along = (u @ pre) @ pre.T
+    u = {"residual": u, "additive": u + along}.get(variant, along)
     return u - (u @ old) @ old.T
 
 def common(pre:torch.Tensor, old:torch.Tensor) -> torch.Tensor:
@@ -76,8 +75,7 @@ def grow(self:FwdPrompt, net, *values):
 
 @patch
 def wrap(self:FwdPrompt, net):
-    net.model.fwd = pool = nn.Module()
-    for part in ("image", "text", "prompt"): setattr(pool, part, nn.ParameterList())
+    net.model.fwd = nn.ModuleDict({part: nn.ParameterList() for part in ("image", "text", "prompt")})
     for _ in self.mem.get("tasks", []): self.grow(net)
     return net
 
@@ -87,11 +85,9 @@ def phases(self:FwdPrompt, task): return [Phase(train={r"fwd\..*": {"lr": self.l
 # %% ../../nbs/methods/fwd_prompt.ipynb #eae1287a
 @patch
 def score(self:FwdPrompt, net, batch, first:int=0):
-    pool, total = net.model.fwd, 0
-    for what, keys in (("image", pool.image), ("instruction", pool.text)):
-        k = torch.cat([*keys[first:]])
-        total = total + F.normalize(net.features(batch, what).to(k), dim=1) @ F.normalize(k, dim=1, eps=.1).T
-    return total
+    keys = {"image": net.model.fwd.image, "instruction": net.model.fwd.text}
+    cos = lambda q, k: F.normalize(q.to(k), dim=1) @ F.normalize(k, dim=1, eps=.1).T
+    return sum(cos(net.features(batch, what), torch.cat([*k[first:]])) for what, k in keys.items())
 
 @patch
 def route(self:FwdPrompt, net, batch):
@@ -128,7 +124,6 @@ def opening(self:FwdPrompt, net, batch):
     return slices[int(self.score(net, batch).unflatten(1, (-1, self.size)).mean((0, 2)).argmax())].detach().clone()
 
 @patch
-@torch.no_grad()
 def begin(self:FwdPrompt, net, task):
     m, w = self.mem, net.backbone.lm.embed_tokens.weight
     none = torch.zeros(w.shape[1], 0, dtype=torch.double, device=w.device)
@@ -138,7 +133,9 @@ def begin(self:FwdPrompt, net, task):
     keys = [F.normalize(net.features(b, what), dim=1)[torch.arange(self.size) % len(b)] for what in ("image", "instruction")]
     self.grow(net, *keys, self.opening(net, b))
     m.update(tasks=[*m["tasks"], task.name], now=self.spaces(net, task), residual=float(w.shape[1] - m["old"].shape[1]))
-    if m["pre"].numel(): m["conflict"] = float((m["old"].T @ m["pre"]).square().sum()/max(1, min(m["old"].shape[1], m["pre"].shape[1])))
+    m["conflict"] = float((m["old"].T @ m["pre"]).square().sum()/max(1, min(m["old"].shape[1], m["pre"].shape[1])))
+
+
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #12906286
 @patch
@@ -151,14 +148,14 @@ def known(self:FwdPrompt, net, none):
 def spaces(self:FwdPrompt, net, task):
     pre, old = self.mem["pre"], self.mem["old"]
     if self.variant == "intersection" and (W := common(pre, old)).shape[1]: pre = W
-    if self.variant == "random": pre, old = (seeded((net.seed, task.name, "fwd_prompt", i), lambda: torch.linalg.qr(torch.randn(V.shape, dtype=V.dtype))[0]).to(V.device) for i, V in enumerate((pre, old)))
+    draw = lambda V: torch.linalg.qr(torch.randn(V.shape, dtype=V.dtype))[0].to(V.device)
+    if self.variant == "random": pre, old = seeded((net.seed, task.name, "fwd_prompt"), lambda: (draw(pre), draw(old)))
     return {"pre": pre, "old": old}
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #aab62aea
 @patch
-@torch.no_grad()
 def end(self:FwdPrompt, net, task):
-    P = F.normalize(net.model.fwd.prompt[-1].flatten(0, 1).double(), dim=1)
+    P = F.normalize(net.model.fwd.prompt[-1].detach().flatten(0, 1).double(), dim=1)
     for G in (self.gram(net, [task.name]), P.T @ P/len(P)): self.mem["old"] = extend(self.mem["old"], G, self.eps_old)
     self.mem.pop("now")
 
