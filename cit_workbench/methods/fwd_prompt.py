@@ -128,8 +128,7 @@ def begin(self:FwdPrompt, net, task):
     m, w = self.mem, net.backbone.lm.embed_tokens.weight
     none = torch.zeros(w.shape[1], 0, dtype=torch.double, device=w.device)
     if "old" not in m: m.update(tasks=[], old=none, pre=self.known(net, none))
-    pick = net.rng("fwd_prompt keys").permutation(task.n["train"])[:self.n]
-    b = net.rows([(task.name, int(i)) for i in pick], task=[task.name]*len(pick))
+    b = net.rows([(task.name, int(i)) for i in net.rng("fwd_prompt keys").permutation(task.n["train"])[:self.n]])
     keys = [F.normalize(net.features(b, what), dim=1)[torch.arange(self.size) % len(b)] for what in ("image", "instruction")]
     self.grow(net, *keys, self.opening(net, b))
     m.update(tasks=[*m["tasks"], task.name], now=self.spaces(net, task), residual=float(w.shape[1] - m["old"].shape[1]))
