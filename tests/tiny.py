@@ -27,6 +27,7 @@ ARGS = {
     "ewc": {"n": 24},
     "llaca": {"groups": "tfidf"},
     "moelora": {"experts": 4},
+    "fwd_prompt": {"n": 16},
 }  # what makes a method small enough here, one line each, by name
 MORE = {
     "smolora": [{"variant": "soft_topk", "layers": "paper"}, {"variant": "straight_through", "use": "hash"},
