@@ -24,6 +24,8 @@ OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if rol
 ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
     "ewc": {"n": 24},
+    "mas": {"n": 24},
+    "tir": {"n": 24},
 }  # what makes a method small enough here, one line each, by name
 SOME = r".*language_model\.layers\.\d+\.(self_attn\.(q|v)|mlp\.down)_proj"
 SPEC = {"stream_args": {"tasks": TASKS, "n_train": 96, "n_val": 2, "n_test": 2}, "compute": {"threads": 1},
