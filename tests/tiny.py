@@ -22,12 +22,14 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 TASKS = ["col-word", "shp-mcq", "col-night"]
 OTHERS = [t.name for t, role in get_stream("shapes", tasks=TASKS).roles() if role != "stream"]
 ARGS = {
-    "er+ewc": {"ewc": {"n": 24}},
     "eproj": {"key_steps": 2, "n": 8},
+    "er+ewc": {"ewc": {"n": 24}},
     "ewc": {"n": 24},
-    "llaca": {"groups": "tfidf"},
-    "moelora": {"experts": 4},
     "fwd_prompt": {"n": 16},
+    "llaca": {"groups": "tfidf"},
+    "mas": {"n": 24},
+    "moelora": {"experts": 4},
+    "tir": {"n": 24},
 }  # what makes a method small enough here, one line each, by name
 MORE = {
     "smolora": [{"variant": "soft_topk", "layers": "paper"}, {"variant": "straight_through", "use": "hash"},
