@@ -52,7 +52,8 @@ def start_runs() -> dict: # {name: fields of `Run`}
     few, order = recipe["optim"] | {"steps": 20}, balanced_orders([t.name for t in get_stream("shapes").tasks])[0]
     at = lambda s, k: f"starts/{s}/tiny-{k}"
     out = {f"{k}-p{s}": dict(method="single", backbone=at(s, k), optim=few) for s in range(3) for k in ("instruct", "base-long")}
-    return _filled(out | {f"{m}-p{s}": dict(method=m, backbone=at(s, "instruct"), order=order) for s in (1, 2) for m in ("single", "finetune", "er")})
+    out |= {f"single-p{s}": dict(method="single", backbone=at(s, "instruct"), order=order) for s in (1, 2)}
+    return _filled(out | {f"{m}-p{s}": dict(method=m, backbone=at(s, "instruct"), order=order) for s in (1, 2) for m in ("finetune", "er")})
 
 # %% ../nbs/14_testbed.ipynb #881662ea
 def by_order(records:list, value) -> dict: # {order: mean over its seeds}

@@ -67,10 +67,10 @@ def stopped(out, method, hook, nth, owner=Held, **fields):
 # Killed
 
 def test_twenty_kills_over_all_methods(tmp_path, fork):
-    "Sixteen exits at named places and four SIGKILLs; `make kills` does more than five hundred."
-    kills, differ = fork(few, tmp_path, 16, 4)
+    "An exit at a named place for each method and four SIGKILLs; `make kills` does more than five hundred."
+    kills, differ = fork(few, tmp_path, max(16, len(methods())), 4)
     assert not differ
-    assert len(kills) == 20 and sum(place == "SIGKILL from outside" for place, _ in kills) == 4
+    assert len(kills) >= 20 and sum(place == "SIGKILL from outside" for place, _ in kills) == 4
     assert {name for _, name in kills} == {*methods()}
 
 

@@ -113,7 +113,10 @@ def begin(self:EProj, net, task):
     self.mem["tasks"] = [*self.mem.get("tasks", []), task.name]
     for layer in inserted(net.model, ExpertLinear): layer.add()
     if self.variant == "closed": self.grow(net, self.mean_query(net, task))
-    else: self.grow(net, seeded((net.seed, task.name, "keys"), lambda: {m: torch.rand(d) for m, d in self.sizes(net).items()}))
+    else:
+        keys = seeded((net.seed, task.name, "keys"), lambda: {m: torch.rand(d) for m, d in self.sizes(net).items()})
+        seen = any(net.example(task.name, "train", i).image is not None for i in range(task.n["train"]))
+        self.grow(net, keys if seen else {**keys, "image": torch.zeros_like(keys["image"])})
 
 # %% ../../nbs/methods/eproj.ipynb #96a4e2dc
 @patch
@@ -156,7 +159,7 @@ def route(self:EProj, net, batch):
 # %% ../../nbs/methods/eproj.ipynb #20a9415b
 @patch
 def step(self:EProj, net, s):
-    self.mem["near"] = torch.stack([k["near"] for k in s.kept]).mean(0).tolist()
+    self.mem["near"] = (net.reduce(torch.stack([k["near"] for k in s.kept]).mean(0))/net.world).tolist()
 
 @patch
 def stats(self:EProj, net): return dict(zip(("retrieved", "own_key", "other_key"), self.mem.get("near", [])))

@@ -140,7 +140,7 @@ def begin(self:FwdPrompt, net, task):
 @patch
 def known(self:FwdPrompt, net, none):
     if self.variant in ("residual", "none"): return none
-    if not (names := [t.name for t in net.held_in]): raise CitError(f"method 'fwd_prompt': stream {net.stream} has no held-in tasks to measure the pre-trained space on; use variant 'residual'")
+    if not (names := [t.name for t in net.held_in if t.n["train"]]): raise CitError(f"method 'fwd_prompt': stream {net.stream} has no held-in tasks to measure the pre-trained space on; use variant 'residual'")
     return extend(none, self.gram(net, names), self.eps_pre)
 
 @patch
@@ -166,7 +166,8 @@ def update(self:FwdPrompt, net, s):
     u = p.double() - before
     v = project(u, **self.mem["now"], variant=self.variant)
     if self.variant != "none": p.copy_(before + v)
-    self.mem.update(kept=float(v.norm()/u.norm().clamp(min=1e-30)), leak=float((v @ self.mem["old"]).norm()/v.norm().clamp(min=1e-30)))
+    d = p.double() - before # What the weights really did, rounded as they are
+    self.mem.update(kept=float(v.norm()/u.norm().clamp(min=1e-30)), leak=float((d @ self.mem["old"]).norm()/d.norm().clamp(min=1e-30)))
 
 @patch
 def stats(self:FwdPrompt, net): return {k: self.mem[k] for k in ("kept", "leak", "residual", "conflict") if k in self.mem}

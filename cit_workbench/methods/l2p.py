@@ -79,7 +79,8 @@ def loss(self:L2P, net, batch, out):
 @torch.no_grad()
 def step(self:L2P, net, s):
     sims = torch.cat([self.similarity(net, self.query(net, b)) for b in s.batches]).topk(self.top, 1)
-    self.mem = {"used": float(sims.indices.unique().numel()), "similarity": float(sims.values.mean())}
+    used = net.reduce(F.one_hot(sims.indices, self.size).sum((0, 1))) > 0
+    self.mem = {"used": float(used.sum()), "similarity": float(net.reduce(sims.values.mean())/net.world)}
 
 @patch
 def stats(self:L2P, net): return dict(self.mem)

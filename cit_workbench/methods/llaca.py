@@ -61,17 +61,18 @@ def step(self:LLaCA, net, s):
         e = mean.get(n, now if self.variant == "released" else old)
         a, fits = now.new_tensor(1 - self.beta), now.new_zeros(())
         if self.variant != "fixed":
-            if p.grad is None: raise CitError(f"method 'llaca' needs every gradient, but {n} has none after this step")
+            if p.grad is None and torch.equal(now, old): continue
+            if p.grad is None: raise CitError(f"method 'llaca' needs the gradient of what moved, but {n} has none after this step")
             g = p.grad.float().clone()
             if n in grad: a, fits = share(self.variant, self.beta, g, grad[n], now, old, e)
             grad[n] = g
         mean[n] = torch.lerp(e, now, a); seen.append(torch.stack([1 - a.mean(), fits.float().mean()]))
-    self.mem["now"] = torch.stack(seen)
+    if seen: self.mem["now"] = torch.stack(seen)
 
 # %% ../../nbs/methods/llaca.ipynb #4c8618cd
-def instruction(question:str) -> str: # Its last line
+def instruction(question:str) -> str: # Its last line, up to a colon
     "The string by which tasks are grouped."
-    return question.rstrip().rpartition("\n")[2].strip()
+    return question.rstrip().rpartition("\n")[2].partition(":")[0].strip()
 
 _words = TfidfVectorizer(stop_words="english").build_analyzer()
 
@@ -124,7 +125,7 @@ def route(self:LLaCA, net, batch):
     if self.groups == "none": return batch
     books, of = self.mem.get("books", []), self.mem.get("of", {})
     said = [instruction(e.question) for e in batch.examples]
-    near = {t: nearest([t], books) for t in {*said}}
+    near = {t: nearest([t], books) for task, t in zip(batch.task, said) if task not in of}
     match = {t: k if like >= self.threshold else len(books) - 1 for t, (like, k) in near.items()}
     slot = [of[task] if task in of else match[t] for task, t in zip(batch.task, said)]
     return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})

@@ -22,6 +22,7 @@ class LwF(Method):
     lam: float = 1. # Strength λ of the distillation
     T: float = 2. # Temperature of both softmaxes
     strength = "lam"
+    called = "lwf"
     paper = "Li and Hoiem, arXiv 1606.09282"
     def __post_init__(self):
         super().__post_init__()
@@ -46,13 +47,18 @@ def loss(self:LwF, net, batch, out):
     if not self.lam or "teacher" not in self.mem or out.logits is None: return 0.
     new = batch.group[out.row] == 0
     if not new.any(): return 0.
-    out.keep["kl"] = distilled(net(batch, self.mem["teacher"]).logits[new], out.logits[new], self.T)
-    return self.lam*out.keep["kl"]
+    if fresh := [k for k in net.params if k not in self.mem["teacher"]]:
+        raise CitError(f"method 'lwf' cannot be combined with a method that adds parameters for a task: its teacher has no {fresh[0]}")
+    kl = distilled(net(batch, self.mem["teacher"]).logits[new], out.logits[new], self.T)
+    out.keep["kl"] = kl.detach()
+    return self.lam*kl
 
 # %% ../../nbs/methods/lwf.ipynb #a9b9a2e1
 @patch
 def step(self:LwF, net, s):
-    if kept := [k["kl"].detach() for k in s.kept if "kl" in k]: self.mem["kl"] = torch.stack(kept).mean()
+    kept = [k["kl"] for k in s.kept if "kl" in k]
+    total, n = net.reduce(torch.tensor([float(sum(kept)), len(kept)], device=net.backbone.device)).tolist()
+    if n: self.mem["kl"] = total/n
 
 @patch
-def stats(self:LwF, net): return {"kl": float(self.mem["kl"])} if "kl" in self.mem else {}
+def stats(self:LwF, net): return {k: v for k, v in self.mem.items() if k == "kl"}

@@ -70,6 +70,7 @@ class SMoLinear(nn.Module):
 # %% ../../nbs/methods/smolora.ipynb #44e5eedd
 @patch
 def gate(self:SMoLinear, score):
+    score = score.float() # Under autocast softmax would be of another type than what it is scattered into
     hard = F.one_hot(score.argmax(-1), score.shape[-1]).to(score.dtype)
     if self.how.variant == "hard_frozen": return hard
     if self.how.variant == "straight_through": return hard + (soft := score.softmax(-1)) - soft.detach()
