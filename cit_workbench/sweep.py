@@ -6,7 +6,7 @@
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
            'normalised', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute', 'keep',
            'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep', 'in_turn', 'around',
-           'nested', 'axes_of', 'val_scores', 'tune']
+           'nested', 'axes_of', 'val_scores', 'tune', 'own_lr']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
 import ast, copy, itertools, json, math, queue, threading, time, tomllib
@@ -470,12 +470,13 @@ def tune(method, # As `Run` takes it
     if trials < 1: raise CitError(f"trials is {trials}, but must be at least 1")
     args, fields = method_args or {}, {**fields, "stream": stream, "stream_args": {"n_test": 1, **(stream_args or {})}}
     _for_tuning(stream, fields["stream_args"])
-    lay = lambda lr: axes_of(method, args, grid or {}, lr, trials)
+    own = own_lr(method, args)
+    lay = lambda lr: axes_of(method, args, grid or {}, own or lr, trials)
     _check_points(method, lay(1.), args, optim or {}, fields)
     optim = _recipe(out, optim or {}, **fields)
     axes, single, done = lay(optim["lr"]), _probed(out, "single", optim, **fields), []
     for point in (bar := progress(_points(axes), f"tune {method}")):
-        given = _given(point, args)
+        given = _given(point, args, own)
         rec = _probed(out, method, {**optim, **given["optim"]}, method_args=given["method_args"], **fields)
         done.append({"point": point, "fields": given, "score": _score(rec, single), "run": rec.name})
         bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
@@ -484,19 +485,23 @@ def tune(method, # As `Run` takes it
 # %% ../nbs/12_sweep.ipynb #fb71d19a
 def _points(axes:dict) -> list: return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
-def _given(point:dict, args:dict) -> dict:
-    "A point of the grid as fields of `Run`."
-    own = {k: v for k, v in point.items() if k != "lr"}
-    return {"method_args": _merged(args, nested(own)), "optim": {k: v for k, v in point.items() if k == "lr"}}
+def own_lr(method, args:dict) -> float|None:
+    "The learning rate of a method that has one of its own as a field."
+    from cit_workbench.method import get_method
+    return getattr(get_method(method, **args), "lr", None)
+
+def _given(point:dict, args:dict, own:float|None=None) -> dict:
+    "A point of the grid as fields of `Run`; `lr` is the method's own where it has one."
+    theirs = {k: v for k, v in point.items() if k != "lr" or own}
+    return {"method_args": _merged(args, nested(theirs)), "optim": {k: v for k, v in point.items() if k not in theirs}}
 
 def _check_points(method, axes:dict, args:dict, optim:dict, fields:dict):
     "Raise `CitError` for a mistake in any trial, before the first."
     from cit_workbench.train import Run
-    for given in (_given(p, args) for p in _points(axes)):
+    for given in (_given(p, args, own_lr(method, args)) for p in _points(axes)):
         Run(method, method_args=given["method_args"], optim={**optim, **given["optim"]}, **fields)
 
 def _said(point): return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())
-
 
 def _for_tuning(stream:str, args:dict):
     "Raise `CitError` unless every task is one of `shapes-tune`."
