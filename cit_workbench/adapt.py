@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linears', 'Tune', 'FusedLora', 'fused', 'seeded', 'add_lora', 'whole', 'SlotLinear', 'swap_linears', 'inserted',
-           'mixed']
+           'add_slots', 'mixed']
 
 # %% ../nbs/03_adapt.ipynb #d8f5599c
 import re, warnings
@@ -133,9 +133,9 @@ def whole(model:nn.Module, # With plain LoRA
 class SlotLinear(nn.Module):
     "A frozen linear layer with named LoRA slots: y = W x + alpha/r · B_s A_s x, s given per row by `route['slot']`."
     local = True # Acts on each position alone
-    def __init__(self, base:nn.Linear, r:int, alpha:float):
+    def __init__(self, base:nn.Linear, r:int, alpha:float, dropout:float=0.):
         super().__init__()
-        self.base, self.r, self.scale, self.A, self.B = base, r, alpha/r, nn.ParameterList(), nn.ParameterList()
+        self.base, self.r, self.scale, self.dropout, self.A, self.B = base, r, alpha/r, dropout, nn.ParameterList(), nn.ParameterList()
     def add(self, like:int|None=None): # Slot to copy
         "Append a slot that starts as no change, or as a copy of another, and freeze the ones before it."
         for p in [*self.A, *self.B]: p.requires_grad_(False)
@@ -143,12 +143,14 @@ class SlotLinear(nn.Module):
         A, B = torch.empty(self.r, self.base.in_features, **w), torch.zeros(self.base.out_features, self.r, **w)
         A, B = (nn.init.kaiming_uniform_(A, a=5**.5), B) if like is None else (self.A[like].detach().clone(), self.B[like].detach().clone())
         self.A.append(nn.Parameter(A)); self.B.append(nn.Parameter(B))
+    def change(self, x, s:int): # b t o
+        return F.dropout(x, self.dropout, self.training).to(self.A[s].dtype) @ self.A[s].T @ self.B[s].T*self.scale
     def forward(self, x): # b t d
         y, slot = self.base(x), current().route["slot"]
         for s in slot.unique().tolist():
             if s < 0: continue
             rows = slot == s
-            d = (x[rows].to(self.A[s].dtype) @ self.A[s].T @ self.B[s].T*self.scale).to(y.dtype)
+            d = self.change(x[rows], s).to(y.dtype)
             y = y + d if rows.all() else y.index_add(0, rows.nonzero()[:, 0], d)
         return y
 
@@ -172,6 +174,19 @@ def inserted(model:nn.Module, # Any model
             ) -> list: # In the order of the model
     "The layers of a class."
     return [m for m in model.modules() if isinstance(m, kind)]
+
+# %% ../nbs/03_adapt.ipynb #0bc95b3e
+def add_slots(model:nn.Module, # Changed in place
+              tune:Tune, # Rank, scale, layers, dropout
+              n:int, # Slots of every layer
+              kind=SlotLinear, # Or a class derived from it
+             ) -> list: # The layers
+    "Replace every layer that `tune` names by one with `n` slots."
+    def make(base):
+        layer = kind(base, tune.r, tune.alpha, tune.dropout)
+        for _ in range(n): layer.add()
+        return layer
+    return swap_linears(model, tune.layers, make)
 
 # %% ../nbs/03_adapt.ipynb #f23bcff3
 def mixed(x:torch.Tensor, # Inputs [B, T, i]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_methods', 'method_class', 'get_method', 'fresh',
-           'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
+           'code_of', 'config_of', 'Net', 'row_nll', 'hashed', 'meaning']
 
 # %% ../nbs/05_method.ipynb #a1c06514
 import hashlib, importlib, inspect, os, pkgutil, re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from fastcore.basics import camel2snake, patch
 from torch import nn
 from torch.func import functional_call
+from transformers import AutoModel, AutoTokenizer
 
 from .adapt import FusedLora, Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
@@ -496,14 +498,36 @@ def hashed(text:str, # Any text
         h = int.from_bytes(hashlib.blake2b(g.encode(), digest_size=8).digest(), "little"); v[h % d] += 1 if h >> 63 else -1
     return v/max(np.linalg.norm(v), 1e-12)
 
+@lru_cache(maxsize=2)
+def _encoder(name:str, device:str) -> tuple: # (tokenizer, model)
+    "A frozen sentence encoder."
+    try: return AutoTokenizer.from_pretrained(name, local_files_only=True), AutoModel.from_pretrained(name, local_files_only=True, use_safetensors=True).to(device).float().eval()
+    except (OSError, ValueError) as e: raise CitError(f"feature {name!r} is none of image, instruction, answer, embedding, and as a sentence encoder it cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+
+@lru_cache(maxsize=20_000)
+@torch.no_grad()
+def meaning(text:str, # Any text, cut at what the encoder reads
+            name:str, # A folder in the HF format with safetensors, or a hub id in the local cache
+            device:str="cpu", # Where it is computed
+           ) -> torch.Tensor: # [d]
+    "Mean of a frozen sentence encoder's last hidden states, as in `sentence-transformers`, without normalisation."
+    tok, model = _encoder(name, device)
+    return model(**tok(text, truncation=True, return_tensors="pt").to(device)).last_hidden_state[0].mean(0)
+
+@patch
+def width(self:Net, what:str) -> int: # As `features`
+    "Length of the vectors of `features`."
+    own = {"image": self.backbone.projector.linear_1.in_features, "instruction": 256, "answer": 256, "embedding": self.backbone.lm.embed_tokens.embedding_dim}
+    return own[what] if what in own else _encoder(what, str(self.backbone.device))[1].config.hidden_size
+
 @patch
 @torch.no_grad()
 def features(self:Net,
              batch:Batch, # Rows
-             what:str="instruction", # "image", "instruction", "answer", or "embedding": the backbone's own token embeddings of the instruction
+             what:str="instruction", # "image", "instruction", "answer", "embedding" (the backbone's own, of the instruction's tokens), or a sentence encoder's folder or hub id
             ) -> torch.Tensor: # [B, d]
     "One vector per row that no training changes."
-    one_of("feature", what, ("image", "instruction", "answer", "embedding"))
+    if what not in ("image", "instruction", "answer", "embedding"): return torch.stack([meaning(e.question, what, str(self.backbone.device)) for e in batch.examples])
     if what == "image":
         if batch.feats is None: return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
         v, has = batch.feats.float().mean(1), torch.tensor([e.image is not None for e in batch.examples])

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
-           'normalised', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute', 'keep',
-           'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'sweep', 'in_turn', 'around',
-           'nested', 'axes_of', 'val_scores', 'tune', 'own_lr']
+           'normalised', 'exports', 'with_imports', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell',
+           'plan', 'execute', 'keep', 'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep',
+           'sweep', 'in_turn', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
-import ast, copy, itertools, json, math, queue, threading, time, tomllib
+import ast, copy, itertools, json, math, queue, re, threading, time, tomllib
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -102,14 +102,25 @@ def normalised(source:str, # Python
 # %% ../nbs/12_sweep.ipynb #83901120
 SPINE = "core stream backbone adapt memory method train evaluate".split()
 
+def exports(path:Path) -> list: # Sources of its export cells
+    "What a page gives to the package."
+    return [source for source, _, flags in code_cells(path) if flags & {"export", "exporti"}]
+
+def with_imports(pages:list) -> list: # Pages
+    "Pages and those whose exports they import, at any depth."
+    for p in pages: # grows while it is walked
+        for name in re.findall(r"^from cit_workbench\.methods\.(\w+) import", "\n".join(exports(p)), re.M):
+            if (q := find_page(name, p.parent)) not in pages: pages.append(q)
+    return pages
+
 def code_digest(path:Path, # A method's page
                 plus:str="", # Methods chained to it: "er" or "er+ema"
                ) -> str: # Hex digest
     "Digest of the code whose change makes results stale."
     package = Path(find_spec("cit_workbench").origin).parent
     spine = [package/f"{m}.py" for m in SPINE]
-    pages = [path, *(find_page(p, path.parent) for p in plus.split("+") if p)]
-    exported = [source for p in pages for source, _, flags in code_cells(p) if flags & {"export", "exporti"}]
+    pages = with_imports([path, *(find_page(p, path.parent) for p in plus.split("+") if p)])
+    exported = [source for p in pages for source in exports(p)]
     return digest(*(normalised(p.read_text(encoding="utf-8")) for p in spine if p.exists()), *map(normalised, exported))
 
 def data_digest(params:dict, # All parameters of a page
@@ -195,7 +206,11 @@ def plan(file, # A TOML file
          out="", # Folder of the sweep; default runs/sweeps/<name>
         ) -> list: # Cells, checked
     "All cells of a sweep; every mistake in names and types is found here."
-    spec, near = read_sweep(file), Path(file).parent
+    return _cells(read_sweep(file), file, out)
+
+def _cells(spec:dict, file, out="") -> list:
+    "The same of a file that was parsed."
+    near, code = Path(file).parent, cache(code_digest)
     folder, records = Path(out or f"runs/sweeps/{spec['sweep']['name']}").absolute(), spec["sweep"]["records"]
     pages = [find_page(p, near) for p in spec["sweep"]["pages"]]
     known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
@@ -207,7 +222,7 @@ def plan(file, # A TOML file
             params = check_parameters(given, page)
             given = {k: params[k] for k in given}
             named = {k: params[k] for k in ("stream", "stream_args", "backbone") if k in params}
-            key = digest(page.stem, params, code_digest(page, params.get("plus", "")), data(canonical(named)))
+            key = digest(page.stem, params, code(page, params.get("plus", "")), data(canonical(named)))
             cells.append(Cell(page, given, params, key, folder, varied, records=near/records if records else None))
     return list({c.key: c for c in cells}.values())
 
@@ -327,8 +342,8 @@ def sweep(file, # A TOML file
          ) -> Sweep: # Cells and table
     "Execute every cell of a sweep that has no result yet."
     if workers < 1: raise CitError(f"workers is {workers}, but must be at least 1")
-    cells = plan(file, out)
-    head, folder, kinds = read_sweep(file)["sweep"], cells[0].folder, status(cells)
+    cells = _cells(spec := read_sweep(file), file, out)
+    head, folder, kinds = spec["sweep"], cells[0].folder, status(cells)
     name, todo = head["name"], in_turn(kinds["new"] + (kinds["stale"] if force else []))
     seconds = sum(expected(c, notes(folder.parent) + recorded()) for c in todo)/min(workers, len(todo) or 1)
     print(f"sweep {name}: {len(cells)} cells, {len(kinds['finished'])} finished, {len(todo)} to run"

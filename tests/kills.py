@@ -29,7 +29,7 @@ os.environ.setdefault("CIT_QUIET", "1")
 
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from tiny import TASKS, differing, train  # noqa: E402
+from tiny import CHAINS, TASKS, differing, train  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -47,8 +47,8 @@ LEFT, BROKE, OUTSIDE = 77, 78, "SIGKILL from outside"
 
 
 def methods() -> list:
-    "Every method there is, and a chain."
-    return [*all_methods(), "er+ewc"]
+    "Every method there is, and some chains."
+    return [*all_methods(), *CHAINS]
 
 
 # Places
@@ -424,7 +424,7 @@ def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--exits", type=int, default=480, help="exits at named places")
     a.add_argument("--kills", type=int, default=24, help="SIGKILLs from outside")
-    a.add_argument("--methods", default="", help="names with commas between; default: every method and er+ewc")
+    a.add_argument("--methods", default="", help="names with commas between; default: every method and some chains")
     a.add_argument("--seed", type=int, default=0)
     a.add_argument("--out", default="", help="where the summary is written")
     a.add_argument("--keep", default="", help="folder for the runs; those that survived are removed")

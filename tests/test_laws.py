@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ARGS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
+from tiny import ARGS, CHAINS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
 from cit_workbench.adapt import Tune, fused, linears
 from cit_workbench.backbone import Backbone, at, get_backbone
@@ -22,11 +22,10 @@ from cit_workbench.method import Method, all_methods, get_method, overrides
 from cit_workbench.stream import get_stream
 
 METHODS = all_methods()
-EVERY = [*METHODS, "er+ewc"]
+EVERY = [*METHODS, *CHAINS]
 LEAKS = {"total_T", "task_id_at_test", "template_id_at_test", "batch_selection", "old_data", "pretrain_data",
          "val_of_old_tasks"}
 every = pytest.mark.parametrize("name", EVERY)
-more = pytest.mark.parametrize("name", [*EVERY, "er+llaca"])  # rewrites its memory at every step
 
 
 def lora_names(model, only=("q_proj", "v_proj", "o_proj", "down_proj")) -> dict:
@@ -258,7 +257,7 @@ def reopened(folder, out, name):
     return *logits_of(run.net), [*run.net.method.mem], sorted(run.net.params)
 
 
-@more
+@every
 def test_5_a_fresh_process_loads_the_same_model(finished, fork, tmp_path, name):
     run = finished(name)
     got, said, mem, params = fork(reopened, run.folder, tmp_path/"copy", name)
@@ -358,7 +357,7 @@ def test_7_batch_leaves_its_input_alone(finished, name):
 def moved(a, b): return any(not torch.equal(x, y) for x, y in zip(final(a.folder).values(), final(b.folder).values()))
 
 
-@more
+@every
 def test_8_same_seed_same_record(finished, tmp_path, monkeypatch, name):
     a = finished(name)
     monkeypatch.setenv("CIT_CACHE", str(tmp_path/"cache"))

@@ -8,7 +8,7 @@ from tiny import TASKS, final, same_files, same_tensors, tiny, train
 from cit_workbench.backbone import get_backbone
 from cit_workbench.checkpoint import checkpoints
 
-PLAIN = {"method_args": {"groups": "none"}, "stream_args": {"tasks": ["col-word", "col-night"], "n_test": 6}}
+PLAIN = {"stream_args": {"tasks": ["col-word", "col-night"], "n_test": 6}}
 
 
 def test_the_saved_adapter_answers_as_the_run_did(finished):
@@ -40,10 +40,10 @@ def test_the_average_is_what_is_saved(finished):
 
 def test_a_group_that_is_averaged_again_resumes(tmp_path):
     "Killed in the third task, which joins the first one's group: average, gradient and the group's slot come back."
-    often = {"compute": {"save_every": 2}, "optim": {"steps": 5}, "method_args": {"groups": "tfidf"}}
-    whole = train(tmp_path/"whole", "llaca", **often)
-    assert [whole.net.method.mem["of"][t] for t in TASKS] == [0, 1, 0]
-    run = tiny(tmp_path/"run", "llaca", **often)
+    often = {"compute": {"save_every": 2}, "optim": {"steps": 5}}
+    whole = train(tmp_path/"whole", "llaca+grouping", **often)
+    assert [whole.net.method.mem["grouping"]["of"][t] for t in TASKS] == [0, 1, 0]
+    run = tiny(tmp_path/"run", "llaca+grouping", **often)
     step, seen = type(run).one_step, []
 
     def stop(net, opt, task, *rest):
@@ -53,5 +53,5 @@ def test_a_group_that_is_averaged_again_resumes(tmp_path):
     run.one_step = stop
     try: run.train()
     except KeyboardInterrupt: pass
-    assert "mean" in run.net.method.mem and checkpoints(run.folder/"checkpoints")[-1].name == "003-00-0000002"
-    same_files(train(tmp_path/"run", "llaca", **often).folder, whole.folder)
+    assert "mean" in run.net.method.mem["llaca"] and checkpoints(run.folder/"checkpoints")[-1].name == "003-00-0000002"
+    same_files(train(tmp_path/"run", "llaca+grouping", **often).folder, whole.folder)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_resume import Stop, unplug
-from tiny import SPEC, TASKS, Anchor, Halves, Held, Twins, descend, final, furthest, same_files, tiny, train
+from tiny import CHAINS, SPEC, TASKS, Anchor, Halves, Held, Twins, descend, final, furthest, same_files, tiny, train
 
 from cit_workbench.memory import split_tree
 from cit_workbench.method import Method, all_methods
@@ -96,7 +96,7 @@ def test_two_processes_are_one(tmp_path, fork, monkeypatch, name, accum):
     for kind in ("begin", "end"): assert one.events(kind) == two.events(kind)
 
 
-@pytest.mark.parametrize("name", ["lopsided", "drawing", "er+ewc", *all_methods()])
+@pytest.mark.parametrize("name", ["lopsided", "drawing", *CHAINS, *all_methods()])
 def test_processes_agree(tmp_path, fork, name):
     agree(fork.world(2, one_of_many, tmp_path/"two", name, TWO))
     assert tiny(tmp_path/"two", METHODS.get(name, name), **TWO).train().finished

@@ -26,11 +26,11 @@ ARGS = {
     "er+ewc": {"ewc": {"n": 24}},
     "ewc": {"n": 24},
     "fwd_prompt": {"n": 16},
-    "llaca": {"groups": "tfidf"},
     "mas": {"n": 24},
     "moelora": {"experts": 4},
     "tir": {"n": 24},
 }  # what makes a method small enough here, one line each, by name
+CHAINS = ["er+ewc", "er+llaca", "er+smolora", "llaca+grouping"]  # what is tested like a method
 MORE = {
     "smolora": [{"variant": "soft_topk", "layers": "paper"}, {"variant": "straight_through", "use": "hash"},
                 {"variant": "soft_topk", "use": "vu"}, {"use": "if", "layers": "released"}],

@@ -31,12 +31,12 @@ class ContinualLLaVA(Method):
     w: float = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
     weights: str = "linear" # "linear": cosines divided by their sum; "softmax"
     context: str = "before" # Averages of which tasks are added: "before" the current one, "through" it, or "none"
-    feature: str = "instruction" # What a question is compared by: "instruction" (hashed words) or "embedding"
+    feature: str = "instruction" # What a question is compared by: "instruction" (hashed words), "embedding", or a sentence encoder's folder or hub id
     called = "continual_llava"
     paper = "arXiv 2411.02564"
     def __post_init__(self):
         super().__post_init__()
-        choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none"), "feature": ("instruction", "embedding")}
+        choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none")}
         for k, allowed in choices.items(): one_of(f"{k} of method 'continual_llava'", getattr(self, k), allowed)
         allowed = {"top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"), "lr": (self.lr > 0, "above 0"),
                    "r": (self.r is None or self.r >= 1, "1 and above, or None"), "w": (0 < self.w < 1, "between 0 and 1"),
@@ -48,9 +48,9 @@ class ContinualLLaVA(Method):
 class PoolLinear(nn.Module):
     "A frozen linear layer and a pool of increments: y = W x + alpha/r · Σ_n w_n B_n A_n x, with weights per row."
     local = True # Acts on each position alone
-    def __init__(self, base:nn.Linear, n:int, r:int, alpha:float):
+    def __init__(self, base:nn.Linear, n:int, r:int, alpha:float, dropout:float=0.):
         super().__init__()
-        self.base, self.n, self.r, self.scale = base, n, r, alpha/r
+        self.base, self.n, self.r, self.scale, self.dropout = base, n, r, alpha/r, dropout
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
     def add(self):
         "Append a block of increments that change nothing yet, and freeze the ones before it."
@@ -60,6 +60,7 @@ class PoolLinear(nn.Module):
         self.B.append(nn.Parameter(torch.zeros(self.n, o, self.r, device=on)))
     def forward(self, x): # b t d
         y, route, A, B = self.base(x), current().route, torch.cat([*self.A]), torch.cat([*self.B])
+        x = F.dropout(x, self.dropout, self.training)
         d = mixed(x, A, B, route["pool"])
         if "context" in route: d = d + mixed(x, A.detach(), B.detach(), route["context"])
         return y + (self.scale*d).to(y.dtype)
@@ -69,7 +70,7 @@ class PoolLinear(nn.Module):
 def grow(self:ContinualLLaVA, net, t):
     "Add block number `t` of proxies and increments, and fresh weights for the averages."
     for l in inserted(net.model, PoolLinear): l.add()
-    on, d = net.backbone.device, 256 if self.feature == "instruction" else net.backbone.lm.config.hidden_size
+    on, d = net.backbone.device, net.width(self.feature)
     net.model.proxies.requires_grad_(False).append(nn.Parameter(nn.init.orthogonal_(torch.empty(self.slots, d)).to(on)))
     if n := {"before": t, "through": t + 1, "none": 0}[self.context]:
         net.model.mixing = nn.Parameter(torch.full((n,), math.log(self.w/(1 - self.w)), device=on))
@@ -81,7 +82,7 @@ def wrap(self:ContinualLLaVA, net):
     if not layers:
         raise CitError("method 'continual_llava' changes only attention outputs (self_attn.o_proj), "
                        f"and tune: targets {t.layers!r} matches none")
-    swap_linears(net.model, "|".join(map(re.escape, layers)), lambda base: PoolLinear(base, self.slots, r, t.alpha))
+    swap_linears(net.model, "|".join(map(re.escape, layers)), lambda base: PoolLinear(base, self.slots, r, t.alpha, t.dropout))
     net.model.proxies = nn.ParameterList()
     for k in range(len(self.mem.get("tasks", []))): self.grow(net, k)
     return net

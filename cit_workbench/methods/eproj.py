@@ -24,7 +24,7 @@ from ..method import Method, Phase
 class EProj(Method):
     "A projector and two keys per task; the nearest keys choose the projector."
     variant: str = "trained" # How keys are found: "trained": by descent on the pull loss; "closed": as the mean of unit queries
-    encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding": the start's own token embeddings
+    encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding": the start's own token embeddings; or a sentence encoder's folder or hub id
     routing: str = "nearest" # At test: "nearest": by keys; "random": any task's, as a control
     held_in: bool = True # Give keys to the tasks that the start model already knew
     lr: float|None = None # Learning rate of projectors; None: the run's
@@ -36,7 +36,7 @@ class EProj(Method):
     def leaks(self): return {"pretrain_data"} if self.held_in else set()
     def __post_init__(self):
         super().__post_init__()
-        for f, allowed in dict(variant=("trained", "closed"), encoder=("instruction", "embedding"), routing=("nearest", "random")).items():
+        for f, allowed in dict(variant=("trained", "closed"), routing=("nearest", "random")).items():
             one_of(f"{f} of method 'eproj'", getattr(self, f), allowed)
         for f, low in dict(key_steps=1, n=1).items():
             if getattr(self, f) < low: raise CitError(f"method 'eproj': {f} is {getattr(self, f)}; allowed: {low} and above")
@@ -78,7 +78,7 @@ def grow(self:EProj, net, keys:dict):
 @patch
 def sizes(self:EProj, net) -> dict:
     "Length of the queries of each modality."
-    return {"image": net.backbone.projector.linear_1.in_features, "text": 256 if self.encoder == "instruction" else net.backbone.lm.embed_tokens.embedding_dim}
+    return {"image": net.width("image"), "text": net.width(self.encoder)}
 
 @patch
 def wrap(self:EProj, net):

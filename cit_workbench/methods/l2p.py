@@ -42,7 +42,7 @@ def wrap(self:L2P, net):
     emb, tower = net.backbone.lm.embed_tokens.weight, net.backbone.projector.linear_1.in_features
     pool, new = nn.Module(), lambda *s: torch.empty(s, device=emb.device)
     def fill():
-        pool.key = nn.Parameter(new(self.size, tower + 256).uniform_(-1, 1))
+        pool.key = nn.Parameter(new(self.size, tower + net.width("instruction")).uniform_(-1, 1))
         pool.prompt = nn.Parameter(new(self.size, self.length, emb.shape[1]).normal_(0, emb.float().std().item()))
     seeded((net.seed, "l2p"), fill)
     net.model.l2p = pool

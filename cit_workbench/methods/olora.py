@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..adapt import SlotLinear, inserted, seeded, swap_linears
+from ..adapt import SlotLinear, add_slots, inserted, seeded
 from ..core import CitError, one_of
 from ..method import Method
 
@@ -35,17 +35,13 @@ class SumLinear(SlotLinear):
     local = True # Acts on each position alone
     def forward(self, x): # b t d
         y = self.base(x)
-        for A, B in zip(self.A, self.B): y = y + (x.to(A.dtype) @ A.T @ B.T*self.scale).to(y.dtype)
+        for s in range(len(self.A)): y = y + self.change(x, s).to(y.dtype)
         return y
 
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
 @patch
 def wrap(self:OLoRA, net):
-    def make(base):
-        layer = SumLinear(base, net.tuning.r, net.tuning.alpha)
-        for _ in range(self.mem.get("slots", 0)): layer.add()
-        return layer
-    swap_linears(net.model, net.tuning.layers, make)
+    add_slots(net.model, net.tuning, self.mem.get("slots", 0), SumLinear)
     return net
 
 @patch

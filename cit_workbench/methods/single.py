@@ -12,7 +12,7 @@ import torch
 
 from fastcore.basics import patch
 
-from ..adapt import SlotLinear, inserted, seeded, swap_linears
+from ..adapt import SlotLinear, add_slots, inserted, seeded
 from ..method import Method
 
 # %% ../../nbs/methods/single.ipynb #86aeec23
@@ -25,11 +25,7 @@ class Single(Method):
 # %% ../../nbs/methods/single.ipynb #22f8cde0
 @patch
 def wrap(self:Single, net):
-    def make(base):
-        layer = SlotLinear(base, net.tuning.r, net.tuning.alpha)
-        for _ in self.mem.get("slots", []): layer.add()
-        return layer
-    swap_linears(net.model, net.tuning.layers, make)
+    add_slots(net.model, net.tuning, len(self.mem.get("slots", [])))
     return net
 
 # %% ../../nbs/methods/single.ipynb #207fa1f2

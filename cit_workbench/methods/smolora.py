@@ -17,7 +17,7 @@ from torch import nn
 from ..adapt import inserted, mixed, seeded, swap_linears
 from ..backbone import current
 from ..core import CitError, one_of
-from ..method import Method, hashed
+from ..method import Method
 
 # %% ../../nbs/methods/smolora.ipynb #06837b30
 @dataclass
@@ -28,6 +28,7 @@ class SMoLoRA(Method):
     variant: str = "hard_frozen" # "hard_frozen": the best one, routers stay random; "soft_topk": the best k; "straight_through": the best one, softmax gradients
     use: str = "both" # "both"; controls: "vu" or "if" alone, "hash": the IF expert by a hash of the question's last line
     pool: str = "prompt" # "prompt": mean over prompt positions, kept while answering; "released": over all there are, anew for each token
+    encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding"; or a sentence encoder's folder or hub id
     layers: str = "run" # "run": as `tune` says; of these, "paper": FFN, "released": FFN and attention output; both add the projector
     called = "smolora"
     paper = "arXiv 2411.13949"
@@ -47,14 +48,14 @@ class SMoLoRA(Method):
 class SMoLinear(nn.Module):
     "A frozen linear layer with experts of one or two kinds, chosen per row and fused per token."
     weight, in_features = property(lambda self: self.base.weight), property(lambda self: self.base.in_features)
-    def __init__(self, base, key, how, tune, image=False):
+    def __init__(self, base, key, how, tune, image=False, asked=256):
         super().__init__()
         i, o, r, E = base.in_features, base.out_features, tune.r//how.experts, how.experts
         new = lambda *s: nn.Parameter(torch.zeros(*s, device=base.weight.device))
         self.base, self.key, self.how, self.image, self.seen = base, key, how, image, None
         self.scale, self.dropout = tune.alpha/tune.r, tune.dropout
         self.A, self.B, self.u = new(E, r, i), new(E, o, r), new(len(how.kinds), o)
-        width = {"vu": i, "if": len(hashed(""))}
+        width = {"vu": i, "if": asked}
         self.R = nn.ParameterDict({k: new(how.n, width[k]) for k in how.kinds if (k, how.use) != ("if", "hash")})
         nn.init.normal_(self.A, std=.01)
         for p in [*self.R.values(), self.u]: nn.init.kaiming_uniform_(p, a=5**.5)
@@ -103,7 +104,7 @@ def wrap(self:SMoLoRA, net):
     t, number = net.tuning, iter(range(10**6))
     if t.r % self.experts:
         raise CitError(f"method 'smolora': rank {t.r} of `tune` cannot be split evenly over {self.experts} experts")
-    make = lambda image: lambda base: SMoLinear(base, f"smolora {next(number)}", self, t, image)
+    make = lambda image: lambda base: SMoLinear(base, f"smolora {next(number)}", self, t, image, net.width(self.encoder))
     only = {"run": "", "paper": r"(?=.*(gate|up|down)_proj$)", "released": r"(?=.*(o|gate|up|down)_proj$)"}[self.layers]
     def swap():
         swap_linears(net.model, f"{only}({t.layers})", make(False))
@@ -119,7 +120,7 @@ def route(self:SMoLoRA, net, batch):
         last = [e.question.rsplit("\n", 1)[-1].encode() for e in batch.examples]
         slot = [int.from_bytes(hashlib.blake2b(s, digest_size=8).digest(), "little") % self.n for s in last]
         z = F.one_hot(torch.tensor(slot, device=batch.ids.device), self.n).float()
-    else: z = net.features(batch, "instruction")
+    else: z = net.features(batch, self.encoder)
     return replace(batch, route={**batch.route, "instruction": z})
 
 # %% ../../nbs/methods/smolora.ipynb #5e35891d
