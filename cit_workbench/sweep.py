@@ -440,10 +440,11 @@ def val_scores(rec, # A record with a probe at the end of every task
 
 def _score(rec, # A trial
            single, # The run that sets the scale
+           own:bool=False, # Each task at its own end: what was learned
           ) -> float:
-    "`AP_norm` on validation data at the end of the stream."
+    "`AP_norm` on validation data, at the end of the stream or of each task."
     from cit_workbench.metrics import ap_norm
-    end, alone, chance = val_scores(rec), val_scores(single, own=True), rec.run["chance"]
+    end, alone, chance = val_scores(rec, own), val_scores(single, own=True), rec.run["chance"]
     for t in end:
         if not alone[t] > chance[t]:
             raise CitError(f"single reaches {alone[t]:.1f} % on {t}, where guessing gives {chance[t]:.1f} %: "
@@ -493,7 +494,8 @@ def tune(method, # As `Run` takes it
     for point in (bar := progress(_points(axes), f"tune {method}")):
         given = _given(point, args, own)
         rec = _probed(out, method, {**optim, **given["optim"]}, method_args=given["method_args"], **fields)
-        done.append({"point": point, "fields": given, "score": _score(rec, single), "run": rec.name})
+        done.append({"point": point, "fields": given, "score": _score(rec, single),
+                     "learned": _score(rec, single, own=True), "run": rec.name})
         bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
     return _chosen(done, axes, Path(out), rec.config["method"], stream)
 
@@ -534,6 +536,6 @@ def _chosen(done:list, # Trials: point, fields, score, run
     edge = [k for k, v in best["point"].items() if len(axes[k]) > 2 and v in (min(axes[k]), max(axes[k]))]
     tuned_on = {"stream": stream, "trials": len(done), "old_val": False}
     found = {"method": method, "fields": best["fields"], "score": best["score"], "edge": edge, "tuned_on": tuned_on,
-             "trials": [{k: d[k] for k in ("point", "score", "run")} for d in done]}
+             "trials": [{k: d[k] for k in ("point", "score", "learned", "run")} for d in done]}
     write_atomic(out/f"{method}-{digest([d['run'] for d in done])[:8]}.json", json.dumps(plain(found), indent=1) + "\n")
     return found
