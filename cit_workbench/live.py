@@ -442,7 +442,7 @@ def method_source(m) -> str|None: # None for methods of the package
     for c in reversed(classes): writer.need(c.__name__, c.__name__)
     hooks = {(p, n.name): (n, t) for n, t in writer.nodes if isinstance(n, ast.FunctionDef) and (p := _patches(n)) in own and n.name in vars(own[p])}
     for (p, name), (n, t) in hooks.items(): writer.statement(n, t, f"{p}.{name}")
-    text = '"The method of this run, as it was defined when the run was launched."\n' + "\n".join([*dict.fromkeys(writer.imports), "", *writer.code, ""])
+    text = '"The method of this run, as it was defined when the run was launched."\n' + "\n\n".join(["\n".join(dict.fromkeys(writer.imports)), *writer.code]) + "\n"
     if code_of(rebuilt(text, m)) != code_of(m): raise CitError(f"the source found for {m.name} is not what is defined now: run its cells again, in order, and launch it then")
     return text
 
@@ -469,9 +469,9 @@ def _needs_method(folder:Path):
 
 def run_of(folder): # -> Run
     "The run in a folder; a method of its own comes from its method.py, if that is the code that was recorded."
+    asked, out = asked_of(folder), str(folder)
     from cit_workbench.method import Chain, Method, code_of, get_method
     from cit_workbench.train import Run
-    asked, out = asked_of(folder), str(folder)
     if not (code := asked.pop("method_code", None)): return Run(**asked, out=out)
     _needs_method(Path(folder))
     own = vars(_loaded((Path(folder)/"method.py").read_text(encoding="utf-8")))
