@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-import ast, builtins, dis, fcntl, inspect, io, json, linecache, os, shutil, socket, subprocess, sys, tempfile, time, traceback, types
+import ast, builtins, dis, fcntl, inspect, io, json, linecache, os, shutil, socket, subprocess, sys, tempfile, time, traceback, types, warnings
 
 import numpy as np
 from fastcore.basics import camel2snake, patch
@@ -73,7 +73,9 @@ class Control:
         try: st = os.stat(self.file)
         except FileNotFoundError: return False
         if (key := (st.st_ino, st.st_mtime_ns)) == self.seen: return False
-        self.seen, self.want = key, read_json(self.file, "control file")
+        self.seen = key
+        try: self.want = read_json(self.file, "control file")
+        except CitError as e: warnings.warn(f"{e}; it is not followed"); return False
         return True
     def say(self, state:str, **place):
         "Write live.json."
@@ -632,7 +634,8 @@ def welcome(run, net, state:dict):
     from cit_workbench.method import parts
     joining = state.pop("joining", [])
     if not joining: return
-    net.task = net.seen[-1]; net.tick(net.task, "end"); net.model.eval()
+    task = net.find(net.seen[-1]); net.task = task.name; net.model.eval()
     for p in parts(net.method):
-        if p.name in joining: net.hook(p.end, net.find(net.task))
+        if p.name not in joining: continue
+        for hook in ("begin", "end"): net.tick(task.name, hook); net.hook(getattr(p, hook), task)
     net.refresh()

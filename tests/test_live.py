@@ -334,12 +334,12 @@ def rec_weights(rec, at):
     return read_checkpoint(places(rec)[at])["weights"]
 
 
-@pytest.mark.parametrize("method", ["ema", "ewc", "lwf", "mas", "tir"])
+@pytest.mark.parametrize("method", ["ema", "ewc", "tir"])
 def test_methods_join_with_an_empty_memory(tmp_path, parent, method):
     from tiny import ARGS
     rec = branch(parent, at=TASKS[0], out=str(tmp_path/"run"), method=method, method_args=ARGS.get(method, {})).train()
     assert rec.finished and rec.config["method"] == method
-    assert final(rec.path, "mem")
+    assert bool(final(rec.path, "mem")) == (method != "ema")
 
 
 def test_a_memory_that_stays_is_kept(tmp_path, calm):
