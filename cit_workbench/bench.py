@@ -10,7 +10,7 @@ __all__ = ['ARMS', 'turns', 'interval', 'Arm', 'verdict', 'opened', 'counted', '
 # %% ../nbs/15_bench.ipynb #47ca32ac
 import json as json_, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer
 from .adapt import linears, whole
 from .backbone import Backbone, _where, at, get_backbone, load_image
 from .core import one_of, progress, rng
-from .method import Net, fresh, row_nll
+from .method import Net, all_methods, fresh, get_method, overrides, row_nll
 from .record import RecordWriter
 from .train import Run, draw, recipe
 from .watch import Watch, Watcher
@@ -81,10 +81,10 @@ def opened(method:str="finetune", # Method
     "A run that stands in the middle of a task."
     run = Run(method=method, method_args=args, stream="shapes", stream_args={"tasks": tasks} if tasks else {}, optim={"batch": batch, "lr": lr}, tune={"targets": linears}, out="unused")
     bb = bb or get_backbone(); run.opt, run.tuning = recipe(run.opt, run.tuning, bb)
-    net = Net(bb, run.data, fresh(run.m), tuning=run.tuning); net.tick("start", "wrap"); net.lora()
+    net = Net(bb, run.data, fresh(run.m), tuning=run.tuning); run.insert(net)
     for k, task in enumerate(run.plan.tasks[:stand + 1]):
-        net.task = task.name; net.seen.append(task.name); net.tick(task.name, "begin"); net.method.begin(net, task); net.refresh()
-        phase = net.method.phases(task)[0]; opt = torch.optim.AdamW(run.groups(net, phase), betas=(.9, .999), foreach=True)
+        net.task = task.name; net.seen.append(task.name); net.tick(task.name, "begin"); net.first = not k; net.hook(net.method.begin, task); net.first = False; net.refresh()
+        phase = net.method.phases(task)[-1]; opt = torch.optim.AdamW(run.groups(net, phase), betas=(.9, .999), foreach=True)
         step = lambda s, task=task, phase=phase, opt=opt: run.one_step(net, opt, task, phase, s, draw(0, task, batch, s))
         if k < stand: [step(s) for s in range(3)]; net.tick(task.name, "end"); net.model.eval(); net.hook(net.method.end, task)
     return SimpleNamespace(run=run, net=net, task=task, opt=opt, step=step)
@@ -187,11 +187,12 @@ def against_trainer(**kw):
 
 # %% ../nbs/15_bench.ipynb #d55db17f
 @contextmanager
-def overhead(method, **args):
+def overhead(method):
     "A step of finetune, then of a method, on the second of two tasks whose prompts are equally long."
     tasks = ["shp-word", "col-word"]
-    a, b = opened("finetune", tasks, 1), opened(method, tasks, 1, **args)
-    assert b.net.method.mem and all(torch.equal(p, q) for p, q in zip(a.net.params.values(), b.net.params.values()))
+    small = {"n": 32} if "n" in {f.name for f in fields(get_method(method))} else {}
+    a, b = opened("finetune", tasks, 1), opened(method, tasks, 1, **small)
+    assert overrides(b.net.method, "wrap") or all(torch.equal(p, q) for p, q in zip(a.net.params.values(), b.net.params.values()))
     yield counted(a.step), counted(b.step)
 
 # %% ../nbs/15_bench.ipynb #c4af0d27
@@ -352,8 +353,8 @@ ARMS = {
     "ask_vs_generate_batched": Arm(lambda: answers(128, ask=True), None, 17, "as batched, with scores and forced choice, which `generate` does not give"),
     "fisher_vs_loop": Arm(lambda: fisher(), 8., 16, "per-sample Fisher against our own forward and backward, one sample at a time"),
     "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
-    "ewc_step": Arm(lambda: overhead("ewc", n=32), 1.03, 45, "a step of ewc over one of finetune", most=True),
-    "er_step": Arm(lambda: overhead("er"), 1.03, 45, "a step of er over one of finetune, prompts equally long", most=True),
+    **{f"{n}_step": Arm(lambda n=n: overhead(n), 1.25 if overrides(get_method(n), "wrap") else 1.03, 45, f"a step of {n} over one of finetune, prompts equally long", most=True)
+       for n in all_methods() if any(overrides(get_method(n), h) for h in ("wrap", "batch", "loss", "grads", "update", "step"))},
     "watch_overhead": Arm(lambda: probed(), 1.03, 45, "training with the default probes of five tasks over training without", most=True),
     "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
     "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),

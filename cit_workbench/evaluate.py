@@ -49,7 +49,8 @@ def column_scores(task, # A `Task`
 @cache
 def code_digest() -> str:
     "Digest of the package's code that answers and scores, and of the libraries below it."
-    files = [f for f in sorted(assets().parent.rglob("*.py")) if f.stem not in ("_modidx", "cli", "sweep", "record", "analysis", "train", "starts", "bench")]
+    root = assets().parent
+    files = [*(root/f"{m}.py" for m in "core stream backbone adapt memory method evaluate metrics".split()), *sorted((root/"methods").glob("*.py"))]
     return digest([(f.name, f.read_text(encoding="utf-8")) for f in files], torch.__version__, version("transformers"), version("peft"))
 
 # %% ../nbs/07_evaluate.ipynb #b257e3ab

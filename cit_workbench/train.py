@@ -425,6 +425,8 @@ def insert(self:Run, net:Net):
     net.tick("start", "wrap")
     if overrides(net.method, "wrap"): net.method.wrap(net).free(self.tuning.train)
     else: net.lora()
+    if self.tuning.train and all(p.train is not None for p in net.method.phases(self.plan.tasks[0])):
+        raise CitError(f"tune: field 'train' is {self.tuning.train!r}, but {net.method.name} names itself what each of its phases trains; leave the field out")
 
 # %% ../nbs/06_train.ipynb #440edbe0
 def git_state() -> dict:
