@@ -56,11 +56,14 @@ def _flat(g:dict, names) -> np.ndarray:
     return np.concatenate([np.asarray(g[n]).ravel() for n in names])
 
 def gradient_cosine(grads:list, # Per task: {parameter name: gradient}
+                    others:list|None=None, # The same from other samples: the diagonal is then the split-half reliability
                    ) -> dict: # {"all": [T, T], "layer 0": [T, T], …}
     "Cosines of the tasks' gradients, over all parameters and layer by layer."
-    groups = {"all": list(grads[0])}
+    groups, others = {"all": list(grads[0])}, others or grads
     for n in grads[0]: groups.setdefault(layer_of(n), []).append(n)
-    return {k: (lambda G: cosine(G, G))(np.stack([_flat(g, ns) for g in grads])) for k, ns in groups.items()}
+    flat = lambda gs, ns: np.stack([_flat(g, ns) for g in gs])
+    C = {k: cosine(flat(grads, ns), flat(others, ns)) for k, ns in groups.items()}
+    return {k: (c + c.T)/2 for k, c in C.items()}
 
 # %% ../nbs/10a_similarity.ipynb #75d426a8
 def importance_overlap(importances:list, # Per task: {parameter name: values ≥ 0}
