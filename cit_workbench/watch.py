@@ -106,7 +106,8 @@ class Watcher:
         self.run, self.net, self.w, self.watch = run, net, w, run.watching
         self.ends, self.first, self.last, self.seconds, self._kept, self._feats = {}, None, None, 0., {}, {}
         done = net.seen if state.get("stage") == "end" else net.seen[:-1]
-        if self.watch.every and not net.rank: self.ends = {n: self._stored(n) for n in self.names() if n in done}
+        if self.watch.every and not net.rank: self.ends = {n: h for n in self.names() if n in done and (h := self._stored(n)) is not None}
+        self.before = state.get("done", 0) - state.get("step", 0) # Steps before the phase that the run goes on in
     def names(self) -> list:
         "The tasks to look at, in training order."
         planned = {t.name for t in self.run.plan.tasks}
@@ -119,7 +120,8 @@ class Watcher:
         n = self.run.data.task(name).n["val"]
         return [(name, int(i)) for i in sorted(rng(self.run.seed, name, "watch").choice(n, min(n, self.watch.rows), replace=False))]
     def _stored(self, name):
-        "States at a task's own end, from the run folder."
+        "States at a task's own end, from the run folder; None in a branch of a run that was not watched."
+        if self.run.parent and not list((self.run.folder/"arrays").glob("watch-*.npy")): return None
         try: return Record(self.run.folder).array(f"watch-{name}")
         except (OSError, ValueError, EOFError) as e: raise CitError(f"array watch-{name} of {self.run.folder}, which the probes of this run need to go on, cannot be read: {e}") from e
 
@@ -264,7 +266,7 @@ def step(self:Watcher, phase:str):
 @patch
 def _began(self:Watcher) -> int:
     "Where the task began, for a run that goes on inside it."
-    return [e["global"] for e in Lines(self.run.folder/"events.jsonl").read() if (e["kind"], e.get("task"), e.get("phase")) == ("watch", self.net.task, "begin")][-1]
+    return [self.before, *(e["global"] for e in Lines(self.run.folder/"events.jsonl").read() if (e["kind"], e.get("task"), e.get("phase")) == ("watch", self.net.task, "begin"))][-1]
 
 @patch
 def end(self:Watcher):

@@ -12,6 +12,7 @@ from tiny import TASKS, Held, final, same_tensors, tiny, train
 from cit_workbench.backbone import at
 from cit_workbench.checkpoint import checkpoints
 from cit_workbench.core import CitError
+from cit_workbench.live import branch
 from cit_workbench.method import Method
 from cit_workbench.record import Record, pack
 from cit_workbench.train import Run, resume
@@ -218,3 +219,12 @@ def test_the_first_process_probes(tmp_path, fork, method):
     two, one = Record(tmp_path/"two"), train(tmp_path/"one", method, **plain, **ON).rec
     assert [(e["task"], e["step"]) for e in two.events("watch")] == [(e["task"], e["step"]) for e in one.events("watch")]
     assert two.events("watch")[0]["tasks"] == one.events("watch")[0]["tasks"]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_branch_goes_on_watching(watched, tmp_path):
+    "A branch has the states that its parent kept; of a parent that was not watched there are none, and drift is not known."
+    rec = tiny(tmp_path/"parent", "finetune", **({"watch": {"every": 2, "rows": 3}} if watched else {})).train()
+    new = branch(rec, at=TASKS[0], out=str(tmp_path/"branch"), watch={"every": 2, "rows": 3}, optim={"lr": 1e-3})
+    last = new.train().events("watch")[-1]["tasks"]
+    assert (last[TASKS[0]]["drift"] is not None) == watched and last[TASKS[1]]["drift"] is not None
