@@ -389,16 +389,16 @@ def _draw_trials(ax, trials, title):
         k, n = hues.index(t["point"].get(by)), sizes.index(t["point"][size])
         ax.scatter(x, y, 16 + 60*n/max(1, len(sizes) - 1), _hues[k % 8], _marks[k % 8], lw=.4, edgecolors="white", zorder=2)
     for k, v in enumerate(hues if by else []): ax.scatter([], [], 24, _hues[k % 8], _marks[k % 8], label=f"{by} {v:g}")
-    ax.scatter([], [], 0, "w", label=f"larger: {size} " + (" … " if len(sizes) > 4 else ", ").join(f"{v:g}" for v in (sizes if len(sizes) <= 4 else sizes[::len(sizes) - 1])))
+    ax.scatter([], [], 0, "w", label=f"larger: {size}\n" + " … ".join(f"{v:g}" for v in sizes[::max(1, len(sizes) - 1)]))
     lo = min(0., at.min()) - .05
-    ax.set(xlim=(lo, 1.05), ylim=(lo, 1.05), xlabel="learned, AP norm", ylabel="left at the end, AP norm", title=title, aspect="equal")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xlim=(lo, 1.05), ylim=(lo, 1.05), xlabel="learned, AP norm", ylabel="left at the end, AP norm", title=title, box_aspect=1)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
 def tradeoff(found, # What `tune` gives, or the file it wrote
              ax=None):
     "All trials of a method: learned against left at the end."
     found = read_json(found, "result of tuning") if isinstance(found, (str, Path)) else found
-    return _panel(lambda ax: _draw_trials(ax, found["trials"], f"{found['method']}: {len(found['trials'])} trials on {found['tuned_on']['stream']}"), ax, 4.6, 3.1)
+    return _panel(lambda ax: _draw_trials(ax, found["trials"], f"{found['method']}: {len(found['trials'])} trials on {found['tuned_on']['stream']}"), ax, 4.4, 3)
 
 # %% ../nbs/10_analysis.ipynb #3a8e95be
 def _sets(recs) -> dict: # {file name prefix: [records]}
