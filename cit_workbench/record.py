@@ -453,9 +453,11 @@ def _labels(records:list) -> list:
     "Method names; where one method occurs in several settings, with what differs."
     by = defaultdict(list)
     for r in records: by[r.config.get("method")].append(_setting(r))
+    bare = lambda setting: {k: v for k, v in setting.items() if k != "code"}
     def label(r):
         m, mine = r.config.get("method"), _setting(r)
         odd = [k for k in sorted(mine) if any(a.get(k) != mine[k] for a in by[m])]
+        if not any(a != mine and bare(a) == bare(mine) for a in by[m]): odd = [k for k in odd if k != "code"]
         last = [k.split(".")[-1] for k in odd]
         said = [f"{s if last.count(s) == 1 else k}={_value(mine[k])}" for k, s in zip(odd, last)]
         return f"{m}({', '.join(said)})" if odd else str(m)

@@ -141,8 +141,10 @@ def verdict(name:str, # A method
            ): # `Table`
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
-    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
-    return table([p for a in (*arms, f"zoo/{name}-*.jsonl") for p in sorted(Path(records).glob(a))]).against("finetune")
+    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")] + ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
+    found = table([p for a in dict.fromkeys([*arms, f"zoo/{name}-*.jsonl"]) for p in sorted(Path(records).glob(a))])
+    plain = [r for r in found.rows if r["method"].partition("(")[0] == "finetune"]
+    return found.against(max(plain, key=lambda r: r["orders"])["method"]) # At the recipe's rate; the tuned one stands beside it
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf
 def content(stream) -> str: # Hex digest
