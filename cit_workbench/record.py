@@ -372,6 +372,24 @@ def stats(self:Record) -> list: # Names
     "Which statistics the method recorded, in order of name."
     return sorted({k for e in self.events("step") for k in e.get("stats") or {}})
 
+# %% ../nbs/09_record.ipynb #032a0541
+def _course(rows:list) -> np.ndarray: # [n, L] or [n]
+    "Values over time; null is NaN."
+    L = max((len(r) for r in rows if isinstance(r, list)), default=0)
+    nan = lambda x: np.nan if x is None else x
+    return np.array([[*map(nan, r or [None]*L)] if L else nan(r) for r in rows], float)
+
+@patch
+def watched(self:Record) -> tuple: # ({task: {"global": [n], "nll": [n], "drift": [n, L], …}}, {task: (first step, last step)})
+    "What the probes saw of each task, over the steps of the run, and where each task was trained."
+    events, out, bounds = self.events("watch"), {}, {}
+    for e in events: bounds[e["task"]] = (bounds.get(e["task"], (e["global"],))[0], e["global"])
+    for name in [t for t in self.tasks if any(t in e["tasks"] for e in events)]:
+        mine = [e for e in events if name in e["tasks"]]; told = [e["tasks"][name] for e in mine]
+        out[name] = {"global": np.array([e["global"] for e in mine]), **{k: [e[k] for e in mine] for k in ("task", "phase")},
+                     **{k: [t[k] for t in told] if k == "answers" else _course([t[k] for t in told]) for k in told[0]}}
+    return out, bounds
+
 # %% ../nbs/09_record.ipynb #26a849c5
 def _thin(events:list, steps:int) -> list:
     "`events` with about `steps` of kind step at most: evenly spread, the last of each task and phase always kept."

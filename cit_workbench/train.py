@@ -31,6 +31,7 @@ from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_met
 from .record import Record, RecordWriter, differences
 from .stream import get_stream
 from .testbed import content, lock_of, recipe as toy
+from .watch import Watch, Watcher
 
 # %% ../nbs/06_train.ipynb #bcd86cbe
 @dataclass
@@ -79,6 +80,7 @@ class Spec:
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
     oracle: bool = False # Show the task label at test
+    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows; unset: none
     tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
     out: str|None = None # Run folder; None: runs/<method>-<digest>
 
@@ -89,6 +91,7 @@ class Run(Spec):
         super().__init__(**check_args(Spec, {"method": method, **fields}, "run"))
         self.m = get_method(self.method, **self.method_args)
         self.tuning, self.opt, self.comp = self._made(Tune, "tune"), self._made(Optim, "optim"), self._made(Compute, "compute")
+        self.watching = self._made(Watch, "watch")
         self.data = get_stream(self.stream, **self.stream_args)
         if self.order: self.data = self.data.reorder(self.order)
         self._check()
@@ -102,7 +105,7 @@ class Run(Spec):
         "Ranges; raises `CitError` naming the field."
         self.tuned_on = check_args(Tuned, self.tuned_on, "tuned_on")
         low = {"optim": (self.opt, {"batch": 1, "accum": 1, "steps": 1, "clip": 0, "weight_decay": 0, "warmup": 0}), "tune": (self.tuning, {"r": 1, "dropout": 0}),
-               "compute": (self.comp, {"threads": 1, "workers": 0, "save_every": 0}), "run": (self, {"probe_every": 1})}
+               "compute": (self.comp, {"threads": 1, "workers": 0, "save_every": 0}), "run": (self, {"probe_every": 1}), "watch": (self.watching, {"every": 0, "full": 0, "rows": 2})}
         for what, (o, least) in low.items():
             for k, n in least.items():
                 if (v := getattr(o, k)) is not None and v < n: raise CitError(f"{what}: field {k!r} is {v}, but must be at least {n}")
@@ -113,7 +116,8 @@ class Run(Spec):
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp)})
+        watch = {"watch": asdict(self.watching)} if self.watching.every else {}
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #204110c2
@@ -235,13 +239,13 @@ def train_task(self:Run, net:Net, task, w, state:dict):
     net.task = task.name; net.tick(task.name, "begin")
     if not stage: net.seen.append(task.name); net.first = len(net.seen) == 1; net.hook(m.begin, task); net.first = False; net.refresh()
     free = {n for n, p in net.model.named_parameters() if p.requires_grad}
-    if not stage: w.event("begin", task=task.name, trainable=sum(p.numel() for p in net.params.values()), tensors=len(net.params))
+    if not stage: w.event("begin", task=task.name, trainable=sum(p.numel() for p in net.params.values()), tensors=len(net.params)); self.watcher.begin()
     if stage != "trained":
         for k, phase in enumerate(m.phases(task)):
             if k >= state.get("phase", 0): self.train_phase(net, task, w, k, phase, state, free)
-        w.time("train", time.time() - tic, task=task.name, samples=self.opt.batch*sum(self.steps(task, p) for p in m.phases(task)))
+        w.time("train", time.time() - tic - self.watcher.seconds, task=task.name, samples=self.opt.batch*sum(self.steps(task, p) for p in m.phases(task)))
         if overrides(m, "end"): self.save(net, w, stage="trained")
-    net.tick(task.name, "end"); net.model.eval(); net.hook(m.end, task); net.refresh()
+    net.tick(task.name, "end"); net.model.eval(); net.hook(m.end, task); net.refresh(); self.watcher.end()
 
 @patch
 def train_phase(self:Run, net:Net, task, w, k:int, phase:Phase, state:dict, free:set):
@@ -257,6 +261,7 @@ def train_phase(self:Run, net:Net, task, w, k:int, phase:Phase, state:dict, free
         got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
         if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
         if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
+        self.watcher.step(phase.name)
         if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
     for n, p in net.model.named_parameters(): p.requires_grad_(n in free)
     net.refresh()
@@ -331,7 +336,7 @@ def train(self:Run) -> Record: # The finished record
 @patch
 def _train(self:Run) -> Record:
     "The loop over tasks."
-    net, w, state = self.open()
+    net, w, state = self.open(); self.watcher = Watcher(self, net, w, state)
     total = sum(self.steps(t, p) for t in self.plan.tasks for p in net.method.phases(t))
     self.done = state.get("done", 0)
     with progress(desc=f"{net.method.name} on {self.stream}", total=total, initial=self.done, unit="step", hide=net.rank > 0) as self.bar, ThreadPoolExecutor(self.comp.workers or 1) as self.pool:
