@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_methods', 'method_class', 'get_method', 'fresh',
-           'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
+           'own_code', 'code_of', 'config_of', 'Net', 'row_nll', 'hashed']
 
 # %% ../nbs/05_method.ipynb #a1c06514
-import hashlib, importlib, inspect, os, pkgutil, re
+import dis, hashlib, importlib, inspect, os, pkgutil, re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -174,11 +174,39 @@ def _code(o):
     if isinstance(o, (list, tuple)): return [_code(v) for v in o]
     return repr(o) if o is None or isinstance(o, (bool, int, float, str, bytes, dict)) else type(o).__name__
 
+def _globals(code) -> set:
+    "The global names that code reads, in what is nested in it, too."
+    inner = [_globals(c) for c in code.co_consts if inspect.iscode(c)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}.union(*inner)
+
+def _own(v, # A global value
+         module:str, # The module that reads it
+        ) -> bool:
+    "Is it code of that very module, or a constant?"
+    if inspect.isfunction(v) or isinstance(v, type): return v.__module__ == module
+    return isinstance(v, (bool, int, float, str, bytes)) or isinstance(v, (tuple, frozenset)) and all(_own(x, module) for x in v)
+
+def own_code(m) -> dict: # {name: class, function or constant}; {} for methods of the package
+    "Classes of methods that are defined elsewhere than in the package, base classes included, and what they use of their own modules."
+    todo = [(c.__name__, c) for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))]
+    found = {}
+    while todo:
+        name, v = todo.pop(0)
+        if name in found: continue
+        found[name] = v
+        members = [getattr(f, "__func__", f) for f in vars(v).values()] if isinstance(v, type) else [v]
+        members += [g for f in members if isinstance(f, property) for g in (f.fget, f.fset)]
+        for f in filter(inspect.isfunction, members):
+            used = {n: f.__globals__[n] for n in sorted(_globals(f.__code__)) if n in f.__globals__}
+            todo += [(n, u) for n, u in used.items() if _own(u, f.__module__)]
+    return found
+
 def code_of(m) -> dict: # {} for methods of the package
-    "Digest of the code of methods that are defined elsewhere than in the package, base classes included."
-    own = [c for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))]
-    code = [(c.__name__, n, _code(f)) for c in own for n, f in sorted(vars(c).items()) if inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__")]
-    return {"method_code": digest(code)} if own else {}
+    "Digest of the code of methods that are defined elsewhere than in the package."
+    kept = lambda n, f: inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__")
+    each = lambda v: [(n, _code(f)) for n, f in sorted(vars(v).items()) if kept(n, f)] if isinstance(v, type) else _code(v)
+    own = {n: each(v) for n, v in sorted(own_code(m).items())}
+    return {"method_code": digest(own)} if own else {}
 
 def config_of(m) -> dict:
     "A method's fields and values; a chain's by part."

@@ -126,7 +126,7 @@ class Record:
     def __init__(self, path): # Run folder, or a file made by `pack`
         self.path = Path(path)
         self.packed = self.path.is_file()
-        if not self.packed and not (self.path/"run.json").is_file():
+        if not self.packed and not any((self.path/f).is_file() for f in ("run.json", "asked.json")):
             raise CitError(f"{self.path} is not a run: neither a packed .jsonl file nor a folder with run.json")
         names = ("events", "clock") if not self.packed else ("all",)
         self._lines = {n: Lines(self.path if self.packed else self.path/f"{n}.jsonl") for n in names}
@@ -137,7 +137,9 @@ class Record:
 
     @property
     def run(self) -> dict:
-        "run.json as it was written."
+        "run.json as it was written; what was asked for, while a launched run has not begun."
+        begun = self.packed or (self.path/"run.json").is_file()
+        if not begun: return read_json(self.path/"asked.json", "run file")
         if self._run is None:
             self._run = self._of("run") if self.packed else read_json(self.path/"run.json", "run file")
         return self._run

@@ -9,7 +9,7 @@ __all__ = ['Optim', 'Tuned', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'alone', 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import fcntl, inspect, math, os, platform, re, subprocess, sys, time, warnings
+import inspect, math, os, platform, re, subprocess, time, warnings
 from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, canonical, check_args, digest, disk_error, plain, progress, read_json, rng
+from .core import CitError, assets, check_args, digest, disk_error, plain, progress, read_json, rng
 from .evaluate import column_scores, score_line
+from .live import attended, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
 from .record import Record, RecordWriter, differences
@@ -82,6 +83,7 @@ class Spec:
     oracle: bool = False # Show the task label at test
     watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows; unset: none
     tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
+    parent: dict = field(default_factory=dict) # Where it branched off another run, as `branch` writes it
     out: str|None = None # Run folder; None: runs/<method>-<digest>
 
 # %% ../nbs/06_train.ipynb #1b695a70
@@ -117,7 +119,7 @@ class Run(Spec):
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
         watch = {"watch": asdict(self.watching)} if self.watching.every else {}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #204110c2
@@ -235,7 +237,7 @@ def groups(self:Run, net:Net, phase:Phase) -> list:
 @patch
 def train_task(self:Run, net:Net, task, w, state:dict):
     "Tune on one task, from its beginning or from where a checkpoint was taken: after some step, or before `end`."
-    m, tic, stage = net.method, time.time(), state.get("stage")
+    m, tic, stage, self.waited = net.method, time.time(), state.get("stage"), 0.
     net.task = task.name; net.tick(task.name, "begin")
     if not stage: net.seen.append(task.name); net.first = len(net.seen) == 1; net.hook(m.begin, task); net.first = False; net.refresh()
     free = {n for n, p in net.model.named_parameters() if p.requires_grad}
@@ -243,7 +245,7 @@ def train_task(self:Run, net:Net, task, w, state:dict):
     if stage != "trained":
         for k, phase in enumerate(m.phases(task)):
             if k >= state.get("phase", 0): self.train_phase(net, task, w, k, phase, state, free)
-        w.time("train", time.time() - tic - self.watcher.seconds, task=task.name, samples=self.opt.batch*sum(self.steps(task, p) for p in m.phases(task)))
+        w.time("train", time.time() - tic - self.watcher.seconds - self.waited, task=task.name, samples=self.opt.batch*sum(self.steps(task, p) for p in m.phases(task)))
         if overrides(m, "end"): self.save(net, w, stage="trained")
     net.tick(task.name, "end"); net.model.eval(); net.hook(m.end, task); net.refresh(); self.watcher.end()
 
@@ -263,6 +265,7 @@ def train_phase(self:Run, net:Net, task, w, k:int, phase:Phase, state:dict, free
         if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
         self.watcher.step(phase.name)
         if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
+        obey(self, net, w, phase=k, step=s + 1, optim=opt, free=free)
     for n, p in net.model.named_parameters(): p.requires_grad_(n in free)
     net.refresh()
 
@@ -310,12 +313,9 @@ def alone(folder:Path):
     "Hold a run folder; raises `CitError` while another process writes it. A folder that stays empty is removed."
     if int(os.environ.get("RANK", 0)): yield; return
     new = [p for p in (folder, *folder.parents) if not p.exists()]
-    try: folder.mkdir(parents=True, exist_ok=True); fd = os.open(folder, os.O_RDONLY)
+    try: folder.mkdir(parents=True, exist_ok=True); fd = hold(folder)
     except OSError as e: raise disk_error(folder, e) from e
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise CitError(f"{folder} is being written by another process; wait for it or stop it, or choose another `out` folder") from None
-        yield
+    try: yield
     finally:
         os.close(fd)
         for p in new:
@@ -328,10 +328,11 @@ class _Quiet:
     def __getattr__(self, name): return lambda *a, **k: None
 
 @patch
-def train(self:Run) -> Record: # The finished record
+def train(self:Run) -> Record: # Finished, or unfinished when somebody stopped it
     "Train, blocking; resumes if the run folder holds an unfinished run of the same configuration."
     if (done := self._finished()): return done
-    with alone(self.folder): return self._train()
+    with alone(self.folder), attended(self): return self._train()
+    return Record(self.folder) if self.control.first else None
 
 @patch
 def _train(self:Run) -> Record:
@@ -406,7 +407,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
 @patch
 def _as_before(self:Run) -> dict: # run.json, {} for a new run
     "Set what bits depend on: the threads that the run names or began with, deterministic kernels if it began with them."
-    there = read_json(self.folder/"run.json", "run file") if (self.folder/"run.json").is_file() else {}
+    there = read_json(self.folder/"run.json", "run file") if (self.folder/"run.json").is_file() else self.parent
     torch.set_num_threads(n := self.comp.threads or there.get("threads") or torch.get_num_threads())
     if torch.get_num_threads() != n: raise CitError(f"{self.folder} needs {n} CPU threads, but torch gives {torch.get_num_threads()}: check OMP_NUM_THREADS and OMP_THREAD_LIMIT")
     if there.get("deterministic"): torch.use_deterministic_algorithms(True)
@@ -440,7 +441,8 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
-    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    branched = {"interactive": True, "parent": self.parent} if self.parent else {}
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
@@ -495,28 +497,14 @@ def load(self:Run, net:Net, w) -> dict: # State, {} when there is nothing to res
         for n, v in state.pop("weights").items(): own[n].copy_(v); net.start.discard(id(own[n]))
     for n, p in own.items(): p.requires_grad_(n in state["trainable"])
     net.refresh(); net.seen, net.observed, net.extra_forwards = state["seen"], set(state["observed"]), 0 if net.rank else state["extra_forwards"]
-    self.t = state["t"]; w.truncate(state["events"])
+    self.t = state["t"]; w.truncate(state["events"]); welcome(self, net, state)
     if not state["optim"]: state.pop("optim")
     return state
 
 # %% ../nbs/06_train.ipynb #1a4e0ee0
 def resume(folder, # A run folder
           ) -> Record:
-    "Go on with the run in a folder; its method must be one that the package knows."
-    asked = read_json(Path(folder)/"run.json", "run file").get("asked", {})
-    if "method_code" in asked: raise CitError(f"the method of {folder} was defined outside the package: run the cell that made it again, with the same `out`, to go on")
-    return Run(**asked, out=str(folder)).train()
+    "Go on with the run in a folder; a method from outside the package must lie there as method.py."
+    return run_of(folder).train()
 
-@patch
-def launch(self:Run,
-           wait:float=60., # Seconds to wait until the run folder exists
-          ) -> Record: # Follows the run
-    "Train in a process of its own that outlives this one; returns at once."
-    if not isinstance(self.method, str): raise CitError("launch needs a method by name; export the class first, or call train()")
-    self.folder.mkdir(parents=True, exist_ok=True)
-    code = "import json, sys; from cit_workbench import Run; Run(**json.loads(sys.argv[1])).train()"
-    with open(self.folder/"log.txt", "ab") as log:
-        p = subprocess.Popen([sys.executable, "-c", code, canonical({**self.config(), "out": str(self.folder)})], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    while not (self.folder/"run.json").is_file() and wait > 0 and p.poll() is None: time.sleep(.2); wait -= .2
-    if p.poll(): raise CitError(f"the launched run ended at once: {(self.folder/'log.txt').read_text().strip().splitlines()[-1]}")
-    return Record(self.folder)
+Run.launch = launch
