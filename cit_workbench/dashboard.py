@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['palette', 'template', 'Theme', 'Follow', 'Bounded', 'Story', 'View', 'whose', 'Answers', 'nearest', 'Forgetting',
-           'Samples', 'front', 'Runs', 'interval', 'Compare']
+           'Samples', 'front', 'Runs', 'interval', 'Compare', 'choices', 'fields_of', 'method_classes', 'Form', 'Ask',
+           'Workbench']
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
 import base64, html, io, json, threading, time
@@ -24,6 +25,7 @@ from PIL import Image
 
 from .analysis import _hues
 from .core import CitError, one_of
+from .live import branch, places
 from .metrics import t_interval
 from .record import Lines, Record, _labels, _last, _scale, find_runs, table
 from .stream import get_stream
@@ -174,7 +176,7 @@ class View(W.VBox):
     "A widget that redraws itself while what it shows grows."
     def __init__(self, children, # Widgets, top to bottom
                  dark:bool|None=None): # None: as JupyterLab's theme is
-        self.lock, self.over, self.theme, self.note = threading.RLock(), threading.Event(), Theme(dark=bool(dark), fixed=dark is not None), W.HTML()
+        self.asleep, self.lock, self.over, self.theme, self.note = False, threading.RLock(), threading.Event(), Theme(dark=bool(dark), fixed=dark is not None), W.HTML()
         super().__init__([*children, self.note, self.theme], layout={"width": "100%"})
         self.add_class("cit-view")
         self.theme.observe(lambda _: self.safely(lambda: (self.paint(), self.draw())), "dark")
@@ -207,6 +209,7 @@ def _follow(self:View):
     "Look, draw, rest."
     rest = .25
     while not self.over.wait(rest):
+        if self.asleep: continue
         tic = time.thread_time()
         self.safely(lambda: self.draw() if self.look() else None)
         rest = max(.25, 99*(time.thread_time() - tic))
@@ -216,7 +219,7 @@ def close(self:View):
     "Stop the thread and free all widgets."
     self.over.set()
     if threading.current_thread() is not self.thread: self.thread.join()
-    for w in _below(self)[1:]: w.close()
+    for w in _below(self)[:0:-1]: w.close()
     W.VBox.close(self)
 
 # %% ../nbs/11_dashboard.ipynb #41d4df61
@@ -702,3 +705,307 @@ def _cloud(self:Compare, at:int, key:str, style:dict):
     best = front(mids, (-1, 1))
     line.x, line.y = [mids[i][0] for i in best], [mids[i][1] for i in best]
     means.mode = "markers+text" if len(mids) <= 8 else "markers"
+
+# %% ../nbs/11_dashboard.ipynb #d1a4a912
+def choices(cls, # A method's dataclass
+            name:str, # One of its fields
+           ) -> list|None: # Allowed values; None: not restricted
+    "What a class allows in a text field, from its own refusal of a wrong value."
+    try: cls(**{name: "?"})
+    except CitError as e:
+        said = str(e)
+        return said.split("allowed: ")[1].split(", ") if said.startswith("unknown ") and "allowed: " in said else None
+
+def fields_of(cls) -> list: # (name, type, default, help, allowed values or None)
+    "The fields of a method's dataclass, as its page documents them."
+    from dataclasses import fields
+    from fastcore.docments import docments
+    said = docments(cls)
+    text = lambda f: f.type in (str, str|None)
+    return [(f.name, f.type, f.default, said.get(f.name) or "", choices(cls, f.name) if text(f) else None) for f in fields(cls)]
+
+# %% ../nbs/11_dashboard.ipynb #965c45f6
+def _typed(text:str):
+    "What a person typed, as JSON where it is JSON: 3, 0.1, true, null, [\"a\"], {\"k\": 1}; else as text."
+    try: return json.loads(text)
+    except ValueError: return text
+
+def _text(name:str, hint:str="", help:str="", wide:str="100%") -> W.Text:
+    "A line to type in; what holds while it is empty stands in grey."
+    return W.Text(description=name, placeholder=str(hint), description_tooltip=help, continuous_update=False, layout={"width": wide}, style={"description_width": "92px"})
+
+def _field(name, kind, default, help, allowed):
+    "The widget of one field."
+    if allowed is None: return _text(name, default, help)
+    return W.Dropdown(description=name, options=[(f"{default} (default)", ""), *((a, a) for a in allowed if a != default)], description_tooltip=help, layout={"width": "100%"}, style={"description_width": "92px"})
+
+# %% ../nbs/11_dashboard.ipynb #d743a4e3
+def method_classes() -> dict:
+    "The methods of the package by name; loads torch."
+    from cit_workbench.method import all_methods, method_class
+    return {n: method_class(n) for n in all_methods()}
+
+_help = 'font-size:11px;line-height:1.3;opacity:.75;margin:-2px 0 4px 98px'
+
+class Form(W.VBox):
+    "Fields of a run: a method or two with theirs, stream, optimiser, seed, watcher."
+    def __init__(self, changes:bool=False, # Only what may change in a branch
+                 classes=method_classes): # () -> {name: class}; called when the form is first read
+        self.changes, self.classes, self.made = changes, classes, {}
+        label = {"style": {"description_width": "92px"}, "layout": {"width": "100%"}}
+        self.method, self.plus = (W.Dropdown(options=[""], description=d, **label) for d in ("method", "plus"))
+        self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream", placeholder="an embedded stream or SUITE:FOLDER", **label)
+        self.plain = {"stream_args": _text("stream args", '{"tasks": ["col-word", "col-mcq"]}', "arguments of the stream, as JSON"), "order": _text("order", "as the stream says", "task names in training order, separated by commas"),
+                      "seed": _text("seed", 0), "optim.lr": _text("learning rate", "the recipe's", "peak, of AdamW"), "optim.steps": _text("steps", "the recipe's", "optimiser steps per task"),
+                      "optim.batch": _text("batch", 32, "rows per step"), "watch.every": _text("watch every", 0, "steps between probes of old tasks; 0: none"), "watch.full": _text("watch full", 100, "steps between probes with answers and gradients"),
+                      "compute.save_every": _text("save every", 0, "steps between checkpoints inside a task; 0: at task ends only"), "out": _text("folder", "method and digest", "name of the run's folder")}
+        self.fields, self.about = W.VBox(), W.HTML()
+        left = W.VBox([self.method, self.plus, self.about, self.fields], layout={"width": "48%"})
+        skip = ("stream_args", "order", "watch.full") if changes else ()
+        right = W.VBox([*([] if changes else [self.stream]), *(w for k, w in self.plain.items() if k not in skip)], layout={"width": "48%"})
+        super().__init__([W.HBox([left, right], layout={"justify_content": "space-between"})])
+        for w in (self.method, self.plus): w.observe(lambda _: self.show(), "value")
+
+# %% ../nbs/11_dashboard.ipynb #fd433a68
+@patch
+def fill(self:Form, method:str="finetune"):
+    "Load the methods and offer them."
+    from cit_workbench.stream import all_streams
+    self.known = self.classes(); self.stream.options = all_streams()
+    self.method.options = [("unchanged", "")]*self.changes + [(n, n) for n in self.known]
+    self.plus.options = [("nothing", "")] + [(n, n) for n in self.known]
+    self.method.value = "" if self.changes else method
+    self.show()
+
+@patch
+def show(self:Form):
+    "The fields of the chosen methods."
+    names = [n for n in (self.method.value, self.plus.value) if n]
+    self.made = {n: {f[0]: (_field(*f), f) for f in fields_of(self.known[n])} for n in names}
+    said = lambda n: f'<b>{n}</b>: {html.escape(self.known[n].__doc__ or "")}' + (f' <i>{html.escape(self.known[n].paper)}</i>' if getattr(self.known[n], "paper", "") else "")
+    self.about.value = "<br>".join(f'<div style="{_help}">{said(n)}</div>' for n in names)
+    old, rows = self.fields.children, []
+    for n, fs in self.made.items():
+        for w, f in fs.values(): rows += [w, W.HTML(f'<div style="{_help}">{html.escape(f[3])}</div>')]
+    self.fields.children = rows
+    for w in old: w.close()
+
+# %% ../nbs/11_dashboard.ipynb #97bca167
+@patch
+def values(self:Form) -> dict: # Fields of `Run`; what is empty is left out
+    "What was filled in."
+    typed = {n: {k: w.value if isinstance(w, W.Dropdown) else _typed(w.value) for k, (w, _) in fs.items() if w.value.strip()} for n, fs in self.made.items()}
+    names, out = list(typed), {}
+    if names: out["method"] = "+".join(names)
+    args = {n: a for n, a in typed.items() if a}
+    if args or names: out["method_args"] = typed[names[0]] if len(names) == 1 else args
+    if self.stream.value and not self.changes: out["stream"] = self.stream.value
+    for k, w in self.plain.items():
+        if not (text := w.value.strip()): continue
+        table, _, name = k.rpartition(".")
+        v = [t.strip() for t in text.split(",")] if k == "order" else text if k == "out" else _typed(text)
+        (out.setdefault(table, {}) if table else out)[name] = v
+    return out
+
+# %% ../nbs/11_dashboard.ipynb #871724ff
+@patch
+def later(self:View, f, said:str="", # Shown meanwhile
+         ):
+    "Call `f` in a thread of its own, so that the page stays alive; its mistake becomes a sentence in the view."
+    def work():
+        try: f()
+        except CitError as e: self.say(str(e), wrong=True)
+        except Exception as e: self.say(f"{type(e).__name__}: {e}", wrong=True); raise
+    if said: self.say(said)
+    threading.Thread(target=work, daemon=True).start()
+
+# %% ../nbs/11_dashboard.ipynb #3591a4ba
+class Ask(W.VBox):
+    "A question to the model that is being trained; to its last checkpoint when nobody trains it."
+    def __init__(self, bench):
+        self.bench, self.stream, self.image = bench, None, None
+        self.task = W.Dropdown(options=[], description="task", layout={"width": "300px"})
+        self.index = W.BoundedIntText(0, 0, 10**9, description="example", layout={"width": "180px"})
+        self.upload, self.picture = W.FileUpload(accept="image/*", multiple=False, description="own image"), W.HTML(layout={"width": "150px"})
+        self.text = W.Textarea(placeholder="the instruction", layout={"width": "520px", "height": "110px"})
+        self.go, self.answer = W.Button(description="Ask", button_style="primary"), W.HTML()
+        super().__init__([W.HBox([self.task, self.index, self.upload]), W.HBox([self.picture, W.VBox([self.text, self.go, self.answer])])])
+        for w in (self.task, self.index): w.observe(lambda _: bench.safely(self.show), "value")
+        self.upload.observe(lambda _: bench.safely(self.uploaded), "value")
+        self.go.on_click(lambda _: bench.later(self.ask, "asking …"))
+
+# %% ../nbs/11_dashboard.ipynb #3ff430fe
+@patch
+def fill(self:Ask):
+    "The tasks of the chosen run."
+    rec = self.bench.rec
+    if rec is None: return
+    self.stream = _stream_of(rec)
+    names = [n for n, _ in rec.columns]
+    if list(self.task.options) != names: _offer(self.task, names)
+    self.show()
+
+@patch
+def show(self:Ask):
+    "A validation example: its image, and its instruction to be edited."
+    if self.stream is None or self.task.value is None: return
+    t = self.stream.task(self.task.value)
+    ex = t.example("val", self.index.value % max(1, t.n["val"]))
+    self.image, self.text.value, self.picture.value = ex.image, ex.question, _png(ex.image, 140)
+    self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>'
+
+@patch
+def uploaded(self:Ask):
+    "An image of one's own."
+    if not self.upload.value: return
+    try: im = Image.open(io.BytesIO(self.upload.value[0]["content"])).convert("RGB")
+    except OSError as e: raise CitError(f"{self.upload.value[0]['name']} is no image that can be read: {e}") from None
+    self.image = np.asarray(im); self.picture.value = _png(self.image, 140)
+
+@patch
+def ask(self:Ask):
+    "Send it; the answer says during which task it was given."
+    rec = self.bench.rec
+    if rec is None: raise CitError("no run is chosen: there is nobody to ask")
+    here = rec.state() not in ("loading", "running", "paused")
+    got = rec.ask(self.image, self.text.value, here=here)
+    when = f"the last checkpoint, {got.task}" if here else f"{got.task}, step {got.step}"
+    self.answer.value = f'<b style="font-size:15px">{html.escape(got.text)}</b><br><span style="opacity:.7">answered by {html.escape(when)}</span>'
+    self.bench.say("")
+
+# %% ../nbs/11_dashboard.ipynb #383817ac
+def _offer(w, # A Dropdown
+           options:list): # Values, or (label, value) pairs
+    "New options; what was chosen stays chosen while it is there."
+    values = [o[1] if isinstance(o, tuple) else o for o in options]; had = w.value
+    w.options = options
+    if values: w.value = had if had in values else values[0]
+
+# %% ../nbs/11_dashboard.ipynb #2ff04a56
+_tabs = ("New run", "Forgetting", "Similarity", "Spectra", "Compare", "Branch", "Ask")
+_can = {"Pause": ("running",), "Resume": ("paused", "stopped", "dead", "failed"), "Stop": ("queued", "loading", "running", "paused"), "Checkpoint": ("running", "paused")}
+
+class Workbench(View):
+    "Views of the runs in a folder, a form that starts new ones, and buttons that act on the chosen one."
+    def __init__(self, where="runs", # Folder of runs; made when it is missing
+                 dark:bool|None=None,
+                 classes=method_classes):
+        self.where, self.rec, self.views, self.seen, self.was, self.listing = Path(where), None, {}, None, "", False
+        self.where.mkdir(parents=True, exist_ok=True)
+        self.run = W.Dropdown(description="run", options=[], layout={"width": "400px"}, style={"description_width": "30px"})
+        self.state = W.HTML(layout={"width": "260px"})
+        self.buttons = {k: W.Button(description=k, layout={"width": "92px"}) for k in _can}
+        self.form, self.branch, self.asked = Form(classes=classes), Form(True, classes), Ask(self)
+        self.go, self.fork = W.Button(description="Start", button_style="primary"), W.Button(description="Branch", button_style="primary")
+        self.at = W.Dropdown(description="from", options=[], layout={"width": "400px"}, style={"description_width": "92px"})
+        new, fork = W.VBox([self.form, self.go]), W.VBox([W.HTML("A branch goes on from a checkpoint of the chosen run; what is left empty stays as it is there."), self.at, self.branch, self.fork])
+        self.pages = {"New run": new, "Branch": fork, "Ask": self.asked}
+        self.tabs = W.Tab([self.pages.get(t) or W.VBox() for t in _tabs], titles=_tabs)
+        super().__init__([W.HBox([self.run, self.state, *self.buttons.values()], layout={"align_items": "center"}), self.tabs], dark)
+        self._wire()
+
+# %% ../nbs/11_dashboard.ipynb #a83305fa
+@patch
+def _wire(self:Workbench):
+    "What each button and choice does."
+    self.run.observe(lambda _: self.safely(self.choose), "value")
+    self.tabs.observe(lambda _: self.safely(self.reveal), "selected_index")
+    for k, b in self.buttons.items(): b.on_click(lambda _, k=k: self.later(partial(self.act, k)))
+    self.go.on_click(lambda _: self.later(self.start, "starting …"))
+    self.fork.on_click(lambda _: self.later(self.split, "branching …"))
+    def load():
+        for f in (self.form, self.branch): f.fill()
+        self.say("")
+    self.later(load, "loading the methods …")
+    self.safely(self.reveal)
+
+@patch
+def look(self:Workbench) -> bool:
+    "New runs in the folder, and the state of the chosen one."
+    names = [r.name for r in sorted(find_runs(self.where), key=lambda r: -r.path.stat().st_mtime)] if self.where.exists() else []
+    if set(names) != set(self.run.options):
+        self.listing = True; _offer(self.run, names); self.listing = False
+        self.choose()
+    state = self.rec.live() if self.rec else {}
+    place = f", {state['task']} step {state['step']}" if state.get("task") and state["state"] != "finished" else f", place {state['position']}" if state.get("position") else ""
+    said = f"<b>{state['state']}</b>{html.escape(place)}" if state else "no run yet"
+    if (new := said != self.seen): self.seen = said
+    return new
+
+@patch
+def draw(self:Workbench):
+    "The state, and the buttons that make sense in it."
+    self.state.value = self.seen or ""
+    now = (self.seen or "").split("</b>")[0].removeprefix("<b>")
+    for k, b in self.buttons.items(): b.disabled = now not in _can[k]
+    if now in ("failed", "dead") and now != self.was: self.say(f"{self.rec.name} is {now}: {self.rec.said()}", wrong=True)
+    self.was = now
+
+# %% ../nbs/11_dashboard.ipynb #21cb2b31
+@patch
+def choose(self:Workbench):
+    "Show another run."
+    path = self.where/str(self.run.value)
+    if self.listing or not self.run.value or (self.rec and self.rec.path == path): return
+    self.rec = Record(path if path.exists() else path.with_suffix(".jsonl")); self.was = ""
+    for name in [n for n in self.views if n != "Compare"]: self.views.pop(name).close()
+    self.reveal()
+
+@patch
+def reveal(self:Workbench):
+    "Make the view of the tab that is looked at; the others sleep."
+    name = _tabs[self.tabs.selected_index or 0]
+    for n, v in self.views.items(): v.asleep = n != name
+    if name == "Branch": self.offer()
+    if name == "Ask": self.asked.fill()
+    made = {"Forgetting": Forgetting, "Compare": lambda rec, **kw: Compare(self.where, ("interactive",), **kw)}.get(name)
+    if not made or self.rec is None or name in self.views: return
+    dark = self.theme.dark if self.theme.fixed else None
+    view = self.views[name] = made(self.rec, dark=dark)
+    self.tabs.children = [view if t == name else c for t, c in zip(_tabs, self.tabs.children)]
+
+# %% ../nbs/11_dashboard.ipynb #e66a88ee
+@patch
+def act(self:Workbench, what:str):
+    "Pause, resume, stop or save the chosen run."
+    if self.rec is None: raise CitError("no run is chosen: start one, or choose another folder")
+    getattr(self.rec, what.lower())()
+    self.say("")
+
+@patch
+def _launched(self:Workbench, run) -> Record:
+    "Start a run in this folder and show it."
+    rec = run.launch()
+    self.safely(self.look); self.run.value = rec.name
+    self.tabs.selected_index = _tabs.index("Forgetting")
+    self.say(f"{rec.name} trains in a process of its own")
+    return rec
+
+@patch
+def start(self:Workbench) -> Record:
+    "Start what the form says."
+    from cit_workbench.train import Run
+    fields = self.form.values(); out = fields.pop("out", None)
+    run = Run(**fields)
+    run.folder = self.where/(out or run.folder.name)
+    return self._launched(run)
+
+# %% ../nbs/11_dashboard.ipynb #799e6399
+@patch
+def offer(self:Workbench):
+    "The checkpoints of the chosen run, the one before the step that is looked at first."
+    if self.rec is None or self.rec.packed: self.at.options = []; return
+    have, view = places(self.rec), self.views.get("Forgetting")
+    done = lambda p: json.loads((p/"state.json").read_text())["done"]
+    steps = {k: done(p) for k, p in have.items()}
+    said = {k: f"the end of {k}, step {steps[k]}" if isinstance(k, str) else f"{k[0]}, {k[1]}, step {steps[k]}" for k in have}
+    self.at.options = [(said[k], k) for k in have]
+    before = [k for k in have if view is None or steps[k] <= view.at.value] or list(have)
+    if before: self.at.value = before[-1]
+
+@patch
+def split(self:Workbench) -> Record:
+    "Branch off the chosen run, with the changed fields, and start it."
+    if self.rec is None: raise CitError("no run is chosen: there is nothing to branch from")
+    fields = self.branch.values(); out = fields.pop("out", None)
+    return self._launched(branch(self.rec, self.at.value, out=str(self.where/out) if out else None, **fields))
