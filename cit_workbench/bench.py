@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'turns', 'interval', 'Arm', 'verdict', 'opened', 'counted', 'theirs_of', 'written', 'Peer', 'stacked',
-           'against_trainer', 'overhead', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops', 'share', 'big',
-           'on_gpu', 'measure', 'shown', 'compare', 'bench']
+           'against_trainer', 'overhead', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops', 'share',
+           'Alone', 'spectra_vs_svd', 'big', 'on_gpu', 'measure', 'shown', 'compare', 'bench']
 
 # %% ../nbs/15_bench.ipynb #47ca32ac
-import json as json_, subprocess, sys, tempfile, threading, time
+import json as json_, os, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -60,6 +60,8 @@ class Arm:
     most: bool = False # The goal is an upper bound
     cuda: bool = False # Needs a CUDA GPU
     clock: bool = False # a() and b() give seconds used and seconds allowed
+    memory: bool = False # a.peak and b.peak are the most bytes in memory
+    blocks: int|None = None # At most so many, where one takes long
 
 def verdict(arm:Arm, ratio:float, low:float, high:float) -> dict:
     "A result line."
@@ -295,6 +297,48 @@ def share(**kw):
         return (time.perf_counter() - tic)/10
     yield used, lambda: flops/matmul_speed(x.net.backbone.lm, b.ids.numel())
 
+# %% ../nbs/15_bench.ipynb #3dab6be6
+_spectra = """
+import json, resource, sys, time
+import numpy as np
+from cit_workbench.spectra import Moments, eigen, singular
+N, d, ours, vectors = map(int, sys.argv[1:])
+rows = lambda k: np.random.default_rng(k).standard_normal((1000, d), dtype=np.float32)*np.arange(1, d + 1, dtype=np.float32)**-.5
+def used(): # of this program alone: on Linux ru_maxrss remembers the process that started it
+    if sys.platform == "linux": return 1024*int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows(0)
+before, seconds, clock = used(), 0., time.process_time
+if ours:
+    m = Moments(d)
+    for k in range(N//1000): x = rows(k); tic = clock(); m.add(x); seconds += clock() - tic
+    tic = clock(); s = singular(eigen(m)[0] if vectors else np.linalg.eigvalsh(m.matrix())[::-1], m.n)
+else:
+    X = np.empty((N//1000*1000, d), np.float32)
+    for k in range(N//1000): X[1000*k:1000*k+1000] = rows(k)
+    tic = clock(); s = np.linalg.svd(X, full_matrices=False)[1] if vectors else np.linalg.svd(X, compute_uv=False)
+seconds += clock() - tic
+print(json.dumps({"seconds": seconds, "peak": used() - before, "top": s[:8].tolist()}))
+"""
+
+class Alone:
+    "Processor seconds of the program above in a process of its own, on one thread; the most memory is kept."
+    def __init__(self, *args): self.args, self.peak, self.top = list(map(str, map(int, args))), 0, None
+    def __call__(self) -> float:
+        env = {**os.environ, **{f"{k}_NUM_THREADS": "1" for k in ("OMP", "OPENBLAS", "MKL")}}
+        got = json_.loads(subprocess.run([sys.executable, "-c", _spectra, *self.args], capture_output=True, text=True, check=True, env=env).stdout)
+        self.peak, self.top = max(self.peak, got["peak"]), np.array(got["top"])
+        return got["seconds"]
+
+@contextmanager
+def spectra_vs_svd(N:int, # Rows, in thousands
+                   d:int, # Their length
+                   vectors:bool=True, # With directions
+                  ):
+    ours, peer = Alone(N, d, True, vectors), Alone(N, d, False, vectors)
+    yield ours, peer
+    np.testing.assert_allclose(ours.top, peer.top, rtol=1e-3)
+
 # %% ../nbs/15_bench.ipynb #d2537a2c
 def big(hidden=4096, layers=32, inner=11008, heads=32, vision=(1024, 4096, 24, 16), side=336, vocab=32064,
         device="cuda", dtype=torch.bfloat16,
@@ -338,6 +382,8 @@ ARMS = {
     "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),
     "import_time": Arm(lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`", clock=True),
     "help_time": Arm(lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`", clock=True),
+    "streaming_spectra": Arm(lambda: spectra_vs_svd(25_000, 1024), 20., 35, "one pass and `eigh` of 25,000 × 1,024 rows against LAPACK's gesdd with vectors, float32", clock=True, memory=True, blocks=3),
+    "streaming_spectra_values": Arm(lambda: spectra_vs_svd(25_000, 1024, False), None, 20, "the same without directions, `eigvalsh` against gesdd without vectors", clock=True, memory=True, blocks=3),
     "train_vs_trainer_7b": Arm(lambda: on_gpu(against_trainer), 1.5, 400, "training at the shape of LLaVA-1.5-7B against HF Trainer + peft, bfloat16", cuda=True),
     "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
 }
@@ -350,10 +396,12 @@ def measure(name:str, # Of `ARMS`
     "Run one comparison."
     arm = ARMS[name]
     if arm.cuda and not torch.cuda.is_available(): return {"ratio": None, "low": None, "high": None, "goal": arm.goal, "ok": None, "note": "not measured: no CUDA GPU"}
+    blocks = min(blocks, arm.blocks or blocks)
     with arm.make() as (a, b):
         if arm.clock: times = np.array([(a(), b(), seen(), seen())[:2] for _ in range(blocks + 1)][1:], float)
         else: times = turns(a, b, blocks, steps, seen)
-    return verdict(arm, *interval(times, name)) | {"seconds": [round(float(t), 6) for t in times.mean(0)]}
+    peaks = {"peak_bytes": [a.peak, b.peak]} if arm.memory else {}
+    return verdict(arm, *interval(times, name)) | peaks | {"seconds": [round(float(t), 6) for t in times.mean(0)]}
 
 # %% ../nbs/15_bench.ipynb #0cb03568
 def shown(name:str, r:dict) -> str:
@@ -362,6 +410,7 @@ def shown(name:str, r:dict) -> str:
     sign = "≤" if ARMS[name].most else "≥"
     goal = "for information" if r["goal"] is None else f"goal {sign} {r['goal']:g}: {'met' if r['ok'] else 'NOT met'}"
     ours, peer = (f"{1e3*t:.3g} ms" for t in r.get("seconds", (np.nan, np.nan)))
+    if "peak_bytes" in r: goal += ", at most {:.2f} / {:.2f} GB".format(*(p/1e9 for p in r["peak_bytes"]))
     return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal:20} {ours} / {peer}: {ARMS[name].about}"
 
 def compare(names:list|None=None, # Of `ARMS`; None: all
@@ -377,7 +426,7 @@ def compare(names:list|None=None, # Of `ARMS`; None: all
         run = [n for n in names if not ARMS[n].cuda or torch.cuda.is_available()]
         say(f"matmul: {rate/1e9:.0f} GFLOP/s on one thread; about {sum(ARMS[n].seconds for n in run)*1e11/rate*blocks*steps/200/60:.1f} minutes")
         out = {}
-        with progress(desc="bench", total=len(run)*(2*blocks + 2), unit="block") as bar:
+        with progress(desc="bench", total=sum(2*min(blocks, ARMS[n].blocks or blocks) + 2 for n in run), unit="block") as bar:
             for n in names: out[n] = measure(n, blocks, steps, bar.update); say(shown(n, out[n])); out[n].pop("seconds", None)
         return out
     finally: torch.set_num_threads(before)

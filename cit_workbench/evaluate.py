@@ -147,7 +147,7 @@ from .adapt import Tune
 from .backbone import at, get_backbone, start_hash
 from .method import row_nll
 from .similarity import gradient_cosine, halves, importance_overlap, shuffled, similarity
-from .spectra import Collected, Moments, band, crowding, eigen, energies, energy, read_collected, write_collected
+from .spectra import Collected, Moments, band, crowding, eigen, energies, energy, read_collected, within, write_collected
 from .stream import get_stream
 
 # %% ../nbs/07_evaluate.ipynb #fc9a15b6
@@ -244,7 +244,7 @@ def _of_task(both:tuple) -> tuple: # ({variant/what: array}, (moments, capped mo
         (values, V), (one, two) = eigen(totals[j], centred), (_merged([b for b in both[j][h::2]]) for h in (0, 1))
         K = min(_most, len(values))
         split = [energy(eigen(a, centred)[1][:, :K], b, centred) for a, b in ((one, two), (two, one))] if min(one.n, two.n) else [np.full(K, np.nan)]*2
-        low_high = band(both[j], centred, draws=100)[:, :K] if sum(b.n > 0 for b in both[j]) > 1 else np.full((2, K), np.nan)
+        low_high = band([within(b, V[:, :2*_most]) for b in both[j]], centred, draws=100)[:, :K] if sum(b.n > 0 for b in both[j]) > 1 else np.full((2, K), np.nan)
         out |= {f"{v}/values": values, f"{v}/basis": V[:, :K].astype(np.float32), f"{v}/band": low_high, f"{v}/split": np.mean(split, 0)}
     return out | {"n": np.array(totals[0].n), "cap": np.array(totals[1].cap)}, totals
 

@@ -1,0 +1,131 @@
+"What is measured about tasks: measuring changes nothing, soft prompts and missing images are counted right, branches are exact."
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARGS, SPEC, TASKS, batch_of, jitter, opened, same_files, tiny, train
+
+from cit_workbench.checkpoint import read_checkpoint
+from cit_workbench.core import CitError
+from cit_workbench.memory import join_tree
+from cit_workbench.similarity import pair_matrices, pairwise, read_pairs, subspace_overlap
+from cit_workbench.spectra import Moments, crowding, eigen
+from cit_workbench.train import Run
+
+
+def test_pictures_of_similarity_never_import_torch():
+    code = "from cit_workbench import similarity, spectra; import sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_measuring_leaves_a_net_as_it_was(tmp_path):
+    net = opened(tmp_path/"x").net
+    jitter(net)
+    net.model.train()
+    before = net.state_key(), list(net.seen), set(net.observed), net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()}
+    got = net.observe(TASKS, 16, [1], gradients=True)
+    assert before == (net.state_key(), net.seen, net.observed, net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()})
+    assert net.model.training and not any(m._forward_hooks for m in net.backbone.lm.layers)
+    assert got["gradient/all/cosine"].shape == got["importance/overlap"].shape == (3, 3)
+    assert all(np.isfinite(a).all() for a in got.values())
+
+
+def test_a_task_unseen_stays_unseen_after_a_failed_measurement(tmp_path):
+    net = opened(tmp_path/"x").net
+    seen = list(net.seen)
+    with pytest.raises(CitError): net.observe_gradients(["nothing"], 8)
+    assert net.seen == seen
+
+
+def test_tuning_moves_hidden_layers_and_no_input(tmp_path):
+    net = opened(tmp_path/"x").net
+    before = net.observe(TASKS[:2], 8, [2])
+    jitter(net)
+    after = net.observe(TASKS[:2], 8, [2])
+    moved = {p for p in ("tower/visual", "input/visual", "input/instruction", "input/answer", "layer 2/visual", "layer 2/answer")
+             if not np.allclose(before[f"{p}/raw/values"], after[f"{p}/raw/values"], rtol=1e-4)}
+    assert moved == {"layer 2/visual", "layer 2/answer"}
+
+
+def test_soft_prompts_do_not_shift_what_is_measured(tmp_path):
+    net = train(tmp_path/"x", "fwd_prompt").net
+    assert net.method.route(net, batch_of(net, TASKS[0], 2)).prefix is not None
+    plain = opened(tmp_path/"y").net
+    refs = [(TASKS[0], 0), (TASKS[1], 3)]
+    with_prompt, without = net.token_states(refs, layers=[1]), plain.token_states(refs, layers=[1])
+    for place in ("input/visual", "input/instruction", "input/answer"):
+        np.testing.assert_array_equal(with_prompt[place][0], without[place][0])
+        np.testing.assert_array_equal(with_prompt[place][1], without[place][1])
+    assert np.abs(with_prompt["layer 1/answer"][0] - without["layer 1/answer"][0]).max() > 1e-3
+
+
+def test_rows_without_an_image_are_measured_by_their_text(tmp_path):
+    net = opened(tmp_path/"x").net
+    task, half = net.stream.task(TASKS[0]), lambda make: lambda s, i: (lambda e: e if i % 2 else replace(e, image=None))(make(s, i))
+    mixed = replace(task, make=half(task.make), name="mixed")
+    blind = replace(task, make=lambda s, i: replace(task.make(s, i), image=None), name="blind")
+    net.plan = net.stream = replace(net.stream, tasks=[task, mixed, blind])
+    pooled, moments = net.gather("mixed", 16)
+    assert len(pooled["input/instruction"]) == 16 and len(pooled["input/visual"]) == 8
+    assert sum(m.n for m in moments["input/visual"][0]) == 8*net.backbone.n_vis
+    got = net.observe([task.name, "mixed", "blind"], 16)
+    assert "input/instruction/cosine" in got and "input/visual/cosine" not in got
+    assert "input/visual/cosine" in net.observe([task.name, "mixed"], 16)
+
+
+@pytest.mark.parametrize("method", ["finetune", "ewc", "fwd_prompt"])
+def test_a_branch_ends_with_the_bits_of_a_whole_run(tmp_path, method):
+    fields = {**{k: v for k, v in SPEC.items() if k != "stream_args"}, "method": method, "method_args": ARGS.get(method, {})}
+    args = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}
+    got = pairwise("shapes", tmp_path/"p", TASKS, args, say=lambda line: None, **fields)
+    a, b, c = TASKS
+    whole = tiny(tmp_path/"whole", method, stream_args={"tasks": [a, c]})
+    whole.train()
+    same_files(tmp_path/"p"/f"{a}--{c}", whole.folder)
+    assert not (tmp_path/"p"/f"{a}--{c}"/"checkpoints"/"001-y-trained").exists()
+    tasks, scores = read_pairs(tmp_path/"p"/"pairs.json")
+    np.testing.assert_equal(pair_matrices(scores, tasks), (got["F"], got["T"]))
+    assert scores[a, c] == dict(zip((a, c), whole.train().core()[1]))
+
+
+def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
+    fields = {k: v for k, v in SPEC.items() if k != "stream_args"}
+    args, said = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}, []
+    real, calls = Run.train, []
+
+    def some(self):
+        calls.append(self)
+        if len(calls) > 4: raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Run, "train", some)
+    with pytest.raises(KeyboardInterrupt): pairwise("shapes", tmp_path, TASKS, args, say=said.append, **fields)
+    monkeypatch.setattr(Run, "train", real)
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/result.json")}
+    assert 0 < len(kept) < 6
+    got = pairwise("shapes", tmp_path, TASKS, args, say=said.append, **fields)
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()) and np.isfinite(got["F"]).sum() == 6
+    assert said[0].startswith("9 of 9 stages") and not said[1].startswith("9 of 9")
+
+
+def test_conflict_is_what_the_method_itself_records(tmp_path):
+    run = train(tmp_path/"x", "fwd_prompt", stream_args={"tasks": TASKS[:2]})
+    first = read_checkpoint(Path(run.folder)/"checkpoints"/"001-z-end")
+    mem = join_tree(first["mem"], first["tensors"], torch.device("cpu"))
+    now = run.net.method.mem
+    assert now["conflict"] == pytest.approx(subspace_overlap(mem["old"].numpy(), mem["pre"].numpy()))
+    assert now["residual"] == mem["old"].shape[0] - mem["old"].shape[1]
+
+
+def test_old_space_grows_as_the_method_grows_it():
+    g = np.random.default_rng(0)
+    ms = [Moments(10).add(g.normal(size=(50, 10))*g.permutation(np.linspace(3, .01, 10))) for _ in range(4)]
+    got = crowding(ms, .8)
+    assert [c["old"] for c in got] == sorted(c["old"] for c in got) and got[0]["old"] == 0
+    for m, c in zip(ms, got):
+        values = eigen(m)[0]
+        assert c["k"] == int((values.cumsum() < .8*values.sum()).sum()) + 1
