@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'turns', 'interval', 'Arm', 'verdict', 'opened', 'counted', 'theirs_of', 'written', 'Peer', 'stacked',
-           'against_trainer', 'overhead', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops', 'share',
-           'Alone', 'spectra_vs_svd', 'big', 'on_gpu', 'measure', 'shown', 'compare', 'bench']
+           'against_trainer', 'overhead', 'probed', 'fisher', 'answers', 'start_of', 'matmul_speed', 'step_flops',
+           'share', 'Alone', 'spectra_vs_svd', 'big', 'on_gpu', 'measure', 'shown', 'compare', 'bench']
 
 # %% ../nbs/15_bench.ipynb #47ca32ac
 import json as json_, os, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,9 @@ from .adapt import linears, whole
 from .backbone import Backbone, _where, at, get_backbone, load_image
 from .core import one_of, progress, rng
 from .method import Net, fresh, row_nll
+from .record import RecordWriter
 from .train import Run, draw, recipe
+from .watch import Watch, Watcher
 
 # %% ../nbs/15_bench.ipynb #fbb633c9
 def turns(a, # Does some steps, given their number; returns how much it did
@@ -192,6 +195,24 @@ def overhead(method, **args):
     a, b = opened("finetune", tasks, 1), opened(method, tasks, 1, **args)
     assert b.net.method.mem and all(torch.equal(p, q) for p, q in zip(a.net.params.values(), b.net.params.values()))
     yield counted(a.step), counted(b.step)
+
+# %% ../nbs/15_bench.ipynb #c4af0d27
+@contextmanager
+def probed(stand:int=4, # Task that is trained; probes look at it and at those before
+           steps:int=140, # Steps per task
+           watch:Watch=Watch(every=50),
+          ):
+    "Steps of training, then the same with probes, task after task; ten blocks of ten steps stand for a task."
+    a, b = opened(stand=stand), opened(stand=stand); run, net = b.run, b.net
+    with tempfile.TemporaryDirectory() as tmp:
+        run.done, run.opt.steps, w = 0, steps, Watcher(run, net, RecordWriter(Path(tmp)))
+        w.watch = watch; w.ends = {n: h for n, (_, h) in w.light(w.names()).items()}
+        def step(s):
+            if s % steps == 0: w.begin()
+            b.step(s); run.done += 1; w.step("tune")
+            if (s + 1) % steps == 0: w.end()
+        wide = lambda f: lambda n: f(max(1, n*steps//100))
+        yield wide(counted(a.step)), wide(counted(step))
 
 # %% ../nbs/15_bench.ipynb #fa25f119
 @contextmanager
@@ -377,6 +398,7 @@ ARMS = {
     "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
     "ewc_step": Arm(lambda: overhead("ewc", n=32), 1.03, 45, "a step of ewc over one of finetune", most=True),
     "er_step": Arm(lambda: overhead("er"), 1.03, 45, "a step of er over one of finetune, prompts equally long", most=True),
+    "watch_overhead": Arm(lambda: probed(), 1.03, 45, "training with the default probes of five tasks over training without", most=True),
     "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
     "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
     "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),

@@ -308,7 +308,7 @@ class Answers:
         "From the watcher's answers, each with the tasks whose format accepts it; the task's own counts first."
         fmt = {n: self.stream.task(n).format.name for n in self.rec.tasks}; names = [*dict.fromkeys(fmt.values()), "none"]
         one = lambda task, took: fmt[task] if task in took else fmt[took[0]] if took else "none"
-        got = {t: Counter(one(t, took) for took in said) for t, said in f["said"].items()}
+        got = {t: Counter(one(t, took) for took in f["said"][t]) for t in self.rec.tasks if t in f["said"]}
         return list(got), names, np.array([[100*c[k]/max(1, c.total()) for k in names] for c in got.values()])
     def at(self, row:int) -> tuple: # (tasks, format names, percent [task, format])
         if row not in self.rows:
@@ -444,7 +444,7 @@ def _lower(self:Forgetting) -> list: # Annotations
         M = {t: f[key][t] for t in self.tasks if t in f[key]} if f else {}
         h.x, h.y, h.z = (list(M), list(range(len(next(iter(M.values()))))), np.array(list(M.values()), float).T) if M else ([], [], [[]])
         for ax in (h.xaxis, h.yaxis): self.fig.layout[f"{ax[0]}axis{ax[1:]}"].visible = bool(M)
-        h.visible = bool(M)
+        h.visible, h.texttemplate = bool(M), "%{z:.2f}" if M and np.size(h.z) <= 48 else None
         if not M: notes.append(_title("no old task at this step" if f else "the run has no watcher:<br>Run(…, watch=…) turns it on", x, .1, xanchor="center", font={"size": 11, "color": p["faint"]}))
     return titles + notes + self._said(said, full)
 
@@ -730,14 +730,14 @@ def _typed(text:str):
     try: return json.loads(text)
     except ValueError: return text
 
-def _text(name:str, hint:str="", help:str="", wide:str="100%") -> W.Text:
+def _text(name:str, hint:str="", help:str="", wide:str="98%") -> W.Text:
     "A line to type in; what holds while it is empty stands in grey."
     return W.Text(description=name, placeholder=str(hint), description_tooltip=help, continuous_update=False, layout={"width": wide}, style={"description_width": "92px"})
 
 def _field(name, kind, default, help, allowed):
     "The widget of one field."
     if allowed is None: return _text(name, default, help)
-    return W.Dropdown(description=name, options=[(f"{default} (default)", ""), *((a, a) for a in allowed if a != default)], description_tooltip=help, layout={"width": "100%"}, style={"description_width": "92px"})
+    return W.Dropdown(description=name, options=[(f"{default} (default)", ""), *((a, a) for a in allowed if a != default)], description_tooltip=help, layout={"width": "98%"}, style={"description_width": "92px"})
 
 # %% ../nbs/11_dashboard.ipynb #d743a4e3
 def method_classes() -> dict:
@@ -752,7 +752,7 @@ class Form(W.VBox):
     def __init__(self, changes:bool=False, # Only what may change in a branch
                  classes=method_classes): # () -> {name: class}; called when the form is first read
         self.changes, self.classes, self.made = changes, classes, {}
-        label = {"style": {"description_width": "92px"}, "layout": {"width": "100%"}}
+        label = {"style": {"description_width": "92px"}, "layout": {"width": "98%"}}
         self.method, self.plus = (W.Dropdown(options=[""], description=d, **label) for d in ("method", "plus"))
         self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream", placeholder="an embedded stream or SUITE:FOLDER", **label)
         self.plain = {"stream_args": _text("stream args", '{"tasks": ["col-word", "col-mcq"]}', "arguments of the stream, as JSON"), "order": _text("order", "as the stream says", "task names in training order, separated by commas"),
@@ -894,9 +894,9 @@ class Workbench(View):
         self.where.mkdir(parents=True, exist_ok=True)
         self.run = W.Dropdown(description="run", options=[], layout={"width": "400px"}, style={"description_width": "30px"})
         self.state = W.HTML(layout={"width": "260px"})
-        self.buttons = {k: W.Button(description=k, layout={"width": "92px"}) for k in _can}
+        self.buttons = {k: W.Button(description=k, layout={"width": "104px"}) for k in _can}
         self.form, self.branch, self.asked = Form(classes=classes), Form(True, classes), Ask(self)
-        self.go, self.fork = W.Button(description="Start", button_style="primary"), W.Button(description="Branch", button_style="primary")
+        self.go, self.fork = (W.Button(description=d, button_style="primary", disabled=True) for d in ("Start", "Branch"))
         self.at = W.Dropdown(description="from", options=[], layout={"width": "400px"}, style={"description_width": "92px"})
         new, fork = W.VBox([self.form, self.go]), W.VBox([W.HTML("A branch goes on from a checkpoint of the chosen run; what is left empty stays as it is there."), self.at, self.branch, self.fork])
         self.pages = {"New run": new, "Branch": fork, "Ask": self.asked}
@@ -914,7 +914,7 @@ def _wire(self:Workbench):
     self.go.on_click(lambda _: self.later(self.start, "starting …"))
     self.fork.on_click(lambda _: self.later(self.split, "branching …"))
     def load():
-        for f in (self.form, self.branch): f.fill()
+        for f, b in ((self.form, self.go), (self.branch, self.fork)): f.fill(); b.disabled = False
         self.say("")
     self.later(load, "loading the methods …")
     self.safely(self.reveal)

@@ -107,7 +107,7 @@ class Run(Spec):
         "Ranges; raises `CitError` naming the field."
         self.tuned_on = check_args(Tuned, self.tuned_on, "tuned_on")
         low = {"optim": (self.opt, {"batch": 1, "accum": 1, "steps": 1, "clip": 0, "weight_decay": 0, "warmup": 0}), "tune": (self.tuning, {"r": 1, "dropout": 0}),
-               "compute": (self.comp, {"threads": 1, "workers": 0, "save_every": 0}), "run": (self, {"probe_every": 1}), "watch": (self.watching, {"every": 0, "full": 0, "rows": 2})}
+               "compute": (self.comp, {"threads": 1, "workers": 0, "save_every": 0}), "run": (self, {"probe_every": 1}), "watch": (self.watching, {"every": 0, "full": 0, "rows": 3})}
         for what, (o, least) in low.items():
             for k, n in least.items():
                 if (v := getattr(o, k)) is not None and v < n: raise CitError(f"{what}: field {k!r} is {v}, but must be at least {n}")

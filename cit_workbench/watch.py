@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from .adapt import whole
 from .backbone import at, current
+from .checkpoint import sync
 from .core import CitError, rng
 from .evaluate import column_scores, score_line
 from .record import Lines, Record
@@ -26,8 +27,8 @@ from .record import Lines, Record
 class Watch:
     "When old tasks are probed while a model trains, and on how much."
     every: int = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
-    full: int = 100 # Steps between probes with answers and gradients, too; 0: at task ends only
-    rows: int = 4 # Validation rows per task, at least 2
+    full: int = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
+    rows: int = 4 # Validation rows per task, at least 3: of two, CKA is always 1
 
 def due(watch:Watch, step:int, # Optimiser steps done in the task
        ) -> str: # "", "light" or "full"
@@ -110,6 +111,9 @@ class Watcher:
         "The tasks to look at, in training order."
         planned = {t.name for t in self.run.plan.tasks}
         return [t.name for t in self.run.data.tasks if t.n["val"] and (t.name in self.net.seen or t.name not in planned)]
+    def merged(self) -> bool:
+        "Is the current task none of the stream's, but made of them?"
+        return all(t.name != self.net.task for t in self.run.data.tasks)
     def refs(self, name:str) -> list: # (task name, index) pairs
         "The fixed validation rows of a task."
         n = self.run.data.task(name).n["val"]
@@ -150,7 +154,7 @@ def forward(self:Watcher, names:list, # Tasks
 def light(self:Watcher, names:list) -> dict: # {task: (mean loss per answer token, states [L, rows, d])}
     "Losses and states of some tasks."
     if len(names) > 1 and self.batch(names).ids.numel() > _most: return self.light(names[::2]) | self.light(names[1::2])
-    with torch.no_grad(): ce, out, states = self.forward(names)
+    with torch.no_grad(), whole(self.net.model): ce, out, states = self.forward(names)
     ce, row, got, k = ce.cpu().numpy(), out.row.cpu().numpy(), {}, 0
     for n in names:
         m = len(self.refs(n)); got[n] = float(ce[(row >= k) & (row < k + m)].mean()), states[:, k:k+m]; k += m
@@ -210,12 +214,12 @@ def look(self:Watcher, full:bool) -> tuple: # ({task: what a probe holds}, {task
     names, now, out = self.names(), self.net.task, {}
     if not full or not names: got = self.light(names) if names else {}
     else:
-        first = {n: self.gradient([n]) for n in ([now] if now in names else names)}
+        first = {n: self.gradient([n]) for n in names if n == now or self.merged()}
         ref = [sum(parts) for parts in zip(*(g for g, *_ in first.values()))]
         got, said = {}, self.answers(names)
         for n in names:
             g, *got[n] = first.get(n) or self.gradient([n])
-            total, each = (None, None) if n == now else cosines(g, ref)
+            total, each = cosines(g, ref) if ref and n != now else (None, None)
             out[n] = said[n] | {"grad_cos": total, "grad_cos_layers": None if each is None else each[:-1]}
     for n, (nll, h) in got.items():
         then = self.ends.get(n) if n != now else None
@@ -270,5 +274,6 @@ def end(self:Watcher):
     states = self.probe("end", True)
     if self.net.rank: return
     for n, h in states.items():
-        if n == self.net.task or self.net.task not in states: self.ends[n] = h; self.w.array(f"watch-{n}", h)
+        if n == self.net.task or self.merged(): self.ends[n] = h; self.w.array(f"watch-{n}", h)
+    sync(self.w.path/"arrays")
     self.w.time("watch", self.seconds, task=self.net.task); self.seconds = 0.

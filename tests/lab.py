@@ -1,6 +1,7 @@
 "JupyterLab on this machine and a browser that looks at it."
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -95,3 +96,25 @@ class Lab:
     def reload(self):
         self.page.reload()
         self.ready()
+
+    def restart(self):
+        "A new kernel; the old one is gone."
+        self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+        self.ready()
+        self.do("notebook:clear-all-cell-outputs")
+        self.view().wait_for(state="detached", timeout=30_000)
+
+    def field(self, name):
+        "The input of the visible widget with that label."
+        label = self.page.locator(f"label:text-is('{name}')")
+        return self.page.locator(".cit-view .jupyter-widgets:visible", has=label).last.locator("input, select, textarea").first
+
+    def type(self, name, text):
+        self.field(name).fill(text)
+        self.field(name).press("Tab")
+
+    def choose(self, name, value): self.field(name).select_option(value)
+
+    def button(self, name, exact=True): return self.page.get_by_role("button", name=name, exact=exact).locator("visible=true").first
+
+    def tab(self, name): self.page.locator(".cit-view .lm-TabBar-tab", has_text=re.compile(f"^{name}$")).click()

@@ -17,7 +17,7 @@ from cit_workbench.record import Record, pack
 from cit_workbench.train import Run, resume
 from cit_workbench.watch import Watcher
 
-ON = {"watch": {"every": 2, "full": 4, "rows": 2}}
+ON = {"watch": {"every": 2, "full": 4, "rows": 3}}
 METHODS = ["finetune", "er+ewc", "smolora", "moelora", "fwd_prompt", "joint", "eproj"]
 LAYERED = ("drift", "cka", "angle", "angle_mean")
 
@@ -66,11 +66,11 @@ def test_probes_leave_random_numbers_and_costs_alone(tmp_path):
 
 
 def test_unset_probes_leave_the_configuration_alone(tmp_path):
-    assert "watch" not in tiny(tmp_path).config() and tiny(tmp_path).config() == tiny(tmp_path, watch={"rows": 3}).config()
+    assert "watch" not in tiny(tmp_path).config() and tiny(tmp_path).config() == tiny(tmp_path, watch={"rows": 7}).config()
     assert Run(stream="shapes").folder == Run(stream="shapes", watch={}).folder != Run(stream="shapes", watch={"every": 9}).folder
 
 
-@pytest.mark.parametrize("watch, said", [({"every": -1}, "'every' is -1"), ({"rows": 1}, "at least 2"), ({"step": 1}, "unknown field"), ({"every": 2.5}, "whole number")])
+@pytest.mark.parametrize("watch, said", [({"every": -1}, "'every' is -1"), ({"rows": 2}, "at least 3"), ({"step": 1}, "unknown field"), ({"every": 2.5}, "whole number")])
 def test_a_wrong_field_is_one_sentence(watch, said):
     with pytest.raises(CitError, match=said): Run(watch=watch)
 
@@ -79,7 +79,7 @@ def test_a_wrong_field_is_one_sentence(watch, said):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("watched")/"run", "er", **ON)
+    return train(tmp_path_factory.mktemp("watched")/"run", "er", stream_args={"n_val": 4}, **ON)
 
 
 def test_when(watched):
@@ -98,7 +98,7 @@ def test_what(watched):
             for k in LAYERED: assert (len(t[k]) == 4 if old else t[k] is None), k
             for k in ("valid", "formatted", "answers"): assert (t[k] is not None) == full, k
             assert (t["grad_cos"] is not None) == (old and full)
-            if full: assert len(t["answers"]) == 2 and all({*who} <= {*TASKS} for _, who in t["answers"])
+            if full: assert len(t["answers"]) == 3 and all({*who} <= {*TASKS} for _, who in t["answers"])
             if full and old: assert -1 <= t["grad_cos"] <= 1 and len(t["grad_cos_layers"]) == 4
 
 
@@ -107,7 +107,7 @@ def test_own_end_is_where_drift_begins(watched):
     begin, step = [e for e in watched.rec.events("watch") if e["task"] == TASKS[1]][:2]
     assert max(begin["tasks"][TASKS[0]]["drift"]) < 1e-5 < 1e-3 < step["tasks"][TASKS[0]]["drift"][-1]
     assert min(begin["tasks"][TASKS[0]]["cka"]) > 1 - 1e-5
-    assert watched.rec.array(f"watch-{TASKS[0]}").shape[:2] == (4, 2)
+    assert watched.rec.array(f"watch-{TASKS[0]}").shape[:2] == (4, 3)
 
 
 def test_loss_and_gradient_by_hand(tmp_path, watched):
