@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-import ast, builtins, dis, fcntl, inspect, io, json, linecache, os, shutil, socket, subprocess, sys, tempfile, time, traceback, types
+import ast, builtins, dis, fcntl, inspect, io, json, linecache, os, shutil, socket, subprocess, sys, tempfile, time, traceback, types, warnings
 
 import numpy as np
 from fastcore.basics import camel2snake, patch
@@ -73,7 +73,9 @@ class Control:
         try: st = os.stat(self.file)
         except FileNotFoundError: return False
         if (key := (st.st_ino, st.st_mtime_ns)) == self.seen: return False
-        self.seen, self.want = key, read_json(self.file, "control file")
+        self.seen = key
+        try: self.want = read_json(self.file, "control file")
+        except CitError as e: warnings.warn(f"{e}; it is not followed"); return False
         return True
     def say(self, state:str, **place):
         "Write live.json."
@@ -442,7 +444,7 @@ def method_source(m) -> str|None: # None for methods of the package
     for c in reversed(classes): writer.need(c.__name__, c.__name__)
     hooks = {(p, n.name): (n, t) for n, t in writer.nodes if isinstance(n, ast.FunctionDef) and (p := _patches(n)) in own and n.name in vars(own[p])}
     for (p, name), (n, t) in hooks.items(): writer.statement(n, t, f"{p}.{name}")
-    text = '"The method of this run, as it was defined when the run was launched."\n' + "\n".join([*dict.fromkeys(writer.imports), "", *writer.code, ""])
+    text = '"The method of this run, as it was defined when the run was launched."\n' + "\n\n".join(["\n".join(dict.fromkeys(writer.imports)), *writer.code]) + "\n"
     if code_of(rebuilt(text, m)) != code_of(m): raise CitError(f"the source found for {m.name} is not what is defined now: run its cells again, in order, and launch it then")
     return text
 
@@ -469,9 +471,9 @@ def _needs_method(folder:Path):
 
 def run_of(folder): # -> Run
     "The run in a folder; a method of its own comes from its method.py, if that is the code that was recorded."
+    asked, out = asked_of(folder), str(folder)
     from cit_workbench.method import Chain, Method, code_of, get_method
     from cit_workbench.train import Run
-    asked, out = asked_of(folder), str(folder)
     if not (code := asked.pop("method_code", None)): return Run(**asked, out=out)
     _needs_method(Path(folder))
     own = vars(_loaded((Path(folder)/"method.py").read_text(encoding="utf-8")))
@@ -632,7 +634,8 @@ def welcome(run, net, state:dict):
     from cit_workbench.method import parts
     joining = state.pop("joining", [])
     if not joining: return
-    net.task = net.seen[-1]; net.tick(net.task, "end"); net.model.eval()
+    task = net.find(net.seen[-1]); net.task = task.name; net.model.eval()
     for p in parts(net.method):
-        if p.name in joining: net.hook(p.end, net.find(net.task))
+        if p.name not in joining: continue
+        for hook in ("begin", "end"): net.tick(task.name, hook); net.hook(getattr(p, hook), task)
     net.refresh()
