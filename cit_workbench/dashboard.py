@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['palette', 'template', 'Theme', 'Follow', 'Bounded', 'Story', 'View', 'whose', 'Answers', 'nearest', 'Forgetting',
-           'Samples', 'front', 'Runs', 'interval', 'Compare', 'choices', 'fields_of', 'method_classes', 'Form', 'Ask',
-           'Workbench']
+           'Samples', 'front', 'Runs', 'interval', 'Compare', 'clustered', 'collected_for', 'Similarity', 'Spectra',
+           'choices', 'fields_of', 'method_classes', 'Form', 'Ask', 'runs_in', 'Workbench']
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
 import base64, html, io, json, threading, time
@@ -24,10 +24,12 @@ from IPython import get_ipython
 from PIL import Image
 
 from .analysis import _hues
-from .core import CitError, one_of
+from .core import CitError, cache_dir, one_of
 from .live import branch, places
 from .metrics import t_interval
 from .record import Lines, Record, _labels, _last, _scale, find_runs, table
+from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
+from .spectra import Collected, angles, read_collected
 from .stream import get_stream
 
 # %% ../nbs/11_dashboard.ipynb #7fc2c1b5
@@ -221,6 +223,14 @@ def close(self:View):
     if threading.current_thread() is not self.thread: self.thread.join()
     for w in _below(self)[:0:-1]: w.close()
     W.VBox.close(self)
+
+# %% ../nbs/11_dashboard.ipynb #383817ac
+def _offer(w, # A Dropdown
+           options:list): # Values, or (label, value) pairs
+    "New options; what was chosen stays chosen while it is there."
+    values = [o[1] if isinstance(o, tuple) else o for o in options]; had = w.value
+    w.options = options
+    if values: w.value = had if had in values else values[0]
 
 # %% ../nbs/11_dashboard.ipynb #41d4df61
 _scores = {"formatted": "score as formatted, %", "valid": "format-valid, %", "content": "content by forced choice, %",
@@ -706,6 +716,290 @@ def _cloud(self:Compare, at:int, key:str, style:dict):
     line.x, line.y = [mids[i][0] for i in best], [mids[i][1] for i in best]
     means.mode = "markers+text" if len(mids) <= 8 else "markers"
 
+# %% ../nbs/11_dashboard.ipynb #13418df1
+def clustered(S:np.ndarray, # Similarity [T, T]
+             ) -> list: # Positions
+    "An order in which similar tasks stand together (average linkage on 1 − similarity)."
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+    D = 1 - (np.asarray(S, float) + np.asarray(S, float).T)/2; np.fill_diagonal(D, 0)
+    d = squareform(np.nan_to_num(D, nan=1.).clip(min=0), checks=False)
+    return leaves_list(optimal_leaf_ordering(linkage(d, "average"), d)).tolist() if len(S) > 2 else list(range(len(S)))
+
+def collected_for(rec:Record, folders) -> list: # Paths of .npz files
+    "The files that `collect` wrote for a run's start model and stream, those with most arrays first."
+    out, want = [], (rec.config.get("backbone"), rec.config.get("stream"))
+    for p in [p for f in folders if Path(f).is_dir() for p in sorted(Path(f).glob("*.npz"))]:
+        with np.load(p, allow_pickle=False) as z:
+            about = json.loads(z["about"].tobytes()) if "about" in z.files else {}
+            if (about.get("backbone"), about.get("stream")) == want and {*rec.tasks} <= {*about["tasks"]}: out.append((-len(z.files), p))
+    return [p for _, p in sorted(out)]
+
+# %% ../nbs/11_dashboard.ipynb #6e800597
+class Similarity(View):
+    "Matrices of tasks side by side; a click on a cell shows what happened between the two."
+    def __init__(self, collected, # What `collect` gave, or its file
+                 rec=None, # A run: its curves and drops; preferably one with a watcher
+                 runs=None, # More runs of the stream, whose drops are averaged; default: that run alone
+                 pairs=None, # A file of pairs, from `pairwise`
+                 dark:bool|None=None):
+        self.c = collected if isinstance(collected, Collected) else read_collected(collected)
+        self.story = Story(rec) if rec is not None else None
+        self.rec = self.story.rec if self.story else None
+        self.runs, self.cell = find_runs(runs if runs is not None else self.rec) if (runs is not None or rec is not None) else [], None
+        mine = self.rec.tasks if self.rec else self.c.tasks
+        self.tasks = [t for t in mine if t in self.c.tasks]
+        self.pairs = _pairs(pairs, self.tasks) if pairs else None
+        places = [p for p in self.c.places() if not p.startswith("gradient")] + [p for p in self.c.places() if p.startswith("gradient")] + ["importance"]*("importance/overlap" in self.c.arrays)
+        self.place = W.Dropdown(options=places, description="similarity", layout={"width": "330px"})
+        self.what = W.Dropdown(options=["formatted", "valid", "content"], description="drop of", layout={"width": "220px"})
+        self.order = W.Dropdown(options=["stream", "clustered"], description="order", layout={"width": "220px"})
+        self.fig, self.examples = self._make(), W.HTML()
+        super().__init__([W.HBox([self.place, self.what, self.order]), self.fig, self.examples], dark)
+        for w in (self.place, self.what, self.order): w.observe(lambda _: self.safely(self.draw), "value")
+        for h in self.fig.data[:4]: h.on_click(self._clicked)
+
+def _pairs(path, tasks) -> tuple: # (F, T) in the order of `tasks`; NaN where unknown
+    names, scores = read_pairs(path)
+    return pair_matrices({k: v for k, v in scores.items()}, [t for t in tasks if t in names]) if {*tasks} <= {*names} else pair_matrices({k: v for k, v in scores.items() if {*([k] if isinstance(k, str) else k)} <= {*tasks}}, tasks)
+
+# %% ../nbs/11_dashboard.ipynb #82e1d0da
+_squares = ("similarity", "drop in the stream", "drop in pairs alone", "transfer in pairs alone")
+
+@patch
+def _make(self:Similarity) -> go.FigureWidget:
+    "Four matrices above, three panels for a pair below."
+    layout, heats = {"margin": {"l": 70, "r": 30, "t": 54, "b": 50}, "showlegend": False}, []
+    for k in range(4):
+        n, lo = k + 1, k*.265
+        layout |= {f"xaxis{n}": _axis(lo, lo + .19, f"y{n}", tickangle=-40, tickfont={"size": 9.5}, automargin=False), f"yaxis{n}": _axis(.56, 1, f"x{n}", autorange="reversed", tickfont={"size": 9.5}, automargin=False, showticklabels=k == 0)}
+        heats.append(_heat(n, lo + .193, .56, .44, hovertemplate="%{y}, then %{x}: %{z:.2f}<extra></extra>" if k else "%{y} and %{x}: %{z:.2f}<extra></extra>"))
+    for k, (lo, hi) in enumerate(((0, .36), (.46, .68), (.78, 1)), 5): layout |= {f"xaxis{k}": _axis(lo, hi, f"y{k}"), f"yaxis{k}": _axis(0, .3, f"x{k}")}
+    layout["xaxis5"]["title"], layout["yaxis5"]["title"], layout["yaxis6"]["title"], layout["yaxis7"]["title"] = "optimiser steps", "score, %", "cosine", "points"
+    layout["yaxis6"]["range"] = [-1, 1]
+    low = [go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines+markers", marker={"size": 6}), go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", marker={"size": 10, "symbol": "circle-open"}),
+           go.Bar(x=[], y=[], xaxis="x6", yaxis="y6"), go.Scatter(x=[], y=[], xaxis="x6", yaxis="y6", mode="markers", marker={"symbol": "diamond", "size": 9}), go.Bar(x=[], y=[], xaxis="x7", yaxis="y7")]
+    return _figure(heats + low, layout, 680)
+
+@patch
+def look(self:Similarity) -> bool: return self.story.read() if self.story else False
+
+@patch
+def paint(self:Similarity):
+    "Colours of the theme."
+    p = self.colors
+    with self.fig.batch_update():
+        self.fig.layout.template = template(self.theme.dark)
+        for h, s in zip(self.fig.data[:4], ("amount", "sign", "sign", "sign")): h.colorscale = p[s]
+        for t, k in zip(self.fig.data[4:], (0, 0, 4, 1, 2)): t.marker.color = p["hues"][k]
+        self.fig.data[4].line.color = p["hues"][0]
+
+# %% ../nbs/11_dashboard.ipynb #44425b8b
+@patch
+def matrices(self:Similarity) -> list: # Four [T, T] or None, in the order of `tasks`
+    "Similarity; drops in the stream; drops and transfer of pairs."
+    at = [self.c.tasks.index(t) for t in self.tasks]
+    S = self.c["importance/overlap" if self.place.value == "importance" else f"{self.place.value}/cosine"][np.ix_(at, at)]
+    able = [(r.tasks, r.core(self.what.value)) for r in self.runs if {*r.tasks} == {*self.tasks} and len(r.rows) == len(r.tasks) + 1]
+    drop = adjacent_forgetting(able, self.tasks)[0] if able else None
+    return [S, drop, *(self.pairs or (None, None))]
+
+@patch
+def draw(self:Similarity):
+    "The matrices in their order, and the pair that was clicked."
+    Ms = self.matrices(); order = clustered(Ms[0]) if self.order.value == "clustered" else range(len(self.tasks))
+    names = [self.tasks[i] for i in order]
+    with self.fig.batch_update():
+        notes = []
+        for k, (h, M) in enumerate(zip(self.fig.data[:4], Ms)):
+            h.visible = M is not None
+            for a in "xy": self.fig.layout[f"{a}axis{k + 1}"].visible = M is not None
+            if M is None: notes.append(_title("runs are needed" if k == 1 else "needs a file of pairs:<br>pairwise(…) writes it", k*.265 + .095, .78, xanchor="center", font={"size": 11, "color": self.colors["faint"]})); continue
+            M = np.asarray(M, float)[np.ix_(order, order)]; most = max(1., np.nanmax(np.abs(M))) if k and not np.isnan(M).all() else 1.
+            h.x, h.y, h.z, h.zmin, h.zmax = names, names, M, -most if k else min(0., float(np.nanmin(M))), most
+            h.texttemplate, h.textfont = ("%{z:.0f}" if k else "%{z:.2f}") if len(names) <= 8 else None, {"size": 9.5}
+        titles = [_title(t + (", points" if k else ""), k*.265, 1.01) for k, t in enumerate(_squares)]
+        self.fig.layout.annotations = [*titles, *notes, self._mantel(Ms), *self._pair()]
+
+@patch
+def _mantel(self:Similarity, Ms) -> dict: # An annotation
+    "Does similarity go with the drop? Over all pairs of tasks."
+    S, F = Ms[0], Ms[2] if Ms[2] is not None else Ms[1]
+    try: m = mantel(S, F) if F is not None else None; said = f"similarity and drop: r = {m['pearson']:.2f}, p = {m['p_pearson']:.3f} ({m['cells']} pairs, tasks permuted)" if m else ""
+    except CitError: said = "no test of similarity against the drop: some pairs of tasks were never neighbours"
+    return _title(said, 0, .4, font={"size": 11, "color": self.colors["faint"]})
+
+# %% ../nbs/11_dashboard.ipynb #e4682d1d
+@patch
+def _clicked(self:Similarity, trace, points, state):
+    "Choose a pair: the row's task is the old one."
+    if points.ys: self.pick(points.ys[0], points.xs[0])
+
+@patch
+def pick(self:Similarity, old:str, new:str):
+    "Show a pair of tasks."
+    one_of("task", old, self.tasks), one_of("task", new, self.tasks)
+    self.cell = old, new
+    self.safely(self.draw)
+    self.safely(self._show_examples)
+
+@patch
+def _pair(self:Similarity) -> list: # Annotations
+    "The three panels for the chosen pair."
+    for k in (5, 6, 7):
+        for a in "xy": self.fig.layout[f"{a}axis{k}"].visible = self.cell is not None
+    if not self.cell: return [_title("Click on a cell to see what happened between its two tasks", .5, .14, xanchor="center", font={"size": 12, "color": self.colors["faint"]})]
+    (old, new), data = self.cell, self.fig.data[4:]
+    (data[0].x, data[0].y), (data[1].x, data[1].y) = self._course(old, new)
+    data[2].x, data[2].y, data[3].x, data[3].y = self._cosines(old, new)
+    data[4].x, data[4].y = ["formatted", "format", "content"], self._split(old, new)
+    return [_title(f"{old} while {new} was trained", 0, .315), _title("gradient cosine, by layer", .46, .315), _title(f"what {old} lost", .78, .315)]
+
+@patch
+def _course(self:Similarity, old, new) -> tuple: # ((steps, values), (steps, values))
+    "The old task's curve within the other's steps, and its rows of R at both ends."
+    s = self.story; span = next(((a, b) for t, a, b in s.spans if t == new), None) if s else None
+    if span is None: return ([], []), ([], [])
+    inside = lambda x, y: (x[(x >= span[0]) & (x <= span[1])], y[(x >= span[0]) & (x <= span[1])])
+    return inside(*s.line(old, self.what.value)), inside(*s.ends(old, self.what.value))
+
+@patch
+def _cosines(self:Similarity, old, new) -> tuple: # (names, start model's, names, mean of the watcher's)
+    "Of the two tasks at the start model, and of the old one with the new while that was trained."
+    at = [self.c.tasks.index(t) for t in (old, new)]
+    layers = [p for p in self.c.places() if p.startswith("gradient/")]
+    short = lambda p: p.removeprefix("gradient/").removeprefix("layer ")
+    seen = [f["grad_cos_layers"][old] for f in self.story.full if f["task"] == new and old in f["grad_cos_layers"]] if self.story else []
+    with np.errstate(all="ignore"): mean = np.array(seen).mean(0) if seen else np.array([])
+    return [short(p) for p in layers], [float(self.c[f"{p}/cosine"][tuple(at)]) for p in layers], [str(i) for i in range(len(mean))], mean
+
+@patch
+def _split(self:Similarity, old, new) -> list: # Points: as formatted, of format, of content
+    "How the old task's three scores fell from the row before the new task to the one after it."
+    if not self.rec or new not in self.rec.rows: return [0, 0, 0]
+    t, i = self.rec.rows.index(new), [c for c, _ in self.rec.columns].index(old)
+    Ms = [self.rec.matrix(k) for k in ("formatted", "valid", "content")]
+    return [float(M[t - 1, i] - M[t, i]) for M in Ms]
+
+# %% ../nbs/11_dashboard.ipynb #03a3f73c
+@patch
+def _show_examples(self:Similarity, n:int=3):
+    "Examples of both tasks."
+    stream = _stream_of(self.rec) if self.rec else get_stream(self.c.about["stream"])
+    def cells(name):
+        out = []
+        for k in range(n):
+            e = stream.task(name).example("train", k)
+            out += [_png(e.image, 90), f'<div style="max-width:170px">{html.escape(e.question)}</div><b>{html.escape(e.answer)}</b>'.replace("\n", "<br>")]
+        return out
+    self.examples.value = _grid(["task"] + ["example", ""]*n, [[html.escape(t), *cells(t)] for t in dict.fromkeys(self.cell)])
+
+# %% ../nbs/11_dashboard.ipynb #0368a08b
+class Spectra(View):
+    "Spectra of each task, energy in each other's directions, principal angles; hidden layers as the watcher sees them."
+    def __init__(self, collected, # What `collect` gave, or its file
+                 rec=None, # A run with a watcher
+                 dark:bool|None=None):
+        self.c = collected if isinstance(collected, Collected) else read_collected(collected)
+        self.story = Story(rec) if rec is not None else None
+        mine = self.story.rec.tasks if self.story else self.c.tasks
+        self.tasks = [t for t in mine if t in self.c.tasks]
+        levels = defaultdict(list)
+        for p in self.c.places("raw/values"): levels[p.rpartition("/")[0]].append(p.rpartition("/")[2])
+        if not levels: raise CitError("the collected file holds no spectra; `collect` writes them")
+        self.levels = dict(levels); drop = lambda name, options, wide, **kw: W.Dropdown(options=options, description=name, layout={"width": wide}, style={"description_width": "60px"}, **kw)
+        self.level = drop("level", list(levels), "170px"); self.modality = drop("modality", levels[self.level.value], "190px")
+        self.variant = drop("rows", [("as they are", "raw"), ("centred", "centred")] + [("capped", "capped")]*bool(self.c.places("capped/values")), "180px", value="centred")
+        self.task = drop("from", self.tasks, "190px")
+        self.k = W.IntSlider(8, 1, 64, description="k", layout={"width": "250px"}, style={"description_width": "60px"}, continuous_update=False)
+        self.share = W.FloatSlider(.9, min=.5, max=.99, step=.01, description="energy", layout={"width": "250px"}, style={"description_width": "60px"}, continuous_update=False)
+        self.layer = drop("layer", [0], "130px"); self.measure = drop("layers", [(v, k) for k, v in _layered.items()], "320px", value="angle")
+        self.fig = self._make()
+        super().__init__([W.HBox([self.level, self.modality, self.variant, self.task, self.k]), W.HBox([self.share, self.layer, self.measure]), self.fig], dark)
+        self.level.observe(lambda c: self.safely(lambda: _offer(self.modality, self.levels[c["new"]])), "value")
+        for w in (self.modality, self.variant, self.task, self.k, self.share, self.layer, self.measure): w.observe(lambda _: self.safely(self.draw), "value")
+
+# %% ../nbs/11_dashboard.ipynb #b3e67dda
+@patch
+def _make(self:Spectra) -> go.FigureWidget:
+    "Two panels above, two below; a line per task in the first, the second and the fourth."
+    x = ((0, .44), (.56, 1)); layout = {"margin": {"l": 70, "r": 20, "t": 50, "b": 50}, "legend": {"x": 1.01, "y": 1}}
+    for k in range(4): layout |= {f"xaxis{k + 1}": _axis(*x[k % 2], f"y{k + 1}"), f"yaxis{k + 1}": _axis(*((.58, 1) if k < 2 else (0, .38)), f"x{k + 1}")}
+    for k, a, b in ((1, "direction", "√eigenvalue, per token"), (2, "k, directions of the task chosen", "share of energy"), (3, "principal angle, by rank", "angle, degrees"), (4, "optimiser steps", "")): layout[f"xaxis{k}"]["title"], layout[f"yaxis{k}"]["title"] = a, b
+    layout["xaxis1"] |= {"type": "log", "dtick": 1}; layout["yaxis1"] |= {"type": "log", "exponentformat": "power"}; layout["yaxis2"]["range"] = [0, 1.03]; layout["yaxis3"]["range"] = [-2, 92]; layout["xaxis3"] |= {"rangemode": "tozero"}
+    data = []
+    for k in range(1, 5):
+        for i, t in enumerate(self.tasks): data.append(go.Scatter(x=[], y=[], name=t, legendgroup=t, showlegend=k == 1, xaxis=f"x{k}", yaxis=f"y{k}", mode="lines" if k < 3 else "lines+markers", marker={"symbol": _symbols[i % 8], "size": 6}, line={"dash": ("solid", "dash", "dot", "dashdot")[i//2 % 4] if k < 3 else "solid"}, hovertemplate=f"{t}<br>%{{x}}: %{{y:.3g}}<extra></extra>"))
+    data += [go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0}, fill="toself", opacity=.3, hoverinfo="skip", showlegend=False),
+             go.Scatter(x=[], y=[], name="k/d, by chance", xaxis="x2", yaxis="y2", mode="lines", line={"dash": "dot", "width": 1}), go.Scatter(x=[], y=[], name="itself, other half", xaxis="x2", yaxis="y2", mode="lines", line={"width": 1.5})]
+    return _figure(data, layout, 700)
+
+@patch
+def look(self:Spectra) -> bool:
+    if not (self.story and self.story.read()): return False
+    deep = max((len(v) for f in self.story.frames for v in f["drift"].values()), default=0)
+    if deep and len(self.layer.options) != deep: _offer(self.layer, list(range(deep))); self.layer.value = deep - 1
+    return True
+
+@patch
+def paint(self:Spectra):
+    "Colours of the theme."
+    p, T = self.colors, len(self.tasks)
+    with self.fig.batch_update():
+        self.fig.layout.template = template(self.theme.dark)
+        for i, t in enumerate(self.fig.data[:4*T]): t.line.color = t.marker.color = p["hues"][i % T % 8]
+        for t in self.fig.data[4*T + 1:]: t.line.color = p["faint"] if t.name.startswith("k/d") else p["ink"]
+
+# %% ../nbs/11_dashboard.ipynb #03be2ef7
+@patch
+def draw(self:Spectra):
+    "All four panels."
+    T, p, place = len(self.tasks), self.colors, f"{self.level.value}/{self.modality.value}"
+    get = lambda what: self.c[f"{place}/{self.variant.value}/{what}"]
+    at = [self.c.tasks.index(t) for t in self.tasks]; a = self.c.tasks.index(self.task.value)
+    values, energy, basis = get("values"), get("energy"), get("basis")
+    d, K = values.shape[1], energy.shape[2]; k = min(self.k.value, K); own = self.tasks.index(self.task.value)
+    with self.fig.batch_update():
+        for i, t in enumerate(at):
+            one, two, three, four = (self.fig.data[n*T + i] for n in range(4))
+            v = np.sqrt(values[t]); seen = v > 1e-4*v[0]
+            one.x, one.y, one.line.width = np.arange(1, d + 1)[seen], v[seen], 3 if i == own else 1.5
+            two.x, two.y, two.visible = np.arange(1, K + 1), energy[a, t], i != own
+            angle = angles(basis[a][:, :k].astype(float), basis[t][:, :k].astype(float))
+            three.x, three.y, three.visible = np.arange(1, k + 1), angle, i != own
+            four.x, four.y = self._moved(self.tasks[i])
+        self._bounds(get, a, d, K, p)
+        need = int((values[a].cumsum()/values[a].sum() < self.share.value).sum()) + 1
+        line = lambda x, axis, dash: {"type": "line", "x0": x, "x1": x, "xref": axis, "yref": f"{axis.replace('x', 'y')} domain", "y0": 0, "y1": 1, "line": {"color": p["faint"], "width": 1, "dash": dash}}
+        self.fig.layout.shapes = [line(need, "x", "dash"), line(k, "x2", "dash")]
+        self.fig.layout.annotations = self._titles(place, need, k)
+        self.fig.layout.yaxis4.title = _layered[self.measure.value]
+
+# %% ../nbs/11_dashboard.ipynb #98c04791
+@patch
+def _moved(self:Spectra, task:str) -> tuple: # (steps, values)
+    "A measure of one hidden layer over the steps."
+    if not self.story: return [], []
+    got = [(f["step"], f[self.measure.value][task][self.layer.value]) for f in self.story.frames if len(f[self.measure.value].get(task, ())) > self.layer.value]
+    return tuple(zip(*got)) if got else ([], [])
+
+@patch
+def _bounds(self:Spectra, get, a:int, d:int, K:int, p:dict):
+    "The chosen task's bootstrap band; what chance and the task's own other half would give."
+    band, chance, half = self.fig.data[-3:]
+    low, high = get("band")[a]; x = np.arange(1, len(low) + 1); good = low > 1e-4*high[0]
+    band.x, band.y, band.fillcolor = np.r_[x[good], x[good][::-1]], np.r_[high[good], low[good][::-1]], p["hues"][self.tasks.index(self.task.value) % 8]
+    chance.x, chance.y, half.x, half.y = np.arange(1, K + 1), np.arange(1, K + 1)/d, np.arange(1, K + 1), get("split")[a]
+
+@patch
+def _titles(self:Spectra, place:str, need:int, k:int) -> list: # Annotations
+    t = self.task.value
+    out = [_title(f"spectra of {place.replace('/', ', ')} tokens", 0, 1.01), _title(f"energy of each task in the directions of {t}", .56, 1.01),
+           _title(f"angles to {t}, {k} directions each", 0, .395), _title(f"hidden layer {self.layer.value}: each task now against its own end", .56, .395),
+           {"text": f"{need} directions: {self.share.value:.0%} of {t}", "x": np.log10(need), "xref": "x", "y": 1, "yref": "y domain", "yanchor": "top", "xanchor": "left", "showarrow": False, "font": {"size": 11, "color": self.colors["faint"]}}]
+    if not any(len(t.x) for t in self.fig.data[3*len(self.tasks):4*len(self.tasks)]): out.append(_title("a run with a watcher shows its layers here", .78, .18, xanchor="center", font={"size": 11, "color": self.colors["faint"]}))
+    return out
+
 # %% ../nbs/11_dashboard.ipynb #d1a4a912
 def choices(cls, # A method's dataclass
             name:str, # One of its fields
@@ -873,13 +1167,11 @@ def ask(self:Ask):
     self.answer.value = f'<b style="font-size:15px">{html.escape(got.text)}</b><br><span style="opacity:.7">answered by {html.escape(when)}</span>'
     self.bench.say("")
 
-# %% ../nbs/11_dashboard.ipynb #383817ac
-def _offer(w, # A Dropdown
-           options:list): # Values, or (label, value) pairs
-    "New options; what was chosen stays chosen while it is there."
-    values = [o[1] if isinstance(o, tuple) else o for o in options]; had = w.value
-    w.options = options
-    if values: w.value = had if had in values else values[0]
+# %% ../nbs/11_dashboard.ipynb #33c17636
+def runs_in(where:Path) -> list: # Records
+    "The runs right below a folder, those that were launched and have not begun among them."
+    begun = lambda p: any((p/f).is_file() for f in ("run.json", "asked.json"))
+    return [Record(p) for p in where.iterdir() if not p.name.startswith(".") and (begun(p) if p.is_dir() else p.suffix == ".jsonl")]
 
 # %% ../nbs/11_dashboard.ipynb #2ff04a56
 _tabs = ("New run", "Forgetting", "Similarity", "Spectra", "Compare", "Branch", "Ask")
@@ -922,7 +1214,7 @@ def _wire(self:Workbench):
 @patch
 def look(self:Workbench) -> bool:
     "New runs in the folder, and the state of the chosen one."
-    names = [r.name for r in sorted(find_runs(self.where), key=lambda r: -r.path.stat().st_mtime)] if self.where.exists() else []
+    names = [r.name for r in sorted(runs_in(self.where), key=lambda r: -r.path.stat().st_mtime)]
     if set(names) != set(self.run.options):
         self.listing = True; _offer(self.run, names); self.listing = False
         self.choose()
@@ -958,11 +1250,20 @@ def reveal(self:Workbench):
     for n, v in self.views.items(): v.asleep = n != name
     if name == "Branch": self.offer()
     if name == "Ask": self.asked.fill()
-    made = {"Forgetting": Forgetting, "Compare": lambda rec, **kw: Compare(self.where, ("interactive",), **kw)}.get(name)
+    made = {"Forgetting": Forgetting, "Compare": lambda rec, **kw: Compare(self.where, ("interactive",), **kw),
+            "Similarity": lambda rec, **kw: Similarity(self.collected(), rec, **kw), "Spectra": lambda rec, **kw: Spectra(self.collected(), rec, **kw)}.get(name)
     if not made or self.rec is None or name in self.views: return
     dark = self.theme.dark if self.theme.fixed else None
     view = self.views[name] = made(self.rec, dark=dark)
     self.tabs.children = [view if t == name else c for t, c in zip(_tabs, self.tabs.children)]
+
+@patch
+def collected(self:Workbench) -> Path:
+    "The collected file of the chosen run's start and stream, in the folder of runs or in the cache."
+    found = collected_for(self.rec, [self.where, self.where/"collected", cache_dir()/"collected"])
+    c = self.rec.config
+    if not found: raise CitError(f"nothing was measured for these tasks yet; once: from cit_workbench.evaluate import collect; collect({c['backbone']!r}, {c['stream']!r}, {c.get('stream_args') or {}!r}, layers=[3], gradients=True)")
+    return found[0]
 
 # %% ../nbs/11_dashboard.ipynb #e66a88ee
 @patch
