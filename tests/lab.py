@@ -45,7 +45,7 @@ def server(folder, **env):
         p = subprocess.Popen([sys.executable, "-m", "jupyterlab", *flags], stdout=log, stderr=log, env=env)
     try:
         at = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        for _ in range(480):
             try: urllib.request.urlopen(f"{at}/api?token={token}", timeout=1).close(); break
             except OSError:
                 assert p.poll() is None, (home/"log.txt").read_text()[-2000:]
@@ -75,9 +75,9 @@ class Lab:
         self.ready()
 
     def ready(self):
-        self.page.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell')", timeout=60_000)
+        self.page.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell')", timeout=180_000)
         kernel = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
-        self.page.wait_for_function(f"{kernel}?.connectionStatus === 'connected' && {kernel}.status === 'idle'", timeout=60_000)
+        self.page.wait_for_function(f"{kernel}?.connectionStatus === 'connected' && {kernel}.status === 'idle'", timeout=180_000)
 
     def do(self, command, **args): self.page.evaluate("([c, a]) => { window.jupyterapp.commands.execute(c, a) }", [command, args])
 
@@ -89,7 +89,7 @@ class Lab:
 
     def dark(self, yes=True):
         self.do("apputils:change-theme", theme=f"JupyterLab {'Dark' if yes else 'Light'}")
-        self.page.wait_for_selector(f"body[data-jp-theme-light={'false' if yes else 'true'}]", state="attached", timeout=20_000)
+        self.page.wait_for_selector(f"body[data-jp-theme-light={'false' if yes else 'true'}]", state="attached", timeout=60_000)
 
     def view(self, n=0): return self.page.locator(".cit-view").nth(n)
 
@@ -102,7 +102,7 @@ class Lab:
         self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
         self.ready()
         self.do("notebook:clear-all-cell-outputs")
-        self.view().wait_for(state="detached", timeout=30_000)
+        self.view().wait_for(state="detached", timeout=120_000)
 
     def field(self, name):
         "The input of the visible widget with that label."
