@@ -79,7 +79,7 @@ def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     until(lambda: state(lab) == "stopped")
 
     lab.tab("Branch")
-    until(lambda: re.search("step [0-9]+", lab.field("from").locator("option").last.inner_text()))
+    until(lambda: re.search(r"step\s[0-9]+", lab.field("from").locator("option").last.inner_text()))
     lab.type("learning rate", "0.001")
     lab.type("folder", "second")
     lab.button("Branch", exact=True).click()
