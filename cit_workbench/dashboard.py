@@ -204,9 +204,9 @@ class View(W.VBox):
     def colors(self) -> dict: return palette(self.theme.dark)
 
 # %% ../nbs/11_dashboard.ipynb #3a1f650d
-def framed(fig) -> W.Box:
+def framed(fig) -> W.VBox:
     "A figure in a box in which it can be exchanged."
-    box = W.Box([fig], layout={"width": "100%"}); box.add_class("cit-figure")
+    box = W.VBox([fig], layout={"width": "100%"}); box.add_class("cit-figure")
     return box
 
 @patch
