@@ -236,17 +236,19 @@ def pairwise(stream:str, # A stream whose arguments include `tasks`
     pairs = [(i, j) for i in tasks for j in tasks if i != j]
     runs = {p: make(folder/"--".join(p), *p) for p in pairs}
     todo = [p for p in pairs if not (runs[p].folder/"result.json").is_file()]
-    whole = {i: next((p for p in pairs if p[0] == i and p not in todo), (i, next(j for j in tasks if j != i))) for i in tasks}
+    known, whole = {p: (p[0], *(t.name for t in r.data.held_in)) for p, r in runs.items()}, {}
+    for p in sorted(pairs, key=lambda p: p in todo): whole.setdefault(known[p], p)
     stages = len(todo) + sum(p in todo for p in whole.values())
     if todo:
         with tempfile.TemporaryDirectory() as tmp: each, steps = _pace(make, tmp)
-        say(f"{stages} of {len(tasks)**2} stages to train, {steps} steps each: about {stages*each/60:.1f} minutes, by a trial of 5 steps")
+        say(f"{stages} of {len(pairs) + len(whole)} stages to train, {steps} steps each: about {stages*each/60:.1f} minutes, by a trial of 5 steps")
     scores = {}
     with progress(desc=f"pairs of {stream}", total=stages, unit="stage") as bar:
-        for p in sorted(pairs, key=lambda p: (tasks.index(p[0]), p != whole[p[0]])):
-            if p in todo and p != whole[p[0]] and not checkpoints(runs[p].folder/"checkpoints"): _branch(runs[p], runs[whole[p[0]]])
+        for p in sorted(pairs, key=lambda p: (tasks.index(p[0]), p != whole[known[p]])):
+            trunk = whole[known[p]]
+            if p in todo and p != trunk and not checkpoints(runs[p].folder/"checkpoints"): _branch(runs[p], runs[trunk])
             R = runs[p].train().core()
             scores[p[0]], scores[p] = {p[0]: float(R[0, 0])}, dict(zip(p, map(float, R[1])))
-            _write_pairs(folder/"pairs.json", tasks, scores); bar.update((p in todo)*(1 + (p == whole[p[0]])))
+            _write_pairs(folder/"pairs.json", tasks, scores); bar.update((p in todo)*(1 + (p == trunk)))
     F, X = pair_matrices(scores, tasks)
     return {"tasks": tasks, "F": F, "T": X}

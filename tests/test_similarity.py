@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ def test_measuring_leaves_a_net_as_it_was(tmp_path):
     jitter(net)
     net.model.train()
     before = net.state_key(), list(net.seen), set(net.observed), net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()}
-    got = net.observe(TASKS, 16, [1], gradients=True)
+    got = net.observe(TASKS[:2], 16, [1], gradients=True)
     assert before == (net.state_key(), net.seen, net.observed, net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()})
     assert net.model.training and not any(m._forward_hooks for m in net.backbone.lm.layers)
-    assert got["gradient/all/cosine"].shape == got["importance/overlap"].shape == (3, 3)
+    assert got["gradient/all/cosine"].shape == got["importance/overlap"].shape == (2, 2)
     assert all(np.isfinite(a).all() for a in got.values())
 
 
@@ -65,7 +66,7 @@ def test_soft_prompts_do_not_shift_what_is_measured(tmp_path):
 
 def test_rows_without_an_image_are_measured_by_their_text(tmp_path):
     net = opened(tmp_path/"x").net
-    task, half = net.stream.task(TASKS[0]), lambda make: lambda s, i: (lambda e: e if i % 2 else replace(e, image=None))(make(s, i))
+    task, half = net.stream.task(TASKS[0]), lambda make: lambda s, i: (lambda e: e if i//6 % 2 else replace(e, image=None))(make(s, i))
     mixed = replace(task, make=half(task.make), name="mixed")
     blind = replace(task, make=lambda s, i: replace(task.make(s, i), image=None), name="blind")
     net.plan = net.stream = replace(net.stream, tasks=[task, mixed, blind])
@@ -82,18 +83,20 @@ def test_a_branch_ends_with_the_bits_of_a_whole_run(tmp_path, method):
     fields = {**{k: v for k, v in SPEC.items() if k != "stream_args"}, "method": method, "method_args": ARGS.get(method, {})}
     args = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}
     got = pairwise("shapes", tmp_path/"p", TASKS, args, say=lambda line: None, **fields)
-    a, b, c = TASKS
-    whole = tiny(tmp_path/"whole", method, stream_args={"tasks": [a, c]})
+    _, b, c = TASKS  # the one in the middle is held in elsewhere: only its own pairs share their held-in tasks
+    whole = tiny(tmp_path/"whole", method, stream_args={"tasks": [b, c]})
     whole.train()
-    same_files(tmp_path/"p"/f"{a}--{c}", whole.folder)
-    assert not (tmp_path/"p"/f"{a}--{c}"/"checkpoints"/"001-y-trained").exists()
+    same_files(tmp_path/"p"/f"{b}--{c}", whole.folder)
+    ends = sorted(f.parent.parent.parent.name for f in tmp_path.glob("p/*/checkpoints/001-y-trained/state.json"))
+    assert ends == ([] if method == "finetune" else [f"{i}--{j}" for i, j in sorted(permutations(TASKS, 2)) if (i, j) != (b, c)])
     tasks, scores = read_pairs(tmp_path/"p"/"pairs.json")
     np.testing.assert_equal(pair_matrices(scores, tasks), (got["F"], got["T"]))
-    assert scores[a, c] == dict(zip((a, c), whole.train().core()[1]))
+    assert scores[b, c] == dict(zip((b, c), whole.train().core()[1]))
 
 
 def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
     fields = {k: v for k, v in SPEC.items() if k != "stream_args"}
+    tasks = ["col-word", "col-mcq", "col-night"]
     args, said = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}, []
     real, calls = Run.train, []
 
@@ -103,11 +106,11 @@ def test_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(Run, "train", some)
-    with pytest.raises(KeyboardInterrupt): pairwise("shapes", tmp_path, TASKS, args, say=said.append, **fields)
+    with pytest.raises(KeyboardInterrupt): pairwise("shapes", tmp_path, tasks, args, say=said.append, **fields)
     monkeypatch.setattr(Run, "train", real)
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/result.json")}
     assert 0 < len(kept) < 6
-    got = pairwise("shapes", tmp_path, TASKS, args, say=said.append, **fields)
+    got = pairwise("shapes", tmp_path, tasks, args, say=said.append, **fields)
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()) and np.isfinite(got["F"]).sum() == 6
     assert said[0].startswith("9 of 9 stages") and not said[1].startswith("9 of 9")
 
