@@ -19,7 +19,7 @@ from fastcore.basics import camel2snake, patch
 from PIL import Image
 
 from .core import CitError, canonical, digest, plain, read_json, write_atomic
-from .record import Record
+from .record import Record, _file
 
 # %% ../nbs/06c_live.ipynb #9939b402
 def hold(folder:Path, # A run folder
@@ -616,6 +616,8 @@ def _settle(rec, source:Path, state:dict, old, run):
         done = [("answers", str(json.loads(e)["row"])) for e in lines if json.loads(e)["kind"] == "row"]
         for d in (*done, *(("adapters", n) for n in state["seen"])):
             if (rec.path.joinpath(*d)).is_dir(): shutil.copytree(rec.path.joinpath(*d), run.folder.joinpath(*d), copy_function=_link)
+        for a in (rec.path/"arrays"/f"{_file(f'watch-{n}')}.npy" for n in state["seen"]):
+            if a.is_file(): (run.folder/"arrays").mkdir(exist_ok=True); _link(a, run.folder/"arrays"/a.name)
         note_asked(run)
         if text := method_source(run.m): write_atomic(run.folder/"method.py", text)
         os.chmod(run.folder, 0o755); os.replace(run.folder, final)

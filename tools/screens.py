@@ -44,7 +44,8 @@ def main(runs, collected, *wanted):
                 lab.wide(); lab.run_all()
                 lab.view().wait_for(timeout=180_000)
                 lab.page.wait_for_function("!document.querySelector('.cit-view')?.innerText.includes('loading the methods')", timeout=180_000)
-                time.sleep(8)
+                lab.page.wait_for_function("[...document.querySelectorAll('.cit-figure')].every(f => f.querySelector('.js-plotly-plot')?.data?.length)", timeout=180_000)
+                time.sleep(6)
                 if name == "forgetting": lab.page.locator(".cit-view .jupyter-widget-Collapse-header").first.click()
                 for dark in (False, True):
                     lab.dark(dark); time.sleep(5)
