@@ -684,7 +684,7 @@ def _make(self:Compare) -> go.FigureWidget:
     layout, heats = {"margin": {"l": 96, "r": 30, "t": 54, "b": 60}, "showlegend": False}, []
     for k in range(4):
         n, lo = k + 1, k*.265
-        layout |= {f"xaxis{n}": _axis(lo, lo + .205, f"y{n}", tickangle=-40, tickfont={"size": 9.5}, automargin=False), f"yaxis{n}": _axis(.6, 1, f"x{n}", tickfont={"size": 9.5}, automargin=False)}
+        layout |= {f"xaxis{n}": _axis(lo, lo + .205, f"y{n}", tickangle=-40, tickfont={"size": 9.5}, automargin=False, showgrid=False), f"yaxis{n}": _axis(.6, 1, f"x{n}", tickfont={"size": 9.5}, automargin=False, showgrid=False)}
         heats.append(_heat(n, 1.005, .6, .4, zmin=0, zmax=100, showscale=k == 3, hovertemplate="after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"))
     layout |= {"xaxis5": _axis(.0, .28, "y5", title="percent"), "yaxis5": _axis(0, .45, "x5", dtick=1, tickfont={"size": 10}),
                "xaxis6": _axis(.38, .64, "y6", title="forgetting, points"), "yaxis6": _axis(0, .45, "x6", title="average accuracy, %"),
@@ -826,7 +826,7 @@ def _make(self:Similarity) -> go.FigureWidget:
     layout, heats = {"margin": {"l": 70, "r": 30, "t": 54, "b": 50}, "showlegend": False}, []
     for k in range(4):
         n, lo = k + 1, k*.265
-        layout |= {f"xaxis{n}": _axis(lo, lo + .19, f"y{n}", tickangle=-40, tickfont={"size": 9.5}, automargin=False), f"yaxis{n}": _axis(.56, 1, f"x{n}", autorange="reversed", tickfont={"size": 9.5}, automargin=False, showticklabels=k == 0)}
+        layout |= {f"xaxis{n}": _axis(lo, lo + .19, f"y{n}", tickangle=-40, tickfont={"size": 9.5}, automargin=False, showgrid=False), f"yaxis{n}": _axis(.56, 1, f"x{n}", autorange="reversed", tickfont={"size": 9.5}, automargin=False, showticklabels=k == 0, showgrid=False)}
         heats.append(_heat(n, lo + .193, .56, .44, hovertemplate="%{y}, then %{x}: %{z:.2f}<extra></extra>" if k else "%{y} and %{x}: %{z:.2f}<extra></extra>"))
     for k, (lo, hi) in enumerate(((0, .36), (.46, .68), (.78, 1)), 5): layout |= {f"xaxis{k}": _axis(lo, hi, f"y{k}"), f"yaxis{k}": _axis(0, .3, f"x{k}")}
     layout["xaxis5"]["title"], layout["yaxis5"]["title"], layout["yaxis6"]["title"], layout["yaxis7"]["title"] = "optimiser steps", "score, %", "cosine", "points"
@@ -907,7 +907,7 @@ def _pair(self:Similarity) -> list: # Annotations
     (data[0].x, data[0].y), (data[1].x, data[1].y) = self._course(old, new)
     data[2].x, data[2].y, data[3].x, data[3].y = self._cosines(old, new)
     data[4].x, data[4].y = ["as formatted", "format", "content"], self._split(old, new)
-    return [_title(f"{old} while {new} was trained", 0, .315), _title("gradient cosine, by layer", .46, .315), _title(f"what {old} lost", .78, .315)]
+    return [_title(f"{old} while {new} was trained", 0, .315), _title("gradient cosine by layer: at the start, ◆ while training", .43, .315), _title(f"what {old} lost", .78, .315)]
 
 @patch
 def _course(self:Similarity, old, new) -> tuple: # ((steps, values), (steps, values))
@@ -980,7 +980,7 @@ def _make(self:Spectra) -> go.FigureWidget:
     x = ((0, .44), (.56, 1)); layout = {"margin": {"l": 70, "r": 20, "t": 50, "b": 50}, "legend": {"x": 1.01, "y": 1}}
     for k in range(4): layout |= {f"xaxis{k + 1}": _axis(*x[k % 2], f"y{k + 1}"), f"yaxis{k + 1}": _axis(*((.58, 1) if k < 2 else (0, .38)), f"x{k + 1}")}
     for k, a, b in ((1, "direction", "√eigenvalue, per token"), (2, "k, directions of the task chosen", "share of energy"), (3, "principal angle, by rank", "angle, degrees"), (4, "optimiser steps", "")): layout[f"xaxis{k}"]["title"], layout[f"yaxis{k}"]["title"] = a, b
-    layout["xaxis1"] |= {"type": "log", "dtick": 1}; layout["yaxis1"] |= {"type": "log", "exponentformat": "power"}; layout["yaxis2"]["range"] = [0, 1.03]; layout["yaxis3"]["range"] = [-2, 92]; layout["xaxis3"] |= {"rangemode": "tozero"}
+    layout["xaxis1"] |= {"type": "log", "dtick": 1}; layout["yaxis1"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}; layout["yaxis2"]["range"] = [0, 1.03]; layout["yaxis3"]["range"] = [-2, 92]; layout["xaxis3"] |= {"rangemode": "tozero"}
     data = []
     for k in range(1, 5):
         for i, t in enumerate(self.tasks): data.append(go.Scatter(x=[], y=[], name=t, legendgroup=t, showlegend=k == 1, xaxis=f"x{k}", yaxis=f"y{k}", mode="lines" if k < 3 else "lines+markers", marker={"symbol": _symbols[i % 8], "size": 6}, line={"dash": ("solid", "dash", "dot", "dashdot")[i//2 % 4] if k < 3 else "solid"}, hovertemplate=f"{t}<br>%{{x}}: %{{y:.3g}}<extra></extra>"))
@@ -1107,6 +1107,7 @@ class Form(W.VBox):
                       "seed": _text("seed", 0), "optim.lr": _text("learning rate", "the recipe's", "peak, of AdamW"), "optim.steps": _text("steps", "the recipe's", "optimiser steps per task"),
                       "optim.batch": _text("batch", 32, "rows per step"), "watch.every": _text("watch every", 0, "steps between probes of old tasks; 0: none"), "watch.full": _text("watch full", 100, "steps between probes with answers and gradients"),
                       "compute.save_every": _text("save every", 0, "steps between checkpoints inside a task; 0: at task ends only"), "out": _text("folder", "method and digest", "name of the run's folder")}
+        for w in self.plain.values() if changes else (): w.placeholder = "unchanged"
         self.fields, self.about = W.VBox(), W.HTML()
         left = W.VBox([self.method, self.plus, self.about, self.fields], layout={"width": "48%"})
         skip = ("stream_args", "order", "watch.full") if changes else ()
