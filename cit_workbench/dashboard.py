@@ -12,7 +12,6 @@ import base64, html, io, json, threading, time
 from collections import Counter, defaultdict
 from copy import deepcopy
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import anywidget
@@ -28,7 +27,7 @@ from .analysis import _hues
 from .core import CitError, cache_dir, leaves, one_of
 from .live import branch, places
 from .metrics import t_interval
-from .record import Lines, Record, _labels, _last, _scale, find_runs, table
+from .record import Lines, Record, _labels, _scale, find_runs, table
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, angles, read_collected
 from .stream import get_stream
@@ -473,7 +472,7 @@ def _clicked(self:Forgetting, trace, points, state):
 @patch
 def draw(self:Forgetting):
     "Everything that is known, at the chosen step."
-    s, p, score, T = self.story, self.colors, self.score.value, len(self.tasks)
+    s, p, score = self.story, self.colors, self.score.value
     with self.fig.batch_update():
         for i, t in enumerate(self.tasks):
             line, ends = self.fig.data[2*i:2*i + 2]
@@ -576,7 +575,7 @@ def columns_of(self:Samples) -> list: # (record number, row, answers)
 @patch
 def show(self:Samples, start:int):
     "One page of samples; with two runs, the filter looks at the first."
-    cols, task = self.columns_of(), self.task.value
+    cols = self.columns_of()
     mine = [c for c in cols if c[0] == 0]
     if not mine:
         self.table.value, self.where.value = "<i>No answers yet: they are written at each task's end, and a packed run keeps none.</i>", ""
@@ -704,7 +703,7 @@ def _clouds(self:Compare) -> list:
 
 # %% ../nbs/11_dashboard.ipynb #e55f9bbf
 @patch
-def paint(self:Compare):
+def paint(self:Compare): # noqa: F811
     "Colours of the theme."
     p = self.colors
     with self.fig.batch_update():
@@ -714,7 +713,7 @@ def paint(self:Compare):
         for t in (self.fig.data[7], self.fig.data[10]): t.line.color = p["faint"]
 
 @patch
-def draw(self:Compare):
+def draw(self:Compare): # noqa: F811
     "The chosen matrices, all intervals, both clouds."
     if not self.lines: return
     names = list(self.lines); style = {n: (self.colors["hues"][i % 8], _symbols[(i + i//8) % 8]) for i, n in enumerate(names)}
@@ -836,10 +835,10 @@ def _make(self:Similarity) -> go.FigureWidget:
     return _figure(heats + low, layout, 680)
 
 @patch
-def look(self:Similarity) -> bool: return self.story.read() if self.story else False
+def look(self:Similarity) -> bool: return self.story.read() if self.story else False # noqa: F811
 
 @patch
-def paint(self:Similarity):
+def paint(self:Similarity): # noqa: F811
     "Colours of the theme."
     p = self.colors
     with self.fig.batch_update():
@@ -859,7 +858,7 @@ def matrices(self:Similarity) -> list: # Four [T, T] or None, in the order of `t
     return [S, drop, *(self.pairs or (None, None))]
 
 @patch
-def draw(self:Similarity):
+def draw(self:Similarity): # noqa: F811
     "The matrices in their order, and the pair that was clicked."
     Ms = self.matrices(); order = clustered(Ms[0]) if self.order.value == "clustered" else range(len(self.tasks))
     names = [self.tasks[i] for i in order]
@@ -989,14 +988,14 @@ def _make(self:Spectra) -> go.FigureWidget:
     return _figure(data, layout, 700)
 
 @patch
-def look(self:Spectra) -> bool:
+def look(self:Spectra) -> bool: # noqa: F811
     if not (self.story and self.story.read()): return False
     deep = max((len(v) for f in self.story.frames for v in f["drift"].values()), default=0)
     if deep and len(self.layer.options) != deep: _offer(self.layer, list(range(deep))); self.layer.value = deep - 1
     return True
 
 @patch
-def paint(self:Spectra):
+def paint(self:Spectra): # noqa: F811
     "Colours of the theme."
     p, T = self.colors, len(self.tasks)
     with self.fig.batch_update():
@@ -1006,7 +1005,7 @@ def paint(self:Spectra):
 
 # %% ../nbs/11_dashboard.ipynb #03be2ef7
 @patch
-def draw(self:Spectra):
+def draw(self:Spectra): # noqa: F811
     "All four panels."
     T, p, place = len(self.tasks), self.colors, f"{self.level.value}/{self.modality.value}"
     get = lambda what: self.c[f"{place}/{self.variant.value}/{what}"]
@@ -1127,7 +1126,7 @@ def fill(self:Form, method:str="finetune"):
     self.show()
 
 @patch
-def show(self:Form):
+def show(self:Form): # noqa: F811
     "The fields of the chosen methods."
     names = [n for n in (self.method.value, self.plus.value) if n]
     self.made = {n: {f[0]: (_field(*f), f) for f in fields_of(self.known[n])} for n in names}
@@ -1185,7 +1184,7 @@ class Ask(W.VBox):
 
 # %% ../nbs/11_dashboard.ipynb #3ff430fe
 @patch
-def fill(self:Ask):
+def fill(self:Ask): # noqa: F811
     "The tasks of the chosen run."
     rec = self.bench.rec
     if rec is None: return
@@ -1195,7 +1194,7 @@ def fill(self:Ask):
     self.show()
 
 @patch
-def show(self:Ask):
+def show(self:Ask): # noqa: F811
     "A validation example: its image, and its instruction to be edited."
     if self.stream is None or self.task.value is None: return
     t = self.stream.task(self.task.value)
@@ -1267,7 +1266,7 @@ def _wire(self:Workbench):
     self.safely(self.reveal)
 
 @patch
-def look(self:Workbench) -> bool:
+def look(self:Workbench) -> bool: # noqa: F811
     "New runs in the folder, and the state of the chosen one."
     names = [r.name for r in sorted(runs_in(self.where), key=lambda r: -r.path.stat().st_mtime)]
     if set(names) != set(self.run.options):
@@ -1280,7 +1279,7 @@ def look(self:Workbench) -> bool:
     return new
 
 @patch
-def draw(self:Workbench):
+def draw(self:Workbench): # noqa: F811
     "The state, and the buttons that make sense in it."
     self.state.value = self.seen or ""
     now = (self.seen or "").split("</b>")[0].removeprefix("<b>")
@@ -1290,7 +1289,7 @@ def draw(self:Workbench):
 
 # %% ../nbs/11_dashboard.ipynb #21cb2b31
 @patch
-def choose(self:Workbench):
+def choose(self:Workbench): # noqa: F811
     "Show another run."
     path = self.where/str(self.run.value)
     if self.listing or not self.run.value or (self.rec and self.rec.path == path): return

@@ -13,9 +13,9 @@ sys.path.insert(0, str(root/"tests"))
 from lab import Lab, browser, notebook, server  # noqa: E402
 
 TASKS, LAYERS = [f"task-{i}" for i in range(8)], 4
-CELL = f"""import psutil
+CELL = """import psutil
 from cit_workbench.dashboard import Forgetting
-v = Forgetting({{run!r}})
+v = Forgetting({run!r})
 me = psutil.Process()
 v"""
 ASK = "me.memory_info().rss, sum(me.cpu_times()[:2]), v.story.step"
