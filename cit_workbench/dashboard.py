@@ -906,7 +906,7 @@ def _pair(self:Similarity) -> list: # Annotations
     (data[0].x, data[0].y), (data[1].x, data[1].y) = self._course(old, new)
     data[2].x, data[2].y, data[3].x, data[3].y = self._cosines(old, new)
     data[4].x, data[4].y = ["as formatted", "format", "content"], self._split(old, new)
-    return [_title(f"{old} while {new} was trained", 0, .315), _title("gradient cosine by layer: at the start, ◆ while training", .43, .315), _title(f"what {old} lost", .78, .315)]
+    return [_title(f"{old} while {new} was trained", 0, .315), _title("gradient cosine: start ▮, in training ◆", .43, .315), _title(f"what {old} lost", .78, .315)]
 
 @patch
 def _course(self:Similarity, old, new) -> tuple: # ((steps, values), (steps, values))
@@ -1303,6 +1303,7 @@ def choose(self:Workbench): # noqa: F811
 def reveal(self:Workbench):
     "Make the view of the tab that is looked at; the others sleep."
     name = _tabs[self.tabs.selected_index or 0]
+    if "error" in self.note.value: self.say("")
     for n, v in self.views.items(): v.asleep = n != name
     if name == "Branch": self.offer()
     if name == "Ask": self.asked.fill()
