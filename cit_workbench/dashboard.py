@@ -813,8 +813,7 @@ class Similarity(View):
         for h in self.fig.data[:4]: h.on_click(self._clicked)
 
 def _pairs(path, tasks) -> tuple: # (F, T) in the order of `tasks`; NaN where unknown
-    names, scores = read_pairs(path)
-    return pair_matrices({k: v for k, v in scores.items()}, [t for t in tasks if t in names]) if {*tasks} <= {*names} else pair_matrices({k: v for k, v in scores.items() if {*([k] if isinstance(k, str) else k)} <= {*tasks}}, tasks)
+    return pair_matrices(read_pairs(path)[1], tasks)
 
 # %% ../nbs/11_dashboard.ipynb #82e1d0da
 _squares = ("similarity", "drop in the stream", "drop in pairs alone", "transfer in pairs alone")
