@@ -1,0 +1,103 @@
+"The workbench in a real browser: start, watch, pause, resume, branch, reload, restart. Skipped where there is no Chromium."
+import json
+import re
+import time
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lab import CHROMIUM, Lab, browser, notebook, server  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+CELLS = ("from cit_workbench.dashboard import Workbench", "bench = Workbench('runs')\nbench")
+TOY = {"tasks": ["col-word", "shp-mcq", "col-night"], "n_train": 96, "n_val": 8, "n_test": 4}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    notebook(folder/"x.ipynb", *CELLS)
+    with server(folder, CIT_CACHE=folder/"cache") as (at, token), browser() as b:
+        lab = Lab(b, at, token, "x.ipynb")
+        lab.folder, lab.errors = folder, []
+        lab.page.on("pageerror", lambda e: lab.errors.append(str(e)))
+        lab.wide()
+        yield lab
+
+
+def until(what, seconds=240):
+    "Wait until `what()` is true; its value."
+    end = time.time() + seconds
+    while not (got := what()):
+        assert time.time() < end, f"nothing came of it within {seconds} s"
+        time.sleep(.2)
+    return got
+
+
+def points(lab):
+    "How many points the curves of the view have, on the screen."
+    return lab.page.locator(".cit-view .cartesianlayer .xy .scatterlayer .trace .points path:visible").count()
+
+
+def state(lab): return lab.page.locator(".cit-view b").first.inner_text()
+
+
+def events(lab, run): return (lab.folder/"runs"/run/"events.jsonl").read_bytes().count(b"\n")
+
+
+def run_all(lab):
+    "Run the cells and wait for the form."
+    lab.run_all()
+    lab.view().wait_for(timeout=240_000)
+    until(lambda: lab.button("Start").is_enabled())
+
+
+def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
+    run_all(lab)
+    for name, value in {"stream args": json.dumps(TOY), "learning rate": "fast", "steps": "150", "watch every": "5",
+                        "watch full": "20", "save every": "25", "folder": "first"}.items(): lab.type(name, value)
+    lab.button("Start").click()
+    note = lab.page.locator(".cit-view", has_text="must be a number")
+    note.wait_for(timeout=120_000)
+    assert "Traceback" not in lab.page.locator(".jp-Notebook").inner_text()
+
+    lab.type("learning rate", "0.003")
+    lab.button("Start").click()
+    until(lambda: points(lab) > 6)
+    early, n = lab.view().screenshot(), points(lab)
+    until(lambda: points(lab) > n + 8)
+    assert lab.view().screenshot() != early
+
+    lab.button("Pause").click()
+    until(lambda: state(lab) == "paused")
+    here = events(lab, "first")
+    time.sleep(1.5)
+    assert events(lab, "first") == here
+    lab.button("Resume").click()
+    until(lambda: events(lab, "first") > here)
+    lab.button("Stop").click()
+    until(lambda: state(lab) == "stopped")
+
+    lab.tab("Branch")
+    until(lambda: re.search(r"step\s[0-9]+", lab.field("from").locator("option").last.inner_text()))
+    lab.type("learning rate", "0.001")
+    lab.type("folder", "second")
+    lab.button("Branch", exact=True).click()
+    until(lambda: lab.field("run").input_value() == "second" and state(lab) in ("running", "finished"))
+    asked = json.loads((lab.folder/"runs/second/asked.json").read_text())
+    assert asked["asked"]["optim"]["lr"] == .001 and asked["parent"]["of"] == "first"
+
+    lab.reload()
+    run_all(lab)
+    lab.choose("run", "second")
+    lab.tab("Forgetting")
+    until(lambda: points(lab) > 10)
+    until(lambda: state(lab) == "finished")
+    last = until(lambda: events(lab, "second") and points(lab))
+
+    lab.restart()
+    run_all(lab)
+    lab.choose("run", "second")
+    lab.tab("Forgetting")
+    until(lambda: points(lab) >= last)
+    assert [e for e in lab.errors if "Failed to initialize model" not in e] == []  # a busy machine: the figure is sent again
