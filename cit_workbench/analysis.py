@@ -373,11 +373,13 @@ def compare(recs): # Records, or where to find them
     return out
 
 # %% ../nbs/10_analysis.ipynb #f94af19c
-def front(points:np.ndarray, # [n, 2], larger is better in both
-         ) -> list: # Indices, the first coordinate ascending
+def front(points, # [n, 2]
+          signs=(1, 1), # +1: more is better, −1: less is better
+         ) -> list: # Indices, the first coordinate ascending; NaN is never on it
     "Points that no other point beats in both coordinates."
-    beaten = lambda p: bool(((points >= p).all(1) & (points > p).any(1)).any())
-    return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: tuple(points[i]))
+    P = np.asarray(points, float).reshape(-1, 2); Q = P*np.asarray(signs)
+    beaten = lambda q: bool(((Q >= q).all(1) & (Q > q).any(1)).any())
+    return sorted((i for i, q in enumerate(Q) if not np.isnan(q).any() and not beaten(q)), key=lambda i: P[i][0])
 
 def _draw_trials(ax, trials, title):
     "Colour for the learning rate and size for the other field, or size for the rate where there is no other."

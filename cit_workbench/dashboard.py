@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['palette', 'template', 'Theme', 'Follow', 'Bounded', 'Story', 'View', 'framed', 'Figure', 'whose', 'Answers',
-           'nearest', 'Forgetting', 'Samples', 'front', 'Runs', 'interval', 'Compare', 'clustered', 'collected_for',
+           'nearest', 'Forgetting', 'Samples', 'Runs', 'interval', 'Compare', 'clustered', 'collected_for',
            'Similarity', 'Spectra', 'choices', 'fields_of', 'method_classes', 'Form', 'Ask', 'runs_in', 'Workbench']
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from IPython import get_ipython
 from PIL import Image
 
-from .analysis import _hues
+from .analysis import _hues, front
 from .core import CitError, cache_dir, leaves, one_of
 from .live import branch, places
 from .metrics import t_interval
@@ -597,15 +597,6 @@ def _sample(self:Samples, i:int, # Question number
     same = [next((a for a in lines if a["question_id"] == key), None) if lines[i:i+1] == [] or lines[i]["question_id"] != key else lines[i] for *_, lines in cols]
     ask, target = html.escape(first["prompt"]).replace("\n", "<br>"), html.escape(str(first["metadata"]["answer"]))
     return [image, f'<div style="max-width:320px">{ask}</div>', target, *map(_verdict, same)]
-
-# %% ../nbs/11_dashboard.ipynb #227436e9
-def front(points, # [n, 2]
-          signs=(1, -1), # +1: more is better, −1: less is better
-         ) -> list: # Positions, by the first coordinate
-    "Which points are beaten in both coordinates by no other."
-    P = np.asarray(points, float).reshape(-1, 2)*np.asarray(signs)
-    beaten = lambda i: any((P[j] >= P[i]).all() and (P[j] > P[i]).any() for j in range(len(P)))
-    return sorted((i for i in range(len(P)) if not np.isnan(P[i]).any() and not beaten(i)), key=lambda i: points[i][0])
 
 # %% ../nbs/11_dashboard.ipynb #feea4c5e
 _costs = {"train_seconds": "training, seconds", "seconds": "training and evaluation, seconds", "trainable": "trainable parameters",
