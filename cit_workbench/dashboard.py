@@ -1069,12 +1069,12 @@ def _typed(text:str):
 
 def _text(name:str, hint:str="", help:str="", wide:str="98%") -> W.Text:
     "A line to type in; what holds while it is empty stands in grey."
-    return W.Text(description=name, placeholder=str(hint), description_tooltip=help, continuous_update=False, layout={"width": wide}, style={"description_width": "92px"})
+    return W.Text(description=name, placeholder=str(hint), tooltip=help, continuous_update=False, layout={"width": wide}, style={"description_width": "92px"})
 
 def _field(name, kind, default, help, allowed):
     "The widget of one field."
     if allowed is None: return _text(name, default, help)
-    return W.Dropdown(description=name, options=[(f"{default} (default)", ""), *((a, a) for a in allowed if a != default)], description_tooltip=help, layout={"width": "98%"}, style={"description_width": "92px"})
+    return W.Dropdown(description=name, options=[(f"{default} (default)", ""), *((a, a) for a in allowed if a != default)], tooltip=help, layout={"width": "98%"}, style={"description_width": "92px"})
 
 # %% ../nbs/11_dashboard.ipynb #d743a4e3
 def method_classes() -> dict:
