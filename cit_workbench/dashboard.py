@@ -26,7 +26,7 @@ from PIL import Image
 from .analysis import _hues, front
 from .core import CitError, cache_dir, leaves, one_of
 from .live import branch, places
-from .metrics import t_interval
+from .metrics import order_means, t_interval
 from .record import Lines, Record, _labels, _scale, find_runs, table
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, angles, read_collected
@@ -121,7 +121,7 @@ class Story:
     def clear(self):
         self.step, self.spans, self.rows = 0, [], {}
         self.frames, self.full = Bounded(self.most//4), Bounded(self.most//4)
-        self.curves, self.watched, self.series = (defaultdict(lambda: Bounded(self.most)) for _ in range(3))
+        self.curves, self.watched = (defaultdict(lambda: Bounded(self.most)) for _ in range(2))
     def read(self) -> bool: # Is there anything new?
         again, events = self.source.new()
         if again: self.clear()
@@ -136,11 +136,9 @@ def _num(v) -> float: return float("nan") if v is None else float(v)
 
 @patch
 def _step(self:Story, e:dict):
-    "A training step: loss, rate, the method's statistics."
+    "A training step: how far the run is."
     if not self.spans or self.spans[-1][0] != e.get("task"): self._begin(e)
     self._at(e)
-    top = {k: e.get(k) for k in ("loss", "added", "lr", "grad_norm")}
-    for k, v in (top | (e.get("stats") or {})).items(): self.series[k].add((self.step, _num(v)))
 
 @patch
 def _probe(self:Story, e:dict):
@@ -160,11 +158,6 @@ def ends(self:Story, task:str, score:str) -> tuple: # (steps, values)
     "The task's column of R, at the steps where its rows were measured."
     pts = [(s, _num(scores.get(task, {}).get(score))) for s, _, scores in self.rows.values()] or [(np.nan, np.nan)]
     return tuple(np.array(pts, float).T)
-
-@patch
-def task_at(self:Story, step:int) -> str:
-    "Which task was trained at a step."
-    return next((t for t, a, b in self.spans if step <= b), self.spans[-1][0]) if self.spans else "start"
 
 # %% ../nbs/11_dashboard.ipynb #f94ea903
 _shown = {} # {cell: (execution, views)}
@@ -623,9 +616,7 @@ def interval(line:list, # [(record, summary)] of one setting
              key:str, # Of the summary
             ) -> tuple: # (mean, half of the 95 % t-interval over orders or NaN)
     "Mean over task orders, seeds of an order averaged first."
-    by = defaultdict(list)
-    for r, s in line: by[tuple(r.tasks)].append(_num(s.get(key)))
-    means = {o: float(np.mean(v)) for o, v in by.items()}
+    means = order_means({(tuple(r.tasks), i): _num(s.get(key)) for i, (r, s) in enumerate(line)})
     if len(means) < 3: return float(np.mean(list(means.values()))), float("nan")
     mean, low, high = t_interval(means)
     return mean, high - mean
@@ -1094,7 +1085,7 @@ class Form(W.VBox):
         self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream", placeholder="an embedded stream or SUITE:FOLDER", **label)
         self.plain = {"stream_args": _text("stream args", '{"tasks": ["col-word", "col-mcq"]}', "arguments of the stream, as JSON"), "order": _text("order", "as the stream says", "task names in training order, separated by commas"),
                       "seed": _text("seed", 0), "optim.lr": _text("learning rate", "the recipe's", "peak, of AdamW"), "optim.steps": _text("steps", "the recipe's", "optimiser steps per task"),
-                      "optim.batch": _text("batch", 32, "rows per step"), "watch.every": _text("watch every", 0, "steps between probes of old tasks; 0: none"), "watch.full": _text("watch full", 100, "steps between probes with answers and gradients"),
+                      "optim.batch": _text("batch", 32, "rows per step"), "watch.every": _text("watch every", 0, "steps between probes of old tasks; 0: none"), "watch.full": _text("watch full", 200, "steps between probes with answers and gradients"),
                       "compute.save_every": _text("save every", 0, "steps between checkpoints inside a task; 0: at task ends only"), "out": _text("folder", "method and digest", "name of the run's folder")}
         for w in self.plain.values() if changes else (): w.placeholder = "unchanged"
         self.fields, self.about = W.VBox(), W.HTML()
