@@ -1,4 +1,5 @@
 "The house: a light import, one source of version and dependencies, pins that cover them, a README that is true."
+import gc
 import re
 import subprocess
 import sys
@@ -77,7 +78,10 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CIT_QUIET", "1")
     ten, dashboard = re.findall(r"```python\n(.*?)```", (root/"README.md").read_text(encoding="utf-8"), re.S)
     assert len(ten.splitlines()) <= 12
-    for source in (ten, dashboard): exec(compile(source, "README.md", "exec"), {})
+    for source in (ten, dashboard): exec(compile(source, "README.md", "exec"), made := {})
+    views = [o for o in gc.get_objects() if type(o) is made["Workbench"]]
+    assert len(views) == 1
+    views[0].close()
 
 
 def test_notebooks_hold_no_errors_and_stay_small():
