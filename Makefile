@@ -1,4 +1,4 @@
-# make demo · make test · make kills · make lab · make sync            Each sets up .venv on first use.
+# make demo · make test · make docs · make kills · make lab · make sync            Each sets up .venv on first use.
 #   PYTHON  the interpreter to build .venv from (3.11 or newer)
 #   TORCH   the build of torch, in pip's words: TORCH="torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
 PYTHON ?= python3
@@ -9,7 +9,7 @@ bin     = $(CURDIR)/$(VENV)/bin
 ready   = $(VENV)/.ready
 one     = OMP_NUM_THREADS=1 PATH="$(bin):$$PATH"
 
-.PHONY: demo test kills lab sync
+.PHONY: demo test docs kills lab sync
 .DEFAULT_GOAL = demo
 
 demo: $(ready)
@@ -24,6 +24,10 @@ test: $(ready)
 	@$(one) $(bin)/nbdev_test --n_workers 2 --do_print
 	@echo "== tests"
 	@$(one) $(bin)/python -m pytest tests -q
+
+docs: $(ready)
+	@$(one) $(bin)/python tools/docs.py
+	@echo "the site: _site/index.html"
 
 kills: $(ready)
 	@$(one) $(bin)/python tests/kills.py --out records/kills.json

@@ -1,0 +1,82 @@
+"""The site: pages are executed when what they read changed, mistakes end the build, links work, nothing comes from elsewhere."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/"tools"))
+import docs  # noqa: E402
+
+
+def notebook(path, *cells):
+    "Write a notebook; text that starts with `md:` is markdown."
+    md = lambda s: {"cell_type": "markdown", "metadata": {}, "source": s[3:]}
+    code = lambda s: {"cell_type": "code", "metadata": {}, "source": s, "outputs": [], "execution_count": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": [md(c) if c.startswith("md:") else code(c) for c in cells], "nbformat": 4, "nbformat_minor": 5,
+                                "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    "A small project: a home page, a method's page that reads a record, a page beside it."
+    monkeypatch.setattr(docs, "WARM", ())
+    at = tmp_path/"project"
+    notebook(at/"nbs/index.ipynb", "md:# Home\n\n> one line", "md:See [the method](methods/er.ipynb#it-keeps-what-it-learned) and `nbs/tutorials/first.ipynb`.")
+    notebook(at/"nbs/methods/er.ipynb", "md:# A method", "md:## It keeps what it learned", "#| hide\nimport json",
+             "json.load(open('../../records/a.json'))['score']")
+    notebook(at/"nbs/tutorials/first.ipynb", "md:# First", "md:From arXiv 1902.10486: $L = 1$", "import plotly.graph_objects as go\ngo.Figure(go.Scatter(y=[1, 2]))",
+             "import ipywidgets\nipywidgets.VBox([ipywidgets.Button(), go.FigureWidget(go.Scatter(y=[1, 2]))])")
+    (at/"records").mkdir(); (at/"records/a.json").write_text('{"score": 71.25}')
+    (at/"constraints.txt").write_text("")
+    return at
+
+
+def test_a_site_is_built_and_only_what_changed_is_executed_again(tree):
+    assert docs.build(tree)["executed"] == 3
+    page = lambda name: (tree/"_site"/name).read_text()
+    assert "71.25" in page("methods/er.html") and "import json" not in page("methods/er.html")
+    assert 'href="tutorials/first.html"' in page("index.html") and re.search(r"caption-text\">Methods<", page("index.html"))
+    assert "https://arxiv.org/abs/1902.10486" in page("tutorials/first.html") and page("tutorials/first.html").count('class="figure"') == 2
+    assert "plotly.min.js" in page("tutorials/first.html") and "plotly.min.js" not in page("methods/er.html")
+    assert docs.build(tree)["executed"] == 0
+    (tree/"records/a.json").write_text('{"score": 71.5}')
+    assert list(docs.build(tree)["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
+
+
+@pytest.mark.parametrize("cell, says", [
+    ("md:[gone](../methods/nowhere.ipynb)", "nowhere"),
+    ("md:[gone](../methods/er.ipynb#not-a-heading)", "not-a-heading"),
+    ("1/0", "ZeroDivisionError"),
+    ("from IPython.display import HTML\nHTML('<script src=\"https://cdn.example.org/x.js\"></script>')", "cdn.example.org"),
+], ids=["page", "anchor", "error", "host"])
+def test_a_mistake_ends_the_build_and_is_named(tree, capfd, cell, says):
+    notebook(tree/"nbs/tutorials/first.ipynb", "md:# First", cell)
+    with pytest.raises(SystemExit) as stop: docs.build(tree)
+    assert says in str(stop.value) + capfd.readouterr().err
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    (tmp_path/"a.html").write_text('<a href="b.html#x">1</a><a href="b.html#y">2</a><a href="c.html">3</a><a href="https://arxiv.org">4</a>'
+                                   '<script src="//cdn.org/p.js"></script><link rel="stylesheet" href="s.css">')
+    (tmp_path/"b.html").write_text('<h1 id="x">b</h1>')
+    (tmp_path/"s.css").write_text("@font-face { src: url('https://fonts.org/f.woff') }")
+    said = docs.broken(tmp_path)
+    assert len(said) == 4, said
+    for part in ("b.html#y", "c.html", "//cdn.org/p.js", "fonts.org"): assert any(part in s for s in said)
+
+
+def test_a_name_links_to_the_one_page_that_explains_it():
+    class names: link = staticmethod(lambda n, here: f"[`{n}`](#api)" if n == "Run" else None)
+    text = "A `Run`, ``` `Run` ```, [`Run`](x.ipynb)\n# `Run`\n```\n`Run`\n```"
+    assert docs.linked(text, root/"nbs/x.ipynb", names, root).count("#api") <= 2
+    assert docs.linked("`Run` and `other`", root/"nbs/x.ipynb", names, root) == "[`Run`](#api) and `other`"
+
+
+def test_directives_are_read_off_the_top():
+    assert docs.directives("#| export\n#| echo: false\nx = 1") == ({"export", "echo:"}, "x = 1")
+    assert docs.only_imports("import a\nfrom b import c") and not docs.only_imports("import a\na.b()")
+    assert list(docs.defined("@patch\ndef f(self:A, x): pass\nclass B: pass\nC = 1")) == ["A.f", "B", "C"]

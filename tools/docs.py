@@ -1,0 +1,333 @@
+"""Build the site from the notebooks: execute what changed, write pages, let Sphinx make them HTML, and check every link.
+
+    python tools/docs.py            the site stands in _site/, opens without a server or a network; work lies in _site.work/
+    python tools/docs.py --fresh    execute every notebook, also those whose sources and records are as they were
+"""
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing as mp
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+root = Path(__file__).resolve().parents[1]
+FIRST = "tutorials explanations methods".split() # of the folders in the sidebar; the others follow by name, then the library
+WARM = ("torch", "transformers.models.llava.modeling_llava", "transformers.models.clip.image_processing_pil_clip", "peft",
+        "matplotlib.pyplot", "matplotlib_inline.backend_inline", "pandas", "scipy.stats", "sklearn.datasets", "plotly.graph_objects",
+        "anywidget", "ipywidgets", "papermill", "nbclient", "execnb.shell", "nbdev.test", "fastcore.test")
+
+
+def notebooks(nbs):
+    "The pages below `nbs`, by path."
+    skip = {".ipynb_checkpoints", "runs", "_proc"}
+    return [p for p in sorted(nbs.rglob("*.ipynb")) if not skip & set(p.relative_to(nbs).parts)]
+
+
+# --- execute -------------------------------------------------------------------------------------------------------
+
+def digest(path):
+    "What a file holds, or the names in a folder."
+    if path.is_dir(): data = "\n".join(sorted(p.name for p in path.iterdir() if p.name != "__pycache__")).encode()
+    else: data = path.read_bytes() if path.is_file() else b"missing"
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class Seen:
+    "Files and folders of the tree at `at` that this process reads from now on, and whether it starts others."
+    def __init__(self, at):
+        self.at, self.paths, self.spawned, self.on = str(at) + os.sep, set(), False, True
+        sys.addaudithook(self.hear)
+
+    def hear(self, event, args):
+        if not self.on: return
+        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"): self.spawned = True
+        elif event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, os.PathLike)):
+            path = os.path.abspath(os.fspath(args[0]))
+            if path.startswith(self.at): self.paths.add(path)
+
+    def deps(self):
+        "{path: digest}: what was read, modules included; the whole package and its records where other processes ran."
+        self.on, at = False, Path(self.at)
+        found = {Path(p) for p in self.paths}
+        found |= {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+        found |= {*(at/"cit_workbench/assets").rglob("*"), at/"constraints.txt"}
+        if self.spawned: found |= {*at.glob("cit_workbench/**/*.py"), *at.glob("records/**/*")}
+        skip = {".venv", ".git", "runs", "__pycache__", "_site", "_site.work"}
+        names = {p.relative_to(at).as_posix(): p for p in found if p.is_relative_to(at)}
+        return {n: digest(p) for n, p in sorted(names.items()) if p.exists() and not skip & set(Path(n).parts)}
+
+
+def execute(path, at, out):
+    "Run a notebook from top to bottom as the tests do, with figures that live in a page; seconds, and the error if any."
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    from nbdev.process import extract_directives
+    os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at)); sys.path.insert(0, str(at)); os.chdir(path.parent)
+    start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="png"), Seen(at)
+    for c in nb.cells: c.pop("outputs", None)
+    _show_figures(shell)
+    def skipped(cell):
+        flags = extract_directives(cell, remove=False) if cell.cell_type == "code" else {"no": []}
+        return flags.keys() & {"no", "notest", "slow", "gpu"} or flags.get("eval:", [""])[0] == "false"
+    try: shell.run_all(nb, exc_stop=True, preproc=skipped); error = None
+    except BaseException: error = shell.prettytb(fname=path)
+    said = [str(o) for c in nb.cells for o in c.get("outputs", []) if "Traceback (most recent call last)" in str(o) or o["output_type"] == "error"]
+    if error or said: return time.time() - start, error or said[0]
+    seen.paths.add(str(path))
+    out.parent.mkdir(parents=True, exist_ok=True); write_nb(nb, out)
+    out.with_suffix(".json").write_text(json.dumps(seen.deps(), indent=0))
+    return time.time() - start, None
+
+
+def _show_figures(shell):
+    "Let a Plotly figure, or a view of the dashboard, become a picture that needs no kernel."
+    import ipywidgets
+    import plotly.graph_objects as go
+    import plotly.io as pio
+    class Drawn(pio.base_renderers.MimetypeRenderer):
+        def to_mimebundle(self, fig): return {"text/html": figure(go.Figure(fig))}
+    pio.renderers["site"], pio.renderers.default = Drawn(), "site"
+    mime = shell.display_formatter.mimebundle_formatter
+    def figures(w):
+        if isinstance(w, go.FigureWidget): return [w]
+        return [f for c in getattr(w, "children", ()) if w.layout.display != "none" for f in figures(c)]
+    def drawn(w): return {"text/html": "".join(map(figure, figures(w)))} if figures(w) else {"text/plain": repr(w)}
+    for base in (go.FigureWidget, ipywidgets.Box): mime.for_type(base, drawn)
+
+
+def figure(fig):
+    "A Plotly figure as data in the page; site.js draws it."
+    data = fig.to_json().replace("</", "<\\/")
+    return f'<div class="figure" style="height:{fig.layout.height or 420}px"><script type="application/json">{data}</script></div>'
+
+
+def fresh(path, out, at):
+    "Is what `out` holds still what executing `path` would give?"
+    side = out.with_suffix(".json")
+    return out.is_file() and side.is_file() and all(digest(at/n) == d for n, d in json.loads(side.read_text()).items())
+
+
+def run_all(pages, at, work, workers=2):
+    "Execute the pages that changed, each in a process forked from one that has imported what all need; seconds by page."
+    out = {p: work/"executed"/p.relative_to(at/"nbs") for p in pages}
+    todo, took, errors = [p for p in pages if not fresh(p, out[p], at)], {}, {}
+    if not todo: return took
+    from tqdm.auto import tqdm
+    ctx = mp.get_context("forkserver"); ctx.set_forkserver_preload(list(WARM))
+    todo.sort(key=lambda p: -p.stat().st_size) # the long ones first, so that no core waits for one of them at the end
+    with ProcessPoolExecutor(workers, ctx, max_tasks_per_child=1) as pool, tqdm(total=len(todo), desc="executing", unit="page") as bar:
+        for job in as_completed(jobs := {pool.submit(execute, p, at, out[p]): p for p in todo}):
+            seconds, error = job.result()
+            took[jobs[job]] = seconds; bar.update()
+            if error: errors[jobs[job]] = error
+    if errors: sys.exit("\n\n".join(f"{p.relative_to(at)} fails:\n{e}" for p, e in errors.items()))
+    return took
+
+
+# --- pages ---------------------------------------------------------------------------------------------------------
+
+def directives(source):
+    "The `#|` lines on top of a cell as words, and the rest."
+    lines = source.splitlines()
+    n = next((i for i, ln in enumerate(lines) if not ln.startswith("#|")), len(lines))
+    return {w for ln in lines[:n] for w in ln[2:].split()[:1]}, "\n".join(lines[n:]).strip("\n")
+
+
+def only_imports(source):
+    "Does a cell bring in names and nothing else?"
+    return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
+
+
+def defined(source):
+    "Names that a cell exports; a patched method as Class.name."
+    for n in ast.parse(source).body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            patched = any(ast.unparse(d).startswith("patch") for d in n.decorator_list)
+            yield f"{ast.unparse(n.args.args[0].annotation)}.{n.name}" if patched else n.name
+        if isinstance(n, ast.Assign): yield from (t.id for t in n.targets if isinstance(t, ast.Name))
+
+
+class Names:
+    "Every public name of the package and the page that explains it."
+    def __init__(self, at, pages):
+        self.at, self.of_page, self.home = at, {}, {}
+        for p in pages:
+            if module := self.module(p): self.of_page[p] = module
+        for p, module in self.of_page.items():
+            for n, obj in vars(importlib.import_module(f"cit_workbench.{module}")).items():
+                own = getattr(obj, "__module__", None) == f"cit_workbench.{module}" and (inspect.isclass(obj) or inspect.isfunction(obj))
+                if own and not n.startswith("_"): self.home.setdefault(n, []).append(p)
+
+    def module(self, path):
+        "What a page exports to, dotted."
+        cells = json.loads(path.read_text())["cells"]
+        found = re.search(r"^#\|\s*default_exp (\S+)", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), re.M)
+        return found and found[1]
+
+    def link(self, name, here):
+        "`name` as a link to where it is explained, if that is one other page."
+        pages = self.home.get(name, [])
+        if len(pages) != 1 or pages[0] == here or (name.islower() and "_" not in name): return None
+        return f"[`{name}`](#{label(self.of_page[pages[0]], name)})"
+
+
+def label(module, name, kind="api"):
+    "The anchor of a name; Sphinx does not tell `Draw` from `draw`."
+    return f"{kind}{'-class' if name[0].isupper() else ''}-{module}-{name}".replace(".", "-").replace("_", "-").lower()
+
+
+def linked(text, here, names, at):
+    "Markdown with links to names, pages and papers where it only mentions them; code blocks stay as they are."
+    def paper(m): return f"[{m[0]}](https://arxiv.org/abs/{m[1]})"
+    def tick(m):
+        p = at/m[1]
+        if m[1].endswith(".ipynb") and p.is_file() and p != here: return f"[`{p.stem}`]({os.path.relpath(p, here.parent)})"
+        return names.link(m[1], here) or m[0]
+    parts = re.split(r"(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$)", text, flags=re.S | re.M)
+    plain = lambda s: re.sub(r"arXiv:? ?(\d{4}\.\d{4,5})", paper, re.sub(r"`([\w./]+)`", tick, s))
+    return "".join(s if i % 2 else plain(s) for i, s in enumerate(parts))
+
+
+def reference(module, name):
+    "A public name: signature, its line, a table of its parameters, and a link to the cell above that defines it."
+    from fastcore.docments import docments
+    obj = importlib.import_module(f"cit_workbench.{module}")
+    for part in name.split("."): obj = inspect.getattr_static(obj, part) if isinstance(obj, type) else getattr(obj, part)
+    head = f"({label(module, name)})=\n### `{name}`\n\n"
+    source = f'<a href="#{label(module, name, "src")}">source</a>'
+    if not (inspect.isclass(obj) or inspect.isfunction(obj)): return None
+    says = (obj.__doc__ or "").strip() if "(" != (obj.__doc__ or "").strip().removeprefix(name.split(".")[-1])[:1] else ""
+    rows = [(k, _type(v.anno), _default(v.default), v.docment or "") for k, v in docments(obj, full=True).items() if k != "self"]
+    rows = [r for r in rows if r[0] != "return" or r[1] not in ("", "None") or r[3]]
+    if not says and not any(r[3] for r in rows): return None
+    cell = lambda t: " ".join(str(t).split()).replace("|", "\\|")
+    code = lambda t: f"`{cell(t)}`" if t else ""
+    table = "\n".join(f"| {code(k) if k != 'return' else '*returns*'} | {code(a)} | {code(d)} | {cell(t)} |" for k, a, d, t in rows)
+    table = f"\n\n| name | type | default | |\n|---|---|---|---|\n{table}" if rows else ""
+    return f"{head}{says} {source}{table}\n"
+
+
+def _type(a):
+    if a is None or str(a) == "<class 'inspect._empty'>": return ""
+    return a.__name__ if isinstance(a, type) and not getattr(a, "__args__", None) else str(a).replace("typing.", "")
+def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else repr(d)[:60]
+
+
+def page(nb, path, names, at):
+    "An executed notebook as the page that people read."
+    module, cells, found = names.of_page.get(path), [], []
+    def add(kind, source, **kw): cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": source, **kw})
+    for c in nb["cells"]:
+        source = "".join(c["source"])
+        if c["cell_type"] == "markdown": add("markdown", linked(source, path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
+        if c["cell_type"] != "code" or not source.strip(): continue
+        flags, source = directives(source)
+        outputs = [o for o in c.get("outputs", []) if o.get("name") != "stderr"]
+        if flags & {"hide", "default_exp"} or (flags & {"export", "exports"} and only_imports(source)): continue
+        tags = [t for t in c["metadata"].get("tags", []) if t in ("parameters", "lesson")] + (["exported"] if flags & {"export", "exports"} else [])
+        if "exported" in tags and module:
+            new = [n for n in defined(source) if not n.split(".")[-1].startswith("_")]
+            anchors = "".join(f'<span id="{label(module, n, "src")}"></span>' for n in new)
+            if anchors: add("markdown", anchors)
+            found += [n for n in new if n not in found]
+        add("code", source, outputs=outputs, execution_count=None)
+        cells[-1]["metadata"]["tags"] = tags + (["remove-input"] if "echo:" in flags else [])
+    table = [r for n in found if (r := reference(module, n))] if module else []
+    if table: add("markdown", "## Reference"); add("markdown", "\n".join(table))
+    return {**nb, "cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}
+
+
+def sidebar(pages, nbs):
+    "The folders of `nbs` as the trees of the home page."
+    folders = sorted({p.relative_to(nbs).parent.as_posix() for p in pages}, key=lambda f: (f == ".", FIRST.index(f) if f in FIRST else 9, f))
+    def tree(f):
+        own = [p.relative_to(nbs).with_suffix("").as_posix() for p in pages if p.parent == nbs/f and p.stem != "index"]
+        if f == "." and (nbs.parent/"CONTRIBUTING.md").is_file(): own.append("CONTRIBUTING")
+        caption = "library" if f == "." else f
+        return f"```{{toctree}}\n:hidden:\n:caption: {caption.capitalize()}\n\n" + "\n".join(own) + "\n```\n"
+    return "\n".join(map(tree, folders))
+
+
+def write_pages(pages, at, work):
+    "Write what Sphinx reads: pages and, beside them, the files that they point to."
+    src, nbs = work/"src", at/"nbs"
+    names, keep = Names(at, pages), set()
+    for p in pages:
+        nb = page(json.loads((work/"executed"/p.relative_to(nbs)).read_text()), p, names, at)
+        if p == nbs/"index.ipynb": nb["cells"].append({"cell_type": "markdown", "id": "sidebar", "metadata": {}, "source": sidebar(pages, nbs)})
+        keep.add(_write(src/"nbs"/p.relative_to(nbs), json.dumps(nb, ensure_ascii=False, indent=1)))
+    for old in {*src.glob("nbs/**/*.ipynb")} - keep: old.unlink()
+    for text in at.glob("CONTRIBUTING.md"): keep.add(_write(src/"nbs"/text.name, linked(text.read_text(), nbs/text.name, names, at)))
+    for name in ("figures", "records", "sweeps", "LICENSE"):
+        if (at/name).exists() and not (src/name).exists(): (src/name).symlink_to(at/name)
+    return src/"nbs"
+
+
+def _write(path, text):
+    "Write only what differs, so that Sphinx reads only what changed."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text: path.write_text(text)
+    return path
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+class Links(HTMLParser):
+    "What a page points to, loads and defines."
+    def __init__(self, path):
+        super().__init__(); self.refs, self.loads, self.ids = [], [], set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
+        if tag == "a" and a.get("href"): self.refs.append(a["href"])
+        if tag in ("script", "img", "iframe", "source", "video") and a.get("src"): self.loads.append(a["src"])
+        if tag == "link" and a.get("href") and a.get("rel") not in ("search", "canonical", "next", "prev", "index", "genindex", "author"): self.loads.append(a["href"])
+
+
+def broken(site):
+    "What is wrong with the links of a built site: one sentence each."
+    pages = {p.resolve(): Links(p) for p in site.rglob("*.html")}
+    def wrong(here, ref, load):
+        u = urlsplit(ref)
+        if u.scheme in ("data", "mailto"): return None
+        if u.scheme or u.netloc: return f"loads {ref} from another host" if load else None
+        to = (here.parent/unquote(u.path)).resolve() if u.path else here
+        if not to.exists(): return f"points to {ref}, which is not there"
+        if u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids: return f"points to {ref}, an anchor that is not there"
+    said = [f"{p.relative_to(site.resolve())} {w}" for p, k in pages.items() for load, refs in ((0, k.refs), (1, k.loads)) for r in refs if (w := wrong(p, r, load))]
+    for css in site.rglob("*.css"):
+        said += [f"{css.relative_to(site)} loads {m} from another host" for m in re.findall(r"(?:url\(|@import )['\"]?((?:https?:)?//[^'\")\s]+)", css.read_text(encoding="utf-8"))]
+    return sorted(set(said))
+
+
+def build(at=root, site=None, anew=False, workers=2):
+    "The whole way; seconds of its parts. Raises SystemExit with what is wrong."
+    site = site or at/"_site"
+    work, nbs, start = site.with_name(site.name + ".work"), at/"nbs", time.time()
+    if anew: shutil.rmtree(work, ignore_errors=True)
+    pages = notebooks(nbs)
+    took = run_all(pages, at, work, workers)
+    executed = time.time(); sys.path.insert(0, str(at))
+    src = write_pages(pages, at, work)
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", str(workers), "-W", "--keep-going", "-c", str(root/"tools/site"),
+               "-d", str(work/"doctrees"), str(src), str(site)]
+    if subprocess.run(command).returncode: sys.exit("Sphinx found what stands above; the site is not complete")
+    if said := broken(site): sys.exit("\n".join(said))
+    return {"pages": len(pages), "executed": len(took), "seconds executing": round(executed - start), "seconds writing": round(time.time() - executed),
+            "slowest": {p.relative_to(nbs).as_posix(): round(s) for p, s in sorted(took.items(), key=lambda o: -o[1])[:5]}}
+
+
+if __name__ == "__main__":
+    print(json.dumps(build(anew="--fresh" in sys.argv), indent=1))
