@@ -73,7 +73,7 @@ def execute(path, at, out):
     from execnb.shell import CaptureShell
     from nbdev.process import extract_directives
     os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at)); sys.path.insert(0, str(at)); os.chdir(path.parent)
-    start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="png"), Seen(at)
+    start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="retina"), Seen(at)
     for c in nb.cells: c.pop("outputs", None)
     _show_figures(shell)
     def skipped(cell):
