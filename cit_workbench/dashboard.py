@@ -18,7 +18,7 @@ from PIL import Image
 from .compare_view import Compare
 from .core import CitError, cache_dir
 from .forgetting_view import Forgetting
-from .launcher import Form, method_classes
+from .launcher import Form, method_classes, run_fields
 from .live import branch, places
 from .record import Record
 from .similarity_view import Similarity, collected_for
@@ -106,7 +106,7 @@ class Workbench(View):
                  classes=method_classes): # () -> {name: class}: the methods that are offered beside the notebook's own
         self.where, self.rec, self.views, self.live, self.was = Path(where), None, {}, {}, ""
         self.where.mkdir(parents=True, exist_ok=True); self.listing, self.compared = False, None
-        self.form, self.branch, self.asked = Form(classes=classes), Form(True, classes), Ask(self)
+        self.classes, self.form, self.branch, self.asked = classes, Form(), Form(True), Ask(self)
         self._controls()
         new, fork = [self.form, self.go], [W.HTML(_branch), self.at, self.branch, self.fork]
         forms = {"New run": W.VBox(new), "Branch": W.VBox(fork), "Ask": self.asked}
@@ -140,7 +140,9 @@ def _wire(self:Workbench):
 @patch
 def _load(self:Workbench):
     "Fill the forms, which loads torch."
-    for form, button in ((self.form, self.go), (self.branch, self.fork)): form.fill(); button.disabled = False
+    package, known = self.classes(), run_fields()
+    self.safely(lambda: [form.fill(package, known) for form in (self.form, self.branch)])
+    self.go.disabled = self.fork.disabled = False
     self.say("")
 
 # %% ../nbs/11_dashboard.ipynb #33c17636

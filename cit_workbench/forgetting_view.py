@@ -42,7 +42,7 @@ class Forgetting(View):
         self.story = Story(rec); self.rec = self.story.rec
         self.tasks, self.answers = self.rec.tasks, Answers(self.rec)
         self.score = choice("curve", [(v, k) for k, v in _scores.items()], 250, value="formatted")
-        self.stat = choice("method", [], 190)
+        self.stat = choice(f"{self.rec.config['method']}'s", [], 200)
         self.layer = choice("layers", [(v, k) for k, v in layered.items()], 270, value="drift")
         self.at = W.IntSlider(0, 0, 0, description="step", layout={"width": "270px"},
                               style={"description_width": "initial"})
@@ -65,6 +65,8 @@ def _make(self:Forgetting) -> go.FigureWidget:
     layout = panels(3, .25) | {"xaxis": axis(0, 1, "y"), "yaxis": axis(.47, 1, "x"), "legend": {"x": 1.01, "y": 1},
                                "xaxis5": axis(0, 1, "y5", matches="x"), "yaxis5": axis(.42, .55, "x5", nticks=4),
                                "margin": {"l": 64, "r": 20, "t": 64, "b": 76}}
+    for k in (2, 3, 4):
+        for a in "xy": layout[f"{a}axis{k}"]["showgrid"] = False
     for k in (2, 3): layout[f"yaxis{k}"] |= {"title": "layer", "dtick": 1}
     layout["yaxis4"] |= {"autorange": "reversed"}
     bars = dict(zip(_cells, (.245, .612, .98)))
@@ -148,7 +150,7 @@ def _acts(self:Forgetting) -> list: # Annotations
     L.yaxis.domain = [.63, 1] if on else [.47, 1]
     L.xaxis.update(title="" if on else _steps, showticklabels=not on)
     L.xaxis5.update(title=_steps if on else "", visible=on); L.yaxis5.visible = on
-    return [title(f"what the method does: {name}", 0, .556)]*on
+    return [title(f"what {self.rec.config['method']} does: {name}", 0, .556)]*on
 
 # %% ../nbs/11c_forgetting_view.ipynb #dab5f1da
 _places = ((0, .12), (.367, .487), (.733, .853)) # Left end and middle of each panel

@@ -7,7 +7,7 @@ __all__ = ['Field', 'choices', 'fields_of', 'hint', 'typed', 'line', 'widget', '
            'chosen', 'Form']
 
 # %% ../nbs/11g_launcher.ipynb #f1d83a62
-import html, json, sys
+import html, json, threading
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
@@ -87,11 +87,11 @@ def method_classes() -> dict:
     return {n: method_class(n) for n in all_methods()}
 
 def notebook_classes() -> dict:
-    "The method classes that the open notebook defines, by name."
-    method, shell = sys.modules.get("cit_workbench.method"), get_ipython()
-    if not (method and shell): return {}
-    own = lambda c: isinstance(c, type) and issubclass(c, method.Method) and c.__module__ == "__main__"
-    found = [c for n, c in list(shell.user_ns.items()) if own(c) and c.__name__ == n]
+    "The method classes that the open notebook defines, by name; loads torch."
+    from cit_workbench.method import Method
+    shell, is_method = get_ipython(), lambda c: isinstance(c, type) and issubclass(c, Method)
+    own = lambda name, c: is_method(c) and (c.__module__, c.__name__) == ("__main__", name)
+    found = [c for name, c in list(shell.user_ns.items()) if own(name, c)] if shell else []
     return {vars(c).get("called", camel2snake(c.__name__)): c for c in found}
 
 # %% ../nbs/11g_launcher.ipynb #b48ea5da
@@ -108,9 +108,8 @@ def chosen(names:list, # Of one method or several
 # %% ../nbs/11g_launcher.ipynb #96df5a21
 class Form(W.VBox):
     "Fields of a run: a method or two with theirs, stream, optimiser, seed, watcher."
-    def __init__(self, changes:bool=False, # Only what may change in a branch
-                 classes=method_classes): # () -> {name: class}; called when the form is first filled
-        self.changes, self.classes, self.package, self.own, self.made = changes, classes, None, {}, {}
+    def __init__(self, changes:bool=False): # Only what may change in a branch
+        self.changes, self.package, self.own, self.made, self.lock = changes, None, {}, {}, threading.RLock()
         self.method, self.plus = (W.Dropdown(options=[""], description=d, **_label) for d in ("method", "plus"))
         self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream",
                                  placeholder="an embedded stream or SUITE:FOLDER", **_label)
@@ -124,20 +123,27 @@ class Form(W.VBox):
 
 # %% ../nbs/11g_launcher.ipynb #1b854f32
 @patch
-def fill(self:Form, method:str="finetune"):
-    "Load the methods and offer them; say what holds where nothing is typed."
-    self.package, self.stream.options = self.classes(), all_streams()
-    for at, f in run_fields().items():
-        if at in self.plain: self.plain[at].tooltip = f.help
-        if at in self.plain and not self.changes: self.plain[at].placeholder = hint(f)
+def fill(self:Form, package:dict, # From `method_classes`
+         known:dict): # From `run_fields`
+    "Offer methods and streams, and say what holds where nothing is typed."
+    for at, w in self.plain.items():
+        w.tooltip = known[at].help
+        if not self.changes: w.placeholder = hint(known[at])
+    self.package, self.stream.options = package, all_streams()
     self.refresh(True)
-    if method in self.package and not self.changes: self.method.value = method
+    first = known["method"].default
+    if first in package and not self.changes: self.method.value = first
 
 @patch
 def refresh(self:Form, anyway:bool=False):
     "Offer what the notebook has defined since."
-    own = notebook_classes()
-    if self.package is None or not (anyway or own != self.own): return
+    if self.package is None: return
+    if (own := notebook_classes()) == self.own and not anyway: return
+    with self.lock: self._offer(own)
+
+@patch
+def _offer(self:Form, own:dict):
+    "The classes of the notebook, then those of the package; what was chosen stays chosen."
     self.own, names = own, [*own, *(n for n in self.package if n not in own)]
     options = [(f"{n} (this notebook)" if n in own else n, n) for n in names]
     for w, none in ((self.method, [("unchanged", "")]*self.changes), (self.plus, [("nothing", "")])):
@@ -156,6 +162,10 @@ _help = 'font-size:11px;line-height:1.3;opacity:.75;margin:-2px 0 4px 98px'
 @patch
 def show(self:Form):
     "The fields of the chosen methods; what was typed stays."
+    with self.lock: self._show()
+
+@patch
+def _show(self:Form):
     names = list(dict.fromkeys(n for n in (self.method.value, self.plus.value) if n))
     had = {(n, k): w.value for n, ws in self.made.items() for k, w in ws.items() if w.value}
     self.made = {n: {f.name: widget(f) for f in fields_of(self.known(n))} for n in names}

@@ -75,7 +75,7 @@ def _measures(self:Similarity) -> list:
 _squares = ("similarity", "drop in the stream, points", "drop in pairs alone, points",
             "transfer in pairs alone, points")
 _low = {"xaxis5": axis(0, .36, "y5", title="optimiser steps"), "yaxis5": axis(0, .3, "x5", title="score, %"),
-        "xaxis6": axis(.46, .68, "y6"), "yaxis6": axis(0, .3, "x6", title="cosine", range=[-1, 1]),
+        "xaxis6": axis(.46, .68, "y6", title="layer"), "yaxis6": axis(0, .3, "x6", title="cosine", range=[-1, 1]),
         "xaxis7": axis(.78, 1, "y7"), "yaxis7": axis(0, .3, "x7", title="points")}
 
 @patch
@@ -152,14 +152,14 @@ def _square(self:Similarity, k:int, M, order) -> list: # Annotations
 @patch
 def _mantel(self:Similarity, Ms) -> dict: # An annotation
     "The correlation of similarity with the drop of pairs, else with that in the stream."
-    S, F = Ms[0], Ms[1] if Ms[2] is None else Ms[2]
-    try: said = _in_words(mantel(S, F)) if F is not None else ""
+    k = 1 if Ms[2] is None else 2
+    try: said = _in_words(mantel(Ms[0], Ms[k]), _squares[k].partition(",")[0]) if Ms[k] is not None else ""
     except CitError: said = "no test of similarity against the drop: some pairs of tasks were never neighbours"
     return remark(said, 0, .4, self.colors, xanchor="left")
 
-def _in_words(m:dict) -> str:
+def _in_words(m:dict, what:str) -> str:
     r, p = f"{m['pearson']:.2f}", f"{m['p_pearson']:.3f}"
-    return f"similarity and drop: r = {r}, p = {p} ({m['cells']} pairs, tasks permuted)"
+    return f"similarity and {what}: r = {r}, p = {p} ({m['cells']} pairs, tasks permuted)"
 
 # %% ../nbs/11e_similarity_view.ipynb #a89f81ca
 @patch

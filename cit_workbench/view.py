@@ -484,7 +484,7 @@ def choice(name:str, options, wide:int, # Pixels
            label:int=0, # Pixels of the name; 0: as long as it is
            **kw) -> W.Dropdown:
     "A menu with its name at its left."
-    return W.Dropdown(options=options, description=name, layout={"width": f"{wide}px"},
+    return W.Dropdown(options=options, description=name, layout={"width": f"{wide}px", "margin": "2px 12px 2px 2px"},
                       style={"description_width": f"{label}px" if label else "initial"}, **kw)
 
 def offer(w, # A Dropdown
