@@ -3,13 +3,24 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from lab import CHROMIUM, Lab, browser, notebook, server  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
-CELLS = ("from cit_workbench.dashboard import Workbench", "bench = Workbench('runs')\nbench")
+OWN = """from dataclasses import dataclass
+from cit_workbench import Method
+@dataclass
+class Half(Method):
+    "Gradients at a part of their size."
+    share: float = .5 # What is left
+    def grads(self, net, s):
+        for p in net.params.values(): p.grad.mul_(self.share)
+    def stats(self, net): return {"left": self.share}"""
+CELLS = ("from cit_workbench.dashboard import Workbench", "bench = Workbench('runs')\nbench", OWN)
 TOY = {"tasks": ["col-word", "shp-mcq", "col-night"], "n_train": 96, "n_val": 8, "n_test": 4}
 
 
@@ -52,6 +63,31 @@ def run_all(lab):
     until(lambda: lab.button("Start").is_enabled())
 
 
+def ask(lab):
+    "A question with an image of one's own; the answer, which comes from the paused run."
+    Image.new("RGB", (48, 48), "red").save(lab.folder/"red.png")
+    lab.tab("Ask")
+    with lab.page.expect_file_chooser() as chooser: lab.button("own image", exact=False).click()
+    chooser.value.set_files(lab.folder/"red.png")
+    until(lambda: "(1)" in lab.button("own image", exact=False).inner_text())
+    until(lambda: "target" not in lab.view().inner_text())
+    lab.page.get_by_placeholder("the instruction").fill("What color is it?")
+    lab.button("Ask").click()
+    lab.page.get_by_text(re.compile("answered by .*, step")).wait_for(timeout=60_000)
+    asked = next((lab.folder/"runs/first/asks").glob("*.npy"))
+    assert np.load(asked)[0, 0].tolist() == [255, 0, 0]
+    lab.tab("Forgetting")
+
+
+def dot(lab, trace, point):
+    "Where a point of the visible figure lies on the page."
+    return lab.page.evaluate("""([k, i]) => {
+        const box = [...document.querySelectorAll('.js-plotly-plot')].find(p => p.offsetParent), t = box._fullData[k];
+        const x = box._fullLayout[t.xaxis.replace('x', 'xaxis')], y = box._fullLayout[t.yaxis.replace('y', 'yaxis')];
+        const r = box.getBoundingClientRect();
+        return [r.left + x._offset + x.d2p(t.x[i]), r.top + y._offset + y.d2p(t.y[i])] }""", [trace, point])
+
+
 def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     run_all(lab)
     for name, value in {"stream args": json.dumps(TOY), "learning rate": "fast", "steps": "150", "watch every": "5",
@@ -59,7 +95,8 @@ def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     lab.button("Start").click()
     note = lab.page.locator(".cit-view", has_text="must be a number")
     note.wait_for(timeout=120_000)
-    assert "Traceback" not in lab.page.locator(".jp-Notebook").inner_text()
+    text = lab.page.locator(".jp-Notebook").inner_text()
+    assert "Traceback" not in text, text[text.index("Traceback"):]
 
     lab.type("learning rate", "0.003")
     lab.button("Start").click()
@@ -73,6 +110,7 @@ def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     here = events(lab, "first")
     time.sleep(1.5)
     assert events(lab, "first") == here
+    ask(lab)
     lab.button("Resume").click()
     until(lambda: events(lab, "first") > here)
     lab.button("Stop").click()
@@ -101,3 +139,26 @@ def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     lab.tab("Forgetting")
     until(lambda: points(lab) >= last)
     assert [e for e in lab.errors if "Failed to initialize model" not in e] == []  # a busy machine: the figure is sent again
+
+
+def test_a_class_of_the_notebook_is_launched_and_a_click_chooses_a_run(lab):
+    until(lambda: lab.page.locator("option", has_text="half (this notebook)").count())
+    lab.tab("New run")
+    lab.choose("method", "half (this notebook)")
+    for name, value in {"share": "0.25", "stream args": json.dumps(TOY), "steps": "40", "watch every": "", "folder": "own"}.items():
+        lab.type(name, value)
+    lab.button("Start").click()
+    until(lambda: (lab.folder/"runs/own/method.py").is_file())
+    assert json.loads((lab.folder/"runs/own/asked.json").read_text())["asked"]["method_args"] == {"share": .25}
+    until(lambda: lab.field("run").input_value() == "own")
+    until(lambda: events(lab, "own") > 8)
+    until(lambda: lab.page.get_by_text("what half does: left").count())
+    lab.button("Stop").click()
+    until(lambda: state(lab) == "stopped")
+
+    lab.tab("Compare")
+    until(lambda: points(lab) > 4)
+    runs = [t.split("<br>")[1] for t in lab.page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].find(p => p.offsetParent)._fullData[8].text")]
+    other = next(i for i, name in enumerate(runs) if name != "own")
+    lab.page.mouse.click(*dot(lab, 8, other))
+    until(lambda: lab.field("run").input_value() == runs[other])

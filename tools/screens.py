@@ -1,6 +1,9 @@
-"""Pictures of the live views in JupyterLab, light and dark: figures/dashboard-VIEW-light.png. Needs Chromium and playwright.
+"""Pictures of the live views in JupyterLab, light and dark: figures/dashboard-VIEW-light.png; needs Chromium.
 
-python tools/screens.py RUNS COLLECTED [VIEW …]   RUNS: a folder with runs `eight`, `finetune` and `er`; COLLECTED: what `collect` wrote
+python tools/screens.py RUNS COLLECTED PAIRS [VIEW …]
+
+RUNS: a folder with runs `eight` (shapes, watched), `ewc` and `er` (four tasks, watched); COLLECTED: what `collect`
+wrote; PAIRS: what `pairwise` wrote
 """
 import io
 import sys
@@ -15,15 +18,20 @@ sys.path.insert(0, str(root/"tests"))
 from lab import Lab, browser, notebook, server  # noqa: E402
 
 
-def cells(runs, collected):
+def cells(runs, collected, pairs):
     "What makes each view."
-    return {"forgetting": f"Forgetting('{runs}/finetune', '{runs}/er')",
-            "similarity": f"v = Similarity('{collected}', '{runs}/eight', '{root}/records/testbed'); v.pick('col-word', 'col-night'); v",
+    similarity = f"v = Similarity('{collected}', '{runs}/eight', '{root}/records/testbed', '{pairs}')"
+    return {"forgetting": f"Forgetting('{runs}/ewc', '{runs}/er')",
+            "similarity": f"{similarity}; v.pick('col-word', 'col-night'); v",
             "spectra": f"v = Spectra('{collected}', '{runs}/eight'); v.task.value = 'col-word'; v",
-            "compare": f"Compare('{root}/records/testbed')",
+            "compare": f"Compare('{root}/records/zoo')",
             "workbench": f"v = Workbench('{runs}'); v",
             "branch": f"v = Workbench('{runs}'); v.tabs.selected_index = 5; v",
             "ask": f"v = Workbench('{runs}'); v.tabs.selected_index = 6; v"}
+
+
+READY = ("!document.querySelector('.cit-view')?.innerText.includes('loading the methods')",
+         "[...document.querySelectorAll('.cit-figure')].every(f => f.querySelector('.js-plotly-plot')?.data?.length)")
 
 
 def save(png, path):
@@ -34,17 +42,18 @@ def save(png, path):
         if path.stat().st_size <= 250_000: return
 
 
-def main(runs, collected, *wanted):
-    made = {k: v for k, v in cells(Path(runs).resolve(), Path(collected).resolve()).items() if k in wanted or not wanted}
+def main(runs, collected, pairs, *wanted):
+    all_ = cells(*(Path(p).resolve() for p in (runs, collected, pairs)))
+    made = {k: v for k, v in all_.items() if k in wanted or not wanted}
     with tempfile.TemporaryDirectory() as d, browser() as b:
-        for name, cell in made.items(): notebook(Path(d)/f"{name}.ipynb", f"from cit_workbench.dashboard import *\n{cell}")
+        for name, cell in made.items():
+            notebook(Path(d)/f"{name}.ipynb", f"from cit_workbench.dashboard import *\n{cell}")
         with server(d) as (at, token):
             for name in made:
                 lab = Lab(b, at, token, f"{name}.ipynb", height=1900)
                 lab.wide(); lab.run_all()
                 lab.view().wait_for(timeout=180_000)
-                lab.page.wait_for_function("!document.querySelector('.cit-view')?.innerText.includes('loading the methods')", timeout=180_000)
-                lab.page.wait_for_function("[...document.querySelectorAll('.cit-figure')].every(f => f.querySelector('.js-plotly-plot')?.data?.length)", timeout=180_000)
+                for ready in READY: lab.page.wait_for_function(ready, timeout=180_000)
                 time.sleep(6)
                 if name == "forgetting": lab.page.locator(".cit-view .jupyter-widget-Collapse-header").first.click()
                 for dark in (False, True):
