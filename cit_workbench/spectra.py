@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import subspace_angles
 
 from .core import CitError, canonical, digest, one_of, rng, write_atomic
 from .similarity import subspace_overlap
@@ -108,11 +107,14 @@ def energies(bases:list, # Directions per task [d, K]
     return np.stack([[energy(V, m, centred) for m in moments] for V in bases])
 
 # %% ../nbs/10b_spectra.ipynb #a6aa4702
-def angles(U:np.ndarray, # Columns span one space [d, k]
-           V:np.ndarray, # And another [d, m]
-          ) -> np.ndarray: # [min(k, m)], degrees, smallest first
-    "Principal angles between two spaces (Knyazev and Argentati 2002, through scipy)."
-    return np.degrees(subspace_angles(U, V))[::-1]
+def angles(U:np.ndarray, # Independent columns span one space [..., d, k]
+           V:np.ndarray, # And another [..., d, m]
+          ) -> np.ndarray: # [..., min(k, m)], degrees, smallest first
+    "Principal angles between two spaces, or two stacks of them (Björck and Golub 1973), small ones by their sines (Knyazev and Argentati 2002)."
+    U, V = (np.linalg.qr(np.asarray(x, float))[0] for x in ((U, V) if U.shape[-1] >= V.shape[-1] else (V, U)))
+    C = U.swapaxes(-1, -2) @ V
+    cos, sin = (np.linalg.svd(x, compute_uv=False).clip(0, 1) for x in (C, V - U @ C))
+    return np.degrees(np.where(cos**2 < .5, np.arccos(cos), np.arcsin(sin[..., ::-1])))
 
 # %% ../nbs/10b_spectra.ipynb #82a7ee62
 def crowding(moments:list, # `Moments` per task, in training order
