@@ -65,6 +65,7 @@ class Arm:
     clock: bool = False # a() and b() give seconds used and seconds allowed
     memory: bool = False # a.peak and b.peak are the most bytes in memory
     blocks: int|None = None # At most so many, where one takes long
+    named: bool = False # Measured only when asked for by name
 
 def verdict(arm:Arm, ratio:float, low:float, high:float) -> dict:
     "A result line."
@@ -322,30 +323,32 @@ def share(**kw):
 # %% ../nbs/15_bench.ipynb #3dab6be6
 _spectra = """
 import json, resource, sys, time
-import numpy as np
+import numpy as np, scipy.linalg
 from cit_workbench.spectra import Moments, eigen, singular
-N, d, ours, vectors = map(int, sys.argv[1:])
-rows = lambda k: np.random.default_rng(k).standard_normal((1000, d), dtype=np.float32)*np.arange(1, d + 1, dtype=np.float32)**-.5
+who, N, d, k = sys.argv[1], *map(int, sys.argv[2:]) # k: directions, 0 for values alone
+rows = lambda i: np.random.default_rng(i).standard_normal((1000, d), dtype=np.float32)*np.arange(1, d + 1, dtype=np.float32)**-.5
 def used(): # of this program alone: on Linux ru_maxrss remembers the process that started it
     if sys.platform == "linux": return 1024*int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows(0)
 before, seconds, clock = used(), 0., time.process_time
-if ours:
-    m = Moments(d)
-    for k in range(N//1000): x = rows(k); tic = clock(); m.add(x); seconds += clock() - tic
-    tic = clock(); s = singular(eigen(m)[0] if vectors else np.linalg.eigvalsh(m.matrix())[::-1], m.n)
+if who in ("exact", "single"):
+    m = Moments(d, exact=who == "exact")
+    for i in range(0, N//1000, 4):
+        x = np.concatenate([rows(j) for j in range(i, min(i + 4, N//1000))]); tic = clock(); m.add(x); seconds += clock() - tic
+    tic = clock(); s = singular(eigen(m, k=k if k < d else None)[0] if k else np.linalg.eigvalsh(m.matrix())[::-1], m.n)
 else:
     X = np.empty((N//1000*1000, d), np.float32)
-    for k in range(N//1000): X[1000*k:1000*k+1000] = rows(k)
-    tic = clock(); s = np.linalg.svd(X, full_matrices=False)[1] if vectors else np.linalg.svd(X, compute_uv=False)
+    for i in range(N//1000): X[1000*i:1000*i+1000] = rows(i)
+    tic = clock(); svd = np.linalg.svd if who == "numpy" else lambda x, **how: scipy.linalg.svd(x, overwrite_a=True, check_finite=False, **how)
+    s = svd(X, full_matrices=False)[1] if k else svd(X, compute_uv=False)
 seconds += clock() - tic
 print(json.dumps({"seconds": seconds, "peak": used() - before, "top": s[:8].tolist()}))
 """
 
 class Alone:
     "Processor seconds of the program above in a process of its own, on one thread; the most memory is kept."
-    def __init__(self, *args): self.args, self.peak, self.top = list(map(str, map(int, args))), 0, None
+    def __init__(self, *args): self.args, self.peak, self.top = list(map(str, args)), 0, None
     def __call__(self) -> float:
         env = {**os.environ, **{f"{k}_NUM_THREADS": "1" for k in ("OMP", "OPENBLAS", "MKL")}}
         got = json_.loads(subprocess.run([sys.executable, "-c", _spectra, *self.args], capture_output=True, text=True, check=True, env=env).stdout)
@@ -355,11 +358,13 @@ class Alone:
 @contextmanager
 def spectra_vs_svd(N:int, # Rows, in thousands
                    d:int, # Their length
-                   vectors:bool=True, # With directions
+                   k:int, # Directions wanted, largest first; 0: values alone
+                   ours:str="exact", # Products in float64; "single": in float32
+                   peer:str="numpy", # np.linalg.svd, in float64; "scipy": gesdd in float32
                   ):
-    ours, peer = Alone(N, d, True, vectors), Alone(N, d, False, vectors)
-    yield ours, peer
-    np.testing.assert_allclose(ours.top, peer.top, rtol=1e-3)
+    a, b = Alone(ours, N, d, k), Alone(peer, N, d, k)
+    yield a, b
+    np.testing.assert_allclose(a.top, b.top, rtol=1e-4)
 
 # %% ../nbs/15_bench.ipynb #d2537a2c
 def big(hidden=4096, layers=32, inner=11008, heads=32, vision=(1024, 4096, 24, 16), side=336, vocab=32064,
@@ -399,14 +404,18 @@ ARMS = {
     "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
     **{f"{n}_step": Arm(lambda n=n: overhead(n), 1.25 if overrides(get_method(n), "wrap") else 1.03, 45, f"a step of {n} over one of finetune, prompts equally long", most=True)
        for n in all_methods() if any(overrides(get_method(n), h) for h in ("wrap", "batch", "loss", "grads", "update", "step"))},
-    "watch_overhead": Arm(lambda: probed(), 1.03, 45, "training with the default probes of five tasks over training without", most=True),
+    "watch_overhead": Arm(lambda: probed(), 1.03, 45, "training with probes of five tasks, every 50 of 140 steps, over training without", most=True),
+    "watch_overhead_share": Arm(lambda: probed(watch=Watch(every=50, share=.03)), 1.03, 45, "the same with probes that keep within 3 %", most=True),
     "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
     "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
     "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),
     "import_time": Arm(lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`", clock=True),
     "help_time": Arm(lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`", clock=True),
-    "streaming_spectra": Arm(lambda: spectra_vs_svd(25_000, 1024), 20., 35, "one pass and `eigh` of 25,000 × 1,024 rows against LAPACK's gesdd with vectors, float32", clock=True, memory=True, blocks=3),
-    "streaming_spectra_values": Arm(lambda: spectra_vs_svd(25_000, 1024, False), None, 20, "the same without directions, `eigvalsh` against gesdd without vectors", clock=True, memory=True, blocks=3),
+    "streaming_spectra": Arm(lambda: spectra_vs_svd(25_000, 1024, 64, "single"), 20., 35, "one pass in float32 and 64 directions of 25,000 × 1,024 rows against `np.linalg.svd`", clock=True, memory=True, blocks=3),
+    "streaming_spectra_exact": Arm(lambda: spectra_vs_svd(25_000, 1024, 1024), None, 40, "one pass in float64 and all directions against `np.linalg.svd`", clock=True, memory=True, blocks=3),
+    "streaming_spectra_single": Arm(lambda: spectra_vs_svd(25_000, 1024, 64, "single", "scipy"), None, 20, "one pass in float32 and 64 directions against scipy's gesdd in float32", clock=True, memory=True, blocks=3),
+    "streaming_spectra_values": Arm(lambda: spectra_vs_svd(25_000, 1024, 0), None, 20, "without directions, float64: `eigvalsh` against gesdd without vectors", clock=True, memory=True, blocks=3),
+    "streaming_spectra_4096": Arm(lambda: spectra_vs_svd(100_000, 4096, 64, "single"), 20., 1500, "as streaming_spectra, 100,000 × 4,096 rows; the peer needs 16 GB", clock=True, memory=True, blocks=2, named=True),
     "train_vs_trainer_7b": Arm(lambda: on_gpu(against_trainer), 1.5, 400, "training at the shape of LLaVA-1.5-7B against HF Trainer + peft, bfloat16", cuda=True),
     "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
 }
@@ -436,13 +445,13 @@ def shown(name:str, r:dict) -> str:
     if "peak_bytes" in r: goal += ", at most {:.2f} / {:.2f} GB".format(*(p/1e9 for p in r["peak_bytes"]))
     return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal:20} {ours} / {peer}: {ARMS[name].about}"
 
-def compare(names:list|None=None, # Of `ARMS`; None: all
+def compare(names:list|None=None, # Of `ARMS`; None: all but those that must be named
             blocks:int=20, # Blocks of each arm
             steps:int=10, # Steps in a block
             say=print, # Takes each line
            ) -> dict: # {name: {ratio, low, high, goal, ok, …}}
     "Run comparisons one after another, with one torch thread."
-    names = [one_of("comparison", n, ARMS) for n in names or ARMS]
+    names = [one_of("comparison", n, ARMS) for n in names or [n for n, a in ARMS.items() if not a.named]]
     before = torch.get_num_threads(); torch.set_num_threads(1)
     try:
         rate = matmul_speed(get_backbone().lm, 1536)
@@ -455,7 +464,7 @@ def compare(names:list|None=None, # Of `ARMS`; None: all
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/15_bench.ipynb #537592fa
-def bench(names:str="", # Comparisons, with commas; all if left out
+def bench(names:str="", # Comparisons, with commas; if left out, all that take minutes at most
           /,
           json:bool=False, # Print {name: {ratio, low, high, goal, ok}} and nothing else
          ):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hold', 'alive', 'command', 'Control', 'Reply', 'answer_asks', 'reply_of', 'Stopped', 'obey', 'attended', 'turn',
            'asked_of', 'note_asked', 'launch', 'start', 'child', 'method_source', 'rebuilt', 'run_of', 'places',
-           'branch', 'welcome']
+           'branch', 'take_over', 'welcome']
 
 # %% ../nbs/06c_live.ipynb #01682ce0
 from contextlib import contextmanager
@@ -590,10 +590,31 @@ def branch(rec:Record, # The parent
     return new
 
 # %% ../nbs/06c_live.ipynb #9e32a3e1
-def _link(a:Path, b:Path):
+def _link(a, b):
     "A file under a second name; a copy where the disk has no links."
+    Path(b).unlink(missing_ok=True)
     try: os.link(a, b)
     except OSError: shutil.copy2(a, b)
+
+def take_over(source:Path, # A checkpoint of another run
+              folder:Path, # A run folder; rows that were measured there stay its own
+             ) -> Path: # The checkpoint there
+    "Copy events, answers, adapters and probes' states up to a checkpoint into another run, then the checkpoint itself."
+    from cit_workbench.checkpoint import manifest
+    of, state = source.parents[1], read_json(source/"state.json", "checkpoint state")
+    read = lambda f: [(json.loads(l), l) for l in (f.read_bytes().splitlines(keepends=True) if f.is_file() else [])]
+    own = {e["row"]: l for e, l in read(folder/"events.jsonl") if e["kind"] == "row"}
+    events = read(of/"events.jsonl")[:state["events"]]
+    write_atomic(folder/"events.jsonl", b"".join(own.get(e["row"], l) if e["kind"] == "row" else l for e, l in events))
+    answers = [("answers", str(e["row"])) for e, _ in events if e["kind"] == "row" and e["row"] not in own]
+    states = [("arrays", f"{_file(f'watch-{n}')}.npy") for n in state["seen"]] # What probes of old tasks compare with
+    for d in (*answers, *(("adapters", n) for n in state["seen"]), *states):
+        if (a := of.joinpath(*d)).is_dir(): shutil.copytree(a, folder.joinpath(*d), copy_function=_link, dirs_exist_ok=True)
+        elif a.is_file(): (folder/"arrays").mkdir(exist_ok=True); _link(a, folder.joinpath(*d))
+    (tmp := folder/"checkpoints"/f".tmp-{source.name}").mkdir(parents=True)
+    for f in (*manifest(source), "manifest.json"): _link(source/f, tmp/f)
+    os.replace(tmp, to := folder/"checkpoints"/source.name)
+    return to
 
 def _settle(rec, source:Path, state:dict, old, run):
     "Make the folder of a branch: checkpoint, events and answers up to there; whole or not at all."
@@ -604,20 +625,11 @@ def _settle(rec, source:Path, state:dict, old, run):
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     final, run.folder = run.folder, Path(tempfile.mkdtemp(prefix=f".tmp-{run.folder.name}-", dir=run.folder.parent))
     try:
-        to = run.folder/"checkpoints"/source.name; to.mkdir(parents=True)
-        sums = manifest(source)
-        for f in sums: _link(source/f, to/f)
+        to = take_over(source, run.folder)
         if [p.name for p in parts(old)] != [p.name for p in parts(run.m)]:
-            data = canonical(_joined(state, old, run.m)).encode(); (to/"state.json").unlink()
-            write_atomic(to/"state.json", data); sums["state.json"] = sha256(data)
-        write_atomic(to/"manifest.json", canonical(sums))
-        lines = (rec.path/"events.jsonl").read_bytes().splitlines(keepends=True)[:state["events"]]
-        write_atomic(run.folder/"events.jsonl", b"".join(lines))
-        done = [("answers", str(json.loads(e)["row"])) for e in lines if json.loads(e)["kind"] == "row"]
-        for d in (*done, *(("adapters", n) for n in state["seen"])):
-            if (rec.path.joinpath(*d)).is_dir(): shutil.copytree(rec.path.joinpath(*d), run.folder.joinpath(*d), copy_function=_link)
-        for f in [rec.path/"arrays"/f"{_file(f'watch-{n}')}.npy" for n in state["seen"]]: # What probes of old tasks compare with
-            if f.is_file(): (run.folder/"arrays").mkdir(exist_ok=True); _link(f, run.folder/"arrays"/f.name)
+            data, sums = canonical(_joined(state, old, run.m)).encode(), manifest(to)
+            for f in ("state.json", "manifest.json"): (to/f).unlink()
+            write_atomic(to/"state.json", data); write_atomic(to/"manifest.json", canonical({**sums, "state.json": sha256(data)}))
         note_asked(run)
         if text := method_source(run.m): write_atomic(run.folder/"method.py", text)
         os.chmod(run.folder, 0o755); os.replace(run.folder, final)

@@ -48,8 +48,8 @@ def shuffled(samples:list, # Embeddings of every task's samples [n_t, d]
 
 # %% ../nbs/10a_similarity.ipynb #eeb243ad
 def layer_of(name:str) -> str:
-    "The layer a parameter belongs to: \"layer 3\", or \"other\"."
-    m = re.search(r"layers\.(\d+)\.", name)
+    "The layer of the language model that a parameter belongs to: \"layer 3\", or \"other\"."
+    m = re.search(r"language_model\.layers\.(\d+)\.", name)
     return f"layer {m[1]}" if m else "other"
 
 def _flat(g:dict, names) -> np.ndarray:
@@ -175,25 +175,6 @@ def forecast(S:np.ndarray, # Similarity [T, T]
     ranks, without = ([rank(t, w) for t in range(len(F))] for w in (True, False))
     return {"rank": float(np.mean(ranks)), "rank_without": float(np.mean(without)), "ranks": ranks}
 
-# %% ../nbs/10a_similarity.ipynb #dc939f5a
-def _branch(run, # A `Run` over [i, k] that has not begun
-            done, # A finished `Run` over [i, j] with the same settings
-           ):
-    "Let `run` begin where the first task of `done` ended."
-    import shutil
-    from cit_workbench.checkpoint import read_checkpoint, write_checkpoint
-    from cit_workbench.record import Record
-    from cit_workbench.train import alone
-    name, first = "001-z-end", run.plan.tasks[0].name
-    state = read_checkpoint(done.folder/"checkpoints"/name)
-    tensors = {k: state.pop(own, {}) for k, own in (("weights", "weights"), ("optim", "optim"), ("mem", "tensors"))}
-    with alone(run.folder):
-        _, w, _ = run.open()
-        for e in Record(done.folder).events()[:state["events"]]:
-            if e["kind"] != "row": w.event(**e)
-        if (done.folder/"adapters"/first).is_dir(): shutil.copytree(done.folder/"adapters"/first, run.folder/"adapters"/first, dirs_exist_ok=True)
-        write_checkpoint(run.folder/"checkpoints", name, {**state, "events": w.n_events}, tensors)
-
 # %% ../nbs/10a_similarity.ipynb #4b7e9a88
 def _pace(make, out) -> tuple: # (seconds per stage, optimiser steps per stage)
     "Time a run of a few steps, and say what a stage of the real one takes."
@@ -227,8 +208,9 @@ def pairwise(stream:str, # A stream whose arguments include `tasks`
             ) -> dict: # {"tasks": names, "F": [T, T], "T": [T, T]}
     "Train every ordered pair of tasks, each first stage once, and give pairwise forgetting and transfer."
     from cit_workbench.checkpoint import checkpoints
+    from cit_workbench.live import take_over
     from cit_workbench.stream import get_stream
-    from cit_workbench.train import Run
+    from cit_workbench.train import Run, alone
     folder, args = Path(folder), stream_args or {}
     tasks = tasks or [t.name for t in get_stream(stream, **args)]
     if len({*tasks}) < max(2, len(tasks)): raise CitError(f"tasks is {tasks}; allowed: two or more different names")
@@ -246,7 +228,8 @@ def pairwise(stream:str, # A stream whose arguments include `tasks`
     with progress(desc=f"pairs of {stream}", total=stages, unit="stage") as bar:
         for p in sorted(pairs, key=lambda p: (tasks.index(p[0]), p != whole[known[p]])):
             trunk = whole[known[p]]
-            if p in todo and p != trunk and not checkpoints(runs[p].folder/"checkpoints"): _branch(runs[p], runs[trunk])
+            if p in todo and p != trunk and not checkpoints(runs[p].folder/"checkpoints"):
+                with alone(runs[p].folder): runs[p].open(); take_over(runs[trunk].folder/"checkpoints"/"001-z-end", runs[p].folder)
             R = runs[p].train().core()
             scores[p[0]], scores[p] = {p[0]: float(R[0, 0])}, dict(zip(p, map(float, R[1])))
             _write_pairs(folder/"pairs.json", tasks, scores); bar.update((p in todo)*(1 + (p == trunk)))

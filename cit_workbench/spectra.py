@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import subspace_angles
+from scipy.linalg import eigh
 
 from .core import CitError, canonical, digest, one_of, rng, write_atomic
 from .similarity import subspace_overlap
@@ -22,16 +22,17 @@ class Moments:
     "Count, sum and second moment of rows, from one pass."
     def __init__(self, d:int, # Length of a row
                  cap:float|None=None, # Longer rows are scaled to this norm; None: none are
+                 exact:bool=True, # Products in float64; False: in float32 within a call of `add`, for the top of a spectrum
                 ):
-        self.n, self.cap, self.sum, self.outer = 0, cap, np.zeros(d), np.zeros((d, d))
+        self.n, self.cap, self.exact, self.sum, self.outer = 0, cap, exact, np.zeros(d), np.zeros((d, d))
     def add(self, x:np.ndarray, # Rows [n, d], finite
            ) -> "Moments":
         "Count rows in; raises `CitError` for rows of another length or with NaN."
-        x = np.asarray(x, float)
+        x = np.asarray(x, float if self.exact else np.float32)
         if x.ndim != 2 or x.shape[1] != len(self.sum): raise CitError(f"rows have shape {x.shape}, but these moments take [n, {len(self.sum)}]")
         if not np.isfinite(x).all(): raise CitError("rows hold NaN or infinite values; moments take finite ones")
-        if self.cap is not None: x = x*np.minimum(1, self.cap/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300))
-        self.n += len(x); self.sum += x.sum(0); self.outer += x.T @ x
+        if self.cap is not None: x = x*np.minimum(1, self.cap/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30))
+        self.n += len(x); self.sum += x.sum(0, dtype=float); self.outer += x.T @ x
         return self
     def merge(self, other:"Moments") -> "Moments": # A new one
         "Both together; raises `CitError` when dimension or cap differ."
@@ -50,9 +51,11 @@ class Moments:
 # %% ../nbs/10b_spectra.ipynb #ef4a1223
 def eigen(m:Moments,
           centred:bool=False, # Without the mean
-         ) -> tuple: # (values [d] ≥ 0, largest first; vectors [d, d], in columns)
+          k:int|None=None, # The largest k alone, in half the time; None: all
+         ) -> tuple: # (values [k or d] ≥ 0, largest first; vectors [d, k or d], in columns)
     "Energy per direction and the directions: of the centred rows, the principal components."
-    values, vectors = np.linalg.eigh(m.matrix(centred))
+    C = m.matrix(centred); d = len(C)
+    values, vectors = np.linalg.eigh(C) if k is None else eigh(C.T, subset_by_index=[d - min(k, d), d - 1], driver="evr", overwrite_a=True, check_finite=False)
     return values[::-1].clip(min=0), vectors[:, ::-1]
 
 def singular(values:np.ndarray, # From `eigen`
@@ -108,11 +111,14 @@ def energies(bases:list, # Directions per task [d, K]
     return np.stack([[energy(V, m, centred) for m in moments] for V in bases])
 
 # %% ../nbs/10b_spectra.ipynb #a6aa4702
-def angles(U:np.ndarray, # Columns span one space [d, k]
-           V:np.ndarray, # And another [d, m]
-          ) -> np.ndarray: # [min(k, m)], degrees, smallest first
-    "Principal angles between two spaces (Knyazev and Argentati 2002, through scipy)."
-    return np.degrees(subspace_angles(U, V))[::-1]
+def angles(U:np.ndarray, # Independent columns span one space [..., d, k]
+           V:np.ndarray, # And another [..., d, m]
+          ) -> np.ndarray: # [..., min(k, m)], degrees, smallest first
+    "Principal angles between two spaces, or two stacks of them (Björck and Golub 1973), small ones by their sines (Knyazev and Argentati 2002)."
+    U, V = (np.linalg.qr(np.asarray(x, float))[0] for x in ((U, V) if U.shape[-1] >= V.shape[-1] else (V, U)))
+    C = U.swapaxes(-1, -2) @ V
+    cos, sin = (np.linalg.svd(x, compute_uv=False).clip(0, 1) for x in (C, V - U @ C))
+    return np.degrees(np.where(cos**2 < .5, np.arccos(cos), np.arcsin(sin[..., ::-1])))
 
 # %% ../nbs/10b_spectra.ipynb #82a7ee62
 def crowding(moments:list, # `Moments` per task, in training order

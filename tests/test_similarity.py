@@ -13,8 +13,10 @@ from tiny import ARGS, SPEC, TASKS, batch_of, jitter, opened, same_files, tiny, 
 from cit_workbench.checkpoint import read_checkpoint
 from cit_workbench.core import CitError
 from cit_workbench.memory import join_tree
+from cit_workbench.record import Record
 from cit_workbench.similarity import pair_matrices, pairwise, read_pairs, subspace_overlap
 from cit_workbench.spectra import Moments, crowding, eigen
+from cit_workbench.stream import get_stream
 from cit_workbench.train import Run
 
 
@@ -132,3 +134,27 @@ def test_old_space_grows_as_the_method_grows_it():
     for m, c in zip(ms, got):
         values = eigen(m)[0]
         assert c["k"] == int((values.cumsum() < .8*values.sum()).sum()) + 1
+
+
+def test_pairs_of_record_are_whole():
+    "Every task of the stream once, every ordered pair of them, percent."
+    tasks, scores = read_pairs(Path(__file__).parents[1]/"records"/"pairs"/"shapes-finetune.json")
+    assert sorted(tasks) == sorted(t.name for t in get_stream("shapes"))
+    assert {k for k in scores if isinstance(k, tuple)} == {*permutations(tasks, 2)}
+    assert all(0 <= v <= 100 for s in scores.values() for v in s.values())
+    F, T = pair_matrices(scores, tasks)
+    i, j = tasks.index("col-word"), tasks.index("box")
+    assert F[i, j] == scores["col-word"]["col-word"] - scores["col-word", "box"]["col-word"]
+    assert T[i, j] == scores["col-word", "box"]["box"] - scores["box"]["box"]
+    assert np.isfinite(F).sum() == np.isfinite(T).sum() == 56
+
+
+def test_pairs_may_be_watched(tmp_path):
+    "The second stage compares with the states at the end of the first, which it took over."
+    fields = {k: v for k, v in SPEC.items() if k != "stream_args"}
+    args = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}
+    pairwise("shapes", tmp_path, TASKS, args, say=lambda line: None, watch={"every": 2, "rows": 3}, **fields)
+    for i, j in permutations(TASKS, 2):
+        events = Record(tmp_path/f"{i}--{j}").events("watch")
+        assert [e["task"] for e in events] == [i]*4 + [j]*4
+        assert max(events[4]["tasks"][i]["drift"]) < 1e-4 < events[-1]["tasks"][i]["drift"][-1]
