@@ -281,15 +281,14 @@ def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.
     "What every method is, is told, keeps and costs, and what has been shown of it so far."
     from cit_workbench.method import all_methods
     from cit_workbench.record import Record, _tuned, table
-    runs = [Record(p) for p in _files("*", records)]
-    kept, of = usual(runs), lambda m: [r for r in runs if r.config["method"] == m]
-    found = table([*(r for rs in kept.values() for r in rs), *of("finetune")])
+    runs = [r for r in map(Record, _files("*", records)) if r.config["method"] != "finetune" or not r.config["tuned_on"]] # At the recipe's rate, as in `verdict`
+    kept = usual(runs); found = table([r for rs in kept.values() for r in rs])
     steps, base, ran = read_json(Path(records)/"bench.json", "bench file"), _plain(found), {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
-    lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows if (r["name"], r["tuned"]) in ran]
-    out = Overview()
+    lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
+    top, out = reach([r for r in runs if r.config["method"] == "single"]), Overview()
     for name in all_methods():
         for r in [r for r in lines if r["name"] == name] or [None]:
-            share = reach(ran[name, r["tuned"]])/reach(of("single")) if r else np.nan
+            share = reach(ran[name, r["tuned"]])/top if r else np.nan
             more = {k: v for k, v in r.items() if k not in ("method", "name", "units", "tuned")} if r else {"orders": 0, "block": base["block"]}
             tuned = ("tuned" if r["tuned"].startswith("tuned") else "defaults") if r else ""
             out.append({**more, **about(name), "step": steps.get(f"{name}_step"), "tuned": tuned, "share": share, "verdict": finding(r, base, share)})
