@@ -142,7 +142,7 @@ def figures(dir:str="runs", # Folder with runs and what was collected; several w
     "Draw PDF, SVG and PNG pictures of runs."
     from cit_workbench.analysis import figures
     words = lambda s: [w for w in s.split(",") if w]
-    for path in figures(words(dir), out, only=words(only)): print(path)
+    for path in figures(dir if Path(dir).exists() else words(dir), out, only=words(only)): print(path)
 
 # %% ../nbs/13_cli.ipynb #3034fc6c
 def again(found:dict, # What `sweep.tune` returns

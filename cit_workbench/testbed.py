@@ -248,7 +248,7 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
     if line is base: return "what others are compared with"
     if line["bound"]: return "a bound"
     if line["trainable"] < base["trainable"] and share < .85: return f"gate failed: its part learns {100*share:.0f} % of what LoRA does"
-    if not line["n"] >= 3: return f"cannot tell from {line['n']:.0f} order{'s'*(line['n'] != 1)}"
+    if (n := line.get("n", 0)) < 3: return f"cannot tell from {n} order{'s'*(n != 1)}" # None: plain tuning was not run in its block
     return "ends above plain tuning" if line["difference_low"] > 0 else "ends below plain tuning" if line["difference_high"] < 0 else "no difference shown"
 
 # %% ../nbs/14_testbed.ipynb #b466f522
