@@ -440,7 +440,7 @@ def _draw_one_task(ax, groups:dict, task:str):
         ax.annotate(f"{m} {y[-1]:.0f}", (len(rows) - 1, heights[m]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=7.5, color=look["color"], annotation_clip=False)
     _axes_of_rows(ax, rows); ax.axvline(at, color="#999999", lw=.6, ls=":")
     ax.set(xlabel="after", ylabel=f"score on {task}, %")
-    ax.set_title(f"{task}: 4 of the {len(able)} methods that learned it, evenly spaced" if len(able) > 4 else f"{task} over the stream")
+    ax.set_title(f"{task} in 4 of {len(able)} methods that learned it" if len(able) > 4 else f"{task} over the stream")
 
 def one_task(recs, # Records, or where to find them
              task:str="", # Default: the first of the stream
@@ -449,7 +449,7 @@ def one_task(recs, # Records, or where to find them
     groups = _each_once(recs); own = [rs[0] for rs in groups.values() if len(rs[0].rows) == len(rs[0].tasks) + 1]
     if not own: raise CitError("there is no run with a row per task to draw")
     task = one_of("task", task or own[0].tasks[0], own[0].tasks)
-    return _panel(lambda ax: _draw_one_task(ax, groups, task), ax, 4.6, 2.6)
+    return _panel(lambda ax: _draw_one_task(ax, groups, task), ax, 3.7, 2.6)
 
 # %% ../nbs/10_analysis.ipynb #8276b496
 def _draw_small(ax, M, rows:list, columns:list, name:str, names:str):
@@ -458,8 +458,8 @@ def _draw_small(ax, M, rows:list, columns:list, name:str, names:str):
     for i in range(len(M) if len(M) == len(columns) else 0): ax.add_patch(Rectangle((i - .5, i - .5), 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
     ax.set_xticks(np.arange(1, len(columns)) - .5, minor=True); ax.set_yticks(np.arange(1, len(rows)) - .5, minor=True)
     ax.grid(which="minor", color="white", lw=.6); ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False)
-    ax.set_xticks(range(len(columns)), columns if "x" in names else [], fontsize=5.5, rotation=90)
-    ax.set_yticks(range(len(rows)), rows if "y" in names else [], fontsize=5.5)
+    ax.set_xticks(range(len(columns)), columns if "x" in names else [], fontsize=6.2, rotation=90)
+    ax.set_yticks(range(len(rows)), rows if "y" in names else [], fontsize=6.2)
     ax.set_title(name, fontsize=7, pad=3)
 
 def matrices(recs): # Records, or where to find them
@@ -475,7 +475,7 @@ def matrices(recs): # Records, or where to find them
             names = "y"*(k % cols == 0) + "x"*(k//cols == high - 1)
             _draw_small(ax, core[m], tasks, tasks, f"{m}  {core[m][-1].mean():.0f}", names)
         for ax in axes.flat[len(ranked):]: ax.axis("off")
-        out.figure.supxlabel("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; beside the name: mean of the last row", fontsize=6.5, color="#555555")
+        out.figure.supxlabel("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; beside the name: mean of the last row", fontsize=7, color="#555555")
     return out
 
 # %% ../nbs/10_analysis.ipynb #f6eb2c22
@@ -484,7 +484,7 @@ _kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruct
 def _draw_pairs(ax, M, names, title:str, low:float, high:float, label:bool):
     "A matrix of pairs as squares."
     ax.imshow(np.ma.masked_invalid(M), cmap="Blues", vmin=low - .04*(high - low), vmax=high + .16*(high - low), interpolation="nearest")
-    ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90); ax.set_yticks(range(len(names)), names if label else [], fontsize=6)
+    ax.set_xticks(range(len(names)), names, fontsize=6.8, rotation=90); ax.set_yticks(range(len(names)), names if label else [], fontsize=6.8)
     ax.set_xticks(np.arange(1, len(names)) - .5, minor=True); ax.set_yticks(np.arange(1, len(names)) - .5, minor=True); ax.grid(which="minor", color="white", lw=.6)
     ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False); ax.set_title(title, fontsize=7.5)
 
@@ -519,8 +519,8 @@ def likeness(recs, # Records of plain tuning in balanced orders, or where to fin
         x, y = double_centred(S), double_centred(F)
         c.axhline(0, color="#dddddd", lw=.6); c.axvline(0, color="#dddddd", lw=.6)
         c.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0); c.set_box_aspect(1)
-        for i, j in sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]:
-            c.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6, xytext=(-5, 0), ha="right", va="center", textcoords="offset points")
+        for n, (i, j) in enumerate(sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]):
+            c.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6.5, xytext=(-5, -5*n), ha="right", va="center", textcoords="offset points")
         p = "p < 0.001" if m["p_pearson"] < .001 else f"p = {m['p_pearson']:.3f}"
         c.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred"); c.set_title(f"r = {m['pearson']:.2f}, {p}, {m['cells']} pairs", fontsize=7.5)
     return out

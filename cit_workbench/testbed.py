@@ -225,7 +225,7 @@ def usual(records:list) -> dict: # {(protocol, method): records of one setting}
     groups, known = defaultdict(list), all_methods()
     for r in records:
         c = r.config
-        groups[r.run.get("protocol"), c["method"], canonical([c["method_args"], c["optim"]["lr"], c["tuned_on"]])].append(r)
+        groups[r.run.get("protocol"), c["method"], canonical([c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code")])].append(r)
     def rank(key):
         c, n = groups[key][0].config, len({tuple(r.tasks) for r in groups[key]})
         own = config_of(get_method(key[1])) if key[1] in known else c["method_args"]
@@ -281,7 +281,7 @@ def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.
     "What every method is, is told, keeps and costs, and what has been shown of it so far."
     from cit_workbench.method import all_methods
     from cit_workbench.record import Record, _tuned, table
-    runs = [r for r in map(Record, _files("*", records)) if r.config["method"] != "finetune" or not r.config["tuned_on"]] # At the recipe's rate, as in `verdict`
+    runs = [r for r in map(Record, _files("*", records)) if r.finished and (r.config["method"] != "finetune" or not r.config["tuned_on"])] # At the recipe's rate, as in `verdict`
     kept = usual(runs); found = table([r for rs in kept.values() for r in rs])
     steps, base, ran = read_json(Path(records)/"bench.json", "bench file"), _plain(found), {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
     lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
