@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Picture', 'heat', 'curves', 'kinds', 'losses', 'stats_plot', 'costs', 'report', 'compare', 'front', 'tradeoff',
-           'figures']
+           'one_task', 'matrices', 'likeness', 'spectra', 'figures']
 
 # %% ../nbs/10_analysis.ipynb #ac5dc3f2
 import io
@@ -402,32 +402,201 @@ def tradeoff(found, # What `tune` gives, or the file it wrote
     found = read_json(found, "result of tuning") if isinstance(found, (str, Path)) else found
     return _panel(lambda ax: _draw_trials(ax, found["trials"], f"{found['method']}: {len(found['trials'])} trials on {found['tuned_on']['stream']}"), ax, 4.4, 3)
 
+# %% ../nbs/10_analysis.ipynb #f37d4359
+def _each_once(recs) -> dict: # {method: [records]}
+    "One setting per method, in the order that most methods share; methods without a row per task as they are."
+    recs, by = find_runs(recs), defaultdict(list)
+    for r in recs: by[r.config.get("method")].append(r)
+    if any(len({*_labels(rs)}) > 1 for rs in by.values()): # Controls, trials of another rate
+        from cit_workbench.testbed import usual
+        by = {rs[0].config["method"]: rs for rs in usual(recs).values()}
+    own = lambda r: len(r.rows) == len(r.tasks) + 1
+    orders = [o for rs in by.values() for o in {tuple(r.tasks): 0 for r in rs if own(r)}]
+    best = max(dict.fromkeys(orders), key=orders.count, default=())
+    same = {m: [r for r in rs if not own(r) or tuple(r.tasks) == best] for m, rs in sorted(by.items())}
+    return {m: rs for m, rs in same.items() if rs}
+
+# %% ../nbs/10_analysis.ipynb #bff24e3a
+def _spaced(last:dict, # {method: what is left of the task}
+            n:int=4) -> list: # Methods, most left first
+    "Evenly spaced in rank, both ends included."
+    ranked = sorted(last, key=lambda m: (-last[m], m))
+    return [ranked[i] for i in dict.fromkeys(np.linspace(0, len(ranked) - 1, min(n, len(ranked))).round().astype(int))]
+
+def _draw_one_task(ax, groups:dict, task:str):
+    "Curves of one task, each named at its end."
+    course = {m: np.array([r.R[:, [c for c, _ in r.columns].index(task)] for r in rs]) for m, rs in groups.items()}
+    rows = max((rs[0].rows for rs in groups.values()), key=len); at = rows.index(task)
+    level = {m: y[:, -1].mean() for m, y in course.items() if y.shape[1] < len(rows) and groups[m][0].events("row")}
+    top = max(y[:, at].mean() for m, y in course.items() if m not in level)
+    able = {m: y[:, -1].mean() for m, y in course.items() if m not in level and y[:, at].mean() >= .85*top}
+    shown = [*_spaced(able), *list(level)[:1]]
+    heights = dict(zip(shown, _spread([{**able, **level}[m] for m in shown], 9)))
+    for k, m in enumerate(shown):
+        y = course[m].mean(0) if m in able else np.full(len(rows), level[m])
+        look = dict(marker=_marks[k], color=_hues[k]) if m in able else dict(ls=(0, (4, 2)), lw=.9, color="#777777")
+        ax.plot(range(len(rows)), y, **look)
+        if m in able and len(course[m]) > 1: ax.fill_between(range(len(rows)), course[m].min(0), course[m].max(0), color=_hues[k], alpha=.15, lw=0)
+        ax.annotate(f"{m} {y[-1]:.0f}", (len(rows) - 1, heights[m]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=7.5, color=look["color"], annotation_clip=False)
+    _axes_of_rows(ax, rows); ax.axvline(at, color="#999999", lw=.6, ls=":")
+    ax.set(xlabel="after", ylabel=f"score on {task}, %")
+    ax.set_title(f"{task} in 4 of {len(able)} methods that learned it" if len(able) > 4 else f"{task} over the stream")
+
+def one_task(recs, # Records, or where to find them
+             task:str="", # Default: the first of the stream
+             ax=None):
+    "What is left of one task after each later one, in at most four methods."
+    groups = _each_once(recs); own = [rs[0] for rs in groups.values() if len(rs[0].rows) == len(rs[0].tasks) + 1]
+    if not own: raise CitError("there is no run with a row per task to draw")
+    task = one_of("task", task or own[0].tasks[0], own[0].tasks)
+    return _panel(lambda ax: _draw_one_task(ax, groups, task), ax, 3.7, 2.6)
+
+# %% ../nbs/10_analysis.ipynb #8276b496
+def _draw_small(ax, M, rows:list, columns:list, name:str, names:str):
+    "A matrix of the stream's tasks without numbers, its diagonal framed."
+    ax.imshow(M, cmap="Blues", vmin=-4, vmax=116, interpolation="nearest")
+    for i in range(len(M) if len(M) == len(columns) else 0): ax.add_patch(Rectangle((i - .5, i - .5), 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
+    ax.set_xticks(np.arange(1, len(columns)) - .5, minor=True); ax.set_yticks(np.arange(1, len(rows)) - .5, minor=True)
+    ax.grid(which="minor", color="white", lw=.6); ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False)
+    ax.set_xticks(range(len(columns)), columns if "x" in names else [], fontsize=6.2, rotation=90)
+    ax.set_yticks(range(len(rows)), rows if "y" in names else [], fontsize=6.2)
+    ax.set_title(name, fontsize=7, pad=3)
+
+def matrices(recs): # Records, or where to find them
+    "R of every method, small, the one that ends highest first; rows: after each task, columns: score on each task."
+    groups = {m: rs for m, rs in _each_once(recs).items() if len(rs[0].rows) == len(rs[0].tasks) + 1}
+    if not groups: raise CitError("there is no run with a row per task to draw")
+    core = {m: np.mean([r.core() for r in rs], 0) for m, rs in groups.items()}
+    ranked = sorted(core, key=lambda m: (-core[m][-1].mean(), m)); cols = min(6, len(ranked)); high = -(-len(ranked)//cols)
+    tasks = next(iter(groups.values()))[0].tasks; out = Picture(7.4, .55 + (7.4 - .7)/cols*high + .16*high)
+    with _house():
+        axes = out.figure.subplots(high, cols, squeeze=False)
+        for k, (ax, m) in enumerate(zip(axes.flat, ranked)):
+            names = "y"*(k % cols == 0) + "x"*(k//cols == high - 1)
+            _draw_small(ax, core[m], tasks, tasks, f"{m}  {core[m][-1].mean():.0f}", names)
+        for ax in axes.flat[len(ranked):]: ax.axis("off")
+        out.figure.supxlabel("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; beside the name: mean of the last row", fontsize=7, color="#555555")
+    return out
+
+# %% ../nbs/10_analysis.ipynb #f6eb2c22
+_kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruction/cosine", "answers": "features/answer/cosine"}
+
+def _draw_pairs(ax, M, names, title:str, low:float, high:float, label:bool):
+    "A matrix of pairs as squares."
+    ax.imshow(np.ma.masked_invalid(M), cmap="Blues", vmin=low - .04*(high - low), vmax=high + .16*(high - low), interpolation="nearest")
+    ax.set_xticks(range(len(names)), names, fontsize=6.8, rotation=90); ax.set_yticks(range(len(names)), names if label else [], fontsize=6.8)
+    ax.set_xticks(np.arange(1, len(names)) - .5, minor=True); ax.set_yticks(np.arange(1, len(names)) - .5, minor=True); ax.grid(which="minor", color="white", lw=.6)
+    ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False); ax.set_title(title, fontsize=7.5)
+
+def _lost(recs, what:str) -> tuple: # (task names, drops [T, T]); NaN where never adjacent
+    "What plain tuning forgot of each task right after each other."
+    from cit_workbench.similarity import adjacent_forgetting
+    plain = [r for r in find_runs(recs) if r.config.get("method") == "finetune" and len(r.rows) == len(r.tasks) + 1]
+    rates = [(r.config.get("optim") or {}).get("lr") for r in plain]
+    plain = [r for r, x in zip(plain, rates) if x == max(rates, key=rates.count)]
+    if not plain: raise CitError("similarity is drawn beside what plain tuning forgets, and there is no finished run of finetune with a row per task")
+    names = sorted(plain[0].tasks)
+    return names, adjacent_forgetting([(r.tasks, r.core(what)) for r in plain], names)[0]
+
+def likeness(recs, # Records of plain tuning in balanced orders, or where to find them
+             collected, # What `collect` gave
+             kind:str="answers", # Or "images", "instructions"
+             what:str="content", # Or "formatted", "valid"
+            ):
+    "How alike tasks are, what each lost to each, and one against the other; raises `CitError` where a pair never stood side by side."
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from cit_workbench.similarity import double_centred, mantel
+    names, F = _lost(recs, what)
+    at = [collected.tasks.index(one_of("task of the collected file", n, collected.tasks)) for n in names]
+    S = collected[_kinds_of[one_of("similarity", kind, _kinds_of)]][np.ix_(at, at)]
+    m, k = mantel(S, F), leaves_list(linkage(1 - S[np.triu_indices(len(S), 1)], "average", optimal_ordering=True))
+    names, S, F = [names[i] for i in k], S[np.ix_(k, k)], F[np.ix_(k, k)]
+    out, off = Picture(7.4, 2.75), ~np.eye(len(S), dtype=bool)
+    with _house():
+        a, b, c = out.figure.subplots(1, 3)
+        _draw_pairs(a, S, names, f"similarity of {kind}, 0 to 1", 0, 1, True)
+        _draw_pairs(b, F, names, f"{what} lost to the column, 0 to 100", 0, 100, False)
+        x, y = double_centred(S), double_centred(F)
+        c.axhline(0, color="#dddddd", lw=.6); c.axvline(0, color="#dddddd", lw=.6)
+        c.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0); c.set_box_aspect(1)
+        for n, (i, j) in enumerate(sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]):
+            c.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6.5, xytext=(-5, -5*n), ha="right", va="center", textcoords="offset points")
+        p = "p < 0.001" if m["p_pearson"] < .001 else f"p = {m['p_pearson']:.3f}"
+        c.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred"); c.set_title(f"r = {m['pearson']:.2f}, {p}, {m['cells']} pairs", fontsize=7.5)
+    return out
+
+# %% ../nbs/10_analysis.ipynb #2ce61e07
+def spectra(collected, # What `collect` gave
+            level:str="input", # Or "layer 3", …
+           ):
+    "Singular values of each task's embeddings, a line per modality, per token."
+    spots = [p for p in collected.places("raw/values") if p.startswith(f"{level}/")]
+    one_of("level", level, {p.rpartition("/")[0] for p in collected.places("raw/values")})
+    tasks, cols = collected.tasks, min(4, len(collected.tasks)); high = -(-len(tasks)//cols)
+    lowest, most = (f(spots, key=lambda p: collected[f"{p}/raw/values"][0, 0]) for f in (min, max))
+    top = 4*np.sqrt(collected[f"{most}/raw/values"][:, 0].max())
+    out = Picture(7.4, .35 + 1.55*high)
+    with _house():
+        axes = out.figure.subplots(high, cols, squeeze=False, sharex=True, sharey=True)
+        for t, ax in enumerate(axes.flat[:len(tasks)]):
+            for k, p in enumerate(spots):
+                v, (low, up) = np.sqrt(collected[f"{p}/raw/values"][t]), collected[f"{p}/raw/band"][t]
+                seen, held = v > 1e-3*v[0], low > 1e-3*v[0]; x = np.arange(1, len(v) + 1)
+                ax.fill_between(x[:len(low)][held], low[held], up[held], color=_hues[k], alpha=.25, lw=0)
+                ax.plot(x[seen], v[seen], color=_hues[k], lw=1.1)
+                if t == 0: ax.annotate(p.rpartition("/")[2], (1, v[0]), xytext=(2, -10 if p == lowest else 4), textcoords="offset points", fontsize=6.5, color=_hues[k])
+            ax.set(xscale="log", yscale="log"); ax.set_ylim(top=top); ax.set_title(tasks[t], fontsize=7.5); ax.minorticks_off(); ax.grid(lw=.3, color="#e4e4e4"); ax.set_axisbelow(True)
+        for ax in axes.flat[len(tasks):]: ax.axis("off")
+        for ax in axes[-1]: ax.set_xlabel("direction")
+        for ax in axes[:, 0]: ax.set_ylabel("√energy per token")
+    return out
+
 # %% ../nbs/10_analysis.ipynb #3a8e95be
 def _sets(recs) -> dict: # {file name prefix: [records]}
-    "Finished records that may share a picture: one stream and one protocol, whatever the methods train."
+    "Finished records that may share a picture: one stream and one protocol, whatever the methods train; the largest set of a stream bears its name alone."
     out = defaultdict(list)
     for r in recs:
         fields = r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}
         key = digest({k: v for k, v in fields.items() if k != "trained"})
         if r.finished: out[str(r.config.get("stream")), key].append(r)
-    streams = [s for s, _ in out]
+    most = {s: max((k for k in out if k[0] == s), key=lambda k: len(out[k])) for s, _ in out}
     safe = lambda s: "".join(c if c.isalnum() or c in "-_" else "-" for c in s)
-    return {safe(s + (f"-{p[:6]}" if streams.count(s) > 1 else "")): rs for (s, p), rs in out.items()}
+    named = {safe(s + (f"-{p[:6]}" if (s, p) != most[s] else "")): rs for (s, p), rs in out.items()}
+    return dict(sorted(named.items(), key=lambda x: -len(x[1])))
 
 # %% ../nbs/10_analysis.ipynb #b52bf28a
-def figures(src="runs", # Run folders, packed runs, Records, or folders of those
+def _pictures(recs, collected) -> dict: # {name: function that draws}
+    "What can be drawn of one set of records and of what was collected of its stream (or None)."
+    out = {"compare": lambda: compare(recs), "curves": lambda: curves(recs), "costs": lambda: costs(recs)}
+    per_task = {r.config.get("method") for r in recs if len(r.rows) == len(r.tasks) + 1}
+    if len(per_task) > 1: out |= {"one-task": lambda: one_task(recs), "matrices": lambda: matrices(recs)}
+    if collected: out["spectra"] = lambda: spectra(collected)
+    if not collected or "finetune" not in per_task or len(recs[0].tasks) < 4: return out
+    if np.isnan(_lost(recs, "content")[1]).sum() == len(recs[0].tasks): out["likeness"] = lambda: likeness(recs, collected) # Every pair stood side by side
+    return out
+
+def figures(src="runs", # Run folders, packed runs, Records, or folders of those; files of `collect` lie below a folder
             out="figures", # Where to write
             formats=("pdf", "svg", "png"),
             reports:bool=True, # Also one report per run
+            only=(), # Names: compare, curves, costs, one-task, matrices, likeness, spectra, report; default: all that can be drawn
            ) -> list: # Paths written
     "Write the pictures of all finished runs as files that are the same every time."
+    from cit_workbench.spectra import read_collected
     runs = [r for r in find_runs(src) if r.config.get("stream") != "shapes-tune"] # trials are no results
+    folders = [Path(p) for p in (src if isinstance(src, (list, tuple)) else [src]) if isinstance(p, (str, Path))]
+    collected = [read_collected(p) for f in folders for p in sorted(f.rglob("*.npz"))]
+    kinds = ("compare", "curves", "costs", "one-task", "matrices", "likeness", "spectra", "report")
+    for name in only: one_of("picture", name, kinds)
     sets, paths = _sets(runs), []
     if not sets: raise CitError(f"no finished run to draw in {src}")
     for prefix, recs in sets.items():
-        pictures = {"compare": lambda: compare(recs), "curves": lambda: curves(recs), "costs": lambda: costs(recs)}
+        mine = [c for c in collected if c.about.get("stream") == recs[0].config.get("stream") and {*recs[0].tasks} == {*c.tasks}]
+        collected = [c for c in collected if c not in mine] # Drawn once, with the largest set of its stream
+        pictures = _pictures(recs, mine[0] if mine else None)
         if reports: pictures |= {f"report-{r.name}": (lambda r=r: report(r)) for r in recs}
         for name, draw in pictures.items():
+            if only and name not in only and name.split("-")[0] not in only: continue
             picture = draw()
             paths += [write_atomic(Path(out)/f"{prefix}-{name}.{f}", picture.data(f)) for f in formats]
     return paths

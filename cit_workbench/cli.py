@@ -134,13 +134,15 @@ def table(dir:str="runs", # Folder with runs
     out = table(dir)
     print(getattr(out.against(against) if against else out, format)().rstrip())
 
-def figures(dir:str="runs", # Folder with runs
+def figures(dir:str="runs", # Folder with runs and what was collected; several with commas
             /,
             out:str="figures", # Where the pictures go
+            only:str="", # Pictures, with commas: compare, curves, costs, one-task, matrices, likeness, spectra, report; all if left out
            ):
     "Draw PDF, SVG and PNG pictures of runs."
     from cit_workbench.analysis import figures
-    for path in figures(dir, out): print(path)
+    words = lambda s: [w for w in s.split(",") if w]
+    for path in figures(dir if Path(dir).exists() else words(dir), out, only=words(only)): print(path)
 
 # %% ../nbs/13_cli.ipynb #3034fc6c
 def again(found:dict, # What `sweep.tune` returns

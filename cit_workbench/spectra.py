@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Moments', 'eigen', 'singular', 'weighted', 'band', 'within', 'energy', 'energies', 'angles', 'crowding', 'Collected',
-           'write_collected', 'read_collected']
+           'write_collected', 'read_collected', 'only']
 
 # %% ../nbs/10b_spectra.ipynb #7ba71ec1
-import io, json
+import io, json, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,3 +170,11 @@ def read_collected(path, # An .npz file
     except Exception as e: raise CitError(f"collected file {path} is damaged ({type(e).__name__}); delete it, and it is measured again") from e
     if not whole: raise CitError(f"collected file {path} is damaged: its content is not what its digest says; delete it, and it is measured again")
     return Collected(json.loads(about), arrays)
+
+# %% ../nbs/10b_spectra.ipynb #9e98a10b
+def only(c:Collected, names:str, # Full-match regex of array names
+        ) -> Collected:
+    "The arrays whose names match; raises `CitError` when none does."
+    kept = {k: a for k, a in c.arrays.items() if re.fullmatch(names, k)}
+    if not kept: raise CitError(f"no array is named like {names!r}; names are {', '.join(sorted(c.arrays)[:4])} …")
+    return Collected(c.about, kept)

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_runs', 'by_order', 'scores_of', 'gate',
            'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'verdict', 'content', 'drawn',
-           'read_lock', 'lock_of', 'frozen']
+           'read_lock', 'lock_of', 'frozen', 'about', 'linked', 'methods_index', 'usual', 'reach', 'finding',
+           'Overview', 'overview']
 
 # %% ../nbs/14_testbed.ipynb #5be6e875
-import json
+import inspect, json, re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from .core import CitError, assets, digest
+from .core import CitError, assets, canonical, digest, read_json
 from .metrics import average_accuracy, forgetting, order_means, paired
 from .stream import all_streams, get_stream
 
@@ -136,15 +138,22 @@ def stale(runs:dict, # {name as in `gate_runs`: Record}
     return [n for n, spec in gate_runs().items() if n in runs and differs(runs[n], spec)]
 
 # %% ../nbs/14_testbed.ipynb #177ef5bd
+def _files(name:str, records) -> list: # Paths
+    "Records of the arms that judge the testbed, and of a method (`*`: of all)."
+    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")] + ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
+    return [*dict.fromkeys(p for a in [*arms, f"zoo/{name}-*.jsonl"] for p in sorted(Path(records).glob(a)))]
+
+def _plain(found) -> dict: # A line of the table
+    "Plain tuning at the recipe's rate; the tuned one stands beside it."
+    return max((r for r in found.rows if r["name"] == "finetune"), key=lambda r: r["orders"])
+
 def verdict(name:str, # A method
             records="../../records", # Folder with `testbed` and `zoo`, from where the method's page is
            ): # `Table`
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
-    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")] + ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
-    found = table([p for a in dict.fromkeys([*arms, f"zoo/{name}-*.jsonl"]) for p in sorted(Path(records).glob(a))])
-    plain = [r for r in found.rows if r["method"].partition("(")[0] == "finetune"]
-    return found.against(max(plain, key=lambda r: r["orders"])["method"]) # At the recipe's rate; the tuned one stands beside it
+    found = table(_files(name, records))
+    return found.against(_plain(found)["method"])
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf
 def content(stream) -> str: # Hex digest
@@ -184,3 +193,103 @@ def frozen(starts:dict, # {name: hash of its weights}
     tasks = {t.name: t for s in streams.values() for t, _ in s.roles()}
     return {"streams": {n: content(s) for n, s in streams.items()}, "examples": {n: drawn(t) for n, t in sorted(tasks.items())},
             "starts": starts, "recipe": recipe, "gates": gates}
+
+# %% ../nbs/14_testbed.ipynb #a4866c3f
+def about(name:str, # A method
+         ) -> dict: # method, idea, paper, told, keeps
+    "What a method's class and page say of it."
+    from cit_workbench.method import get_method, overrides
+    m = get_method(name); page = inspect.getmodule(type(m))
+    names = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', inspect.getsource(page))
+    keeps = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks) + sorted({*names} - {"refs"})
+    return {"method": name, "idea": (page.__doc__ or "").split("\n")[0], "paper": m.paper, "told": sorted(m.leaks), "keeps": keeps}
+
+# %% ../nbs/14_testbed.ipynb #e8c2ae7c
+def linked(paper:str) -> str: # Markdown
+    "arXiv numbers as links."
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+
+def methods_index(pages:str="methods", # Where the method pages are
+                 ) -> str: # Markdown
+    "All methods in a table without numbers: the idea, what it is told, the paper."
+    from cit_workbench.method import all_methods
+    from cit_workbench.record import markdown_table
+    said = [about(n) for n in all_methods()]
+    rows = [(f"[`{a['method']}`]({pages}/{a['method']}.ipynb)", a["idea"], ", ".join(a["told"]) or "–", linked(a["paper"]) or "–") for a in said]
+    return markdown_table(["method", "idea", "what it is told", "paper"], rows, left=4)
+
+# %% ../nbs/14_testbed.ipynb #db2a0156
+def usual(records:list) -> dict: # {(protocol, method): records of one setting}
+    "Of every method the setting that speaks for it."
+    from cit_workbench.method import all_methods, config_of, get_method
+    groups, known = defaultdict(list), all_methods()
+    for r in records:
+        c = r.config
+        groups[r.run.get("protocol"), c["method"], canonical([c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code")])].append(r)
+    def rank(key):
+        c, n = groups[key][0].config, len({tuple(r.tasks) for r in groups[key]})
+        own = config_of(get_method(key[1])) if key[1] in known else c["method_args"]
+        same = all(c["method_args"].get(k) == v for k, v in own.items() if isinstance(v, str))
+        return same, {*c["method_args"]} == {*own}, min(n, 3), bool(c["tuned_on"]), n
+    return {key[:2]: groups[key] for key in sorted(groups, key=rank)} # The best comes last and stays
+
+# %% ../nbs/14_testbed.ipynb #a605ee0e
+def reach(records:list) -> float: # Percent
+    "Mean over tasks of the best score just after the task."
+    tables = [dict(zip(r.tasks, np.diag(r.core()))) for r in records]
+    return float(np.mean([max(x[t] for x in tables) for t in tables[0]]))
+
+def finding(line:dict|None, # Of a `Table` with differences to plain tuning; None: no record
+            base:dict, # Plain tuning's line
+            share:float, # What the method learns of what `single` does
+           ) -> str:
+    "What has been shown of a method, in words."
+    if line is None: return "not run"
+    if line is base: return "what others are compared with"
+    if line["bound"]: return "a bound"
+    if line["trainable"] < base["trainable"] and share < .85: return f"gate failed: its part learns {100*share:.0f} % of what LoRA does"
+    if (n := line.get("n", 0)) < 3: return f"cannot tell from {n} order{'s'*(n != 1)}" # None: plain tuning was not run in its block
+    return "ends above plain tuning" if line["difference_low"] > 0 else "ends below plain tuning" if line["difference_high"] < 0 else "no difference shown"
+
+# %% ../nbs/14_testbed.ipynb #b466f522
+class Overview(list):
+    "Lines of `overview`; shows itself as a table."
+    pages = "../methods" # Where the method pages are
+    heads = ["method", "paper", "keeps between tasks", "is told", "trains", "extra forwards", "step time", "settings", "orders", "AP norm", "forgetting", "learning", "verdict so far"]
+    def _score(self, r:dict, k:str, digits:int=0) -> str:
+        "A mean, with its interval where there is one."
+        x, low, high = (r.get(f"{k}{e}", np.nan) for e in ("", "_low", "_high"))
+        return "·" if x != x else f"{x:.{digits}f}".replace("-", "−") + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high == high else "").replace("-", "−")
+    def _cells(self, r:dict) -> list:
+        "A line as strings."
+        from cit_workbench.analysis import _amount
+        kept = "nothing" if not r.get("stored_bytes") else f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}"
+        cost = [kept, ", ".join(r["told"]) or "–", _amount(r.get("trainable", 0)), _amount(r.get("extra_forwards", 0))]
+        if not r["orders"]: cost = ["·", cost[1], "·", "·"]
+        step = "1 by definition" if r["method"] == "finetune" else f"{r['step']['ratio']:.2f}" if r["step"] else "·"
+        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", linked(r["paper"]) or "–", *cost, step, r["tuned"], str(r["orders"] or "·"),
+                self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy"), r["verdict"]]
+    def _repr_markdown_(self) -> str:
+        from cit_workbench.record import markdown_table
+        parts = [(b, [self._cells(r) for r in self if r["block"] == b]) for b in dict.fromkeys(r["block"] for r in self)]
+        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=4) for b, rows in parts)
+    def __repr__(self): return f"Overview({len(self)} lines)"
+
+# %% ../nbs/14_testbed.ipynb #682ce663
+def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.json`
+            ) -> Overview: # One dict per method, in blocks of equal protocol
+    "What every method is, is told, keeps and costs, and what has been shown of it so far."
+    from cit_workbench.method import all_methods
+    from cit_workbench.record import Record, _tuned, table
+    runs = [r for r in map(Record, _files("*", records)) if r.finished and (r.config["method"] != "finetune" or not r.config["tuned_on"])] # At the recipe's rate, as in `verdict`
+    kept = usual(runs); found = table([r for rs in kept.values() for r in rs])
+    steps, base, ran = read_json(Path(records)/"bench.json", "bench file"), _plain(found), {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
+    lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
+    top, out = reach([r for r in runs if r.config["method"] == "single"]), Overview()
+    for name in all_methods():
+        for r in [r for r in lines if r["name"] == name] or [None]:
+            share = reach(ran[name, r["tuned"]])/top if r else np.nan
+            more = {k: v for k, v in r.items() if k not in ("method", "name", "units", "tuned")} if r else {"orders": 0, "block": base["block"]}
+            tuned = ("tuned" if r["tuned"].startswith("tuned") else "defaults") if r else ""
+            out.append({**more, **about(name), "step": steps.get(f"{name}_step"), "tuned": tuned, "share": share, "verdict": finding(r, base, share)})
+    return out

@@ -13,6 +13,7 @@ from cit_workbench.cli import COMMANDS, main, parse
 
 SMALL = ["--stream-args", "tasks=['col-mcq', 'col-word']", "n_train=16", "n_val=4", "n_test=4",
          "--optim", "steps=2", "batch=4"]
+ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "from cit_workbench.cli import main; main()"
 
 
@@ -84,12 +85,19 @@ def test_pairs_reach_into_tables():
     (["sweep", "none.toml"], "none.toml does not exist"),
     (["table", "nowhere"], "nowhere"),
     (["figures", "nowhere"], "nowhere"),
+    (["figures", str(ROOT/"records/demo"), "--only", "curve"], "unknown picture 'curve' (did you mean 'curves'?)"),
     (["list", "method"], "did you mean 'methods'"),
     (["export-stream", "shape", "x"], "unknown stream 'shape'")])
 def test_bad_words_end_in_one_sentence(words, sentence, capsys):
     code, err = said(capsys, *words)
     assert code == 2 and sentence in err
     assert not list(Path().iterdir())
+
+
+def test_pictures_are_drawn_from_several_folders_and_by_name(capsys):
+    dirs = ",".join(str(ROOT/"records"/d) for d in ("demo", "collected"))
+    assert said(capsys, "figures", dirs, "--only", "one-task,matrices", "--out", "out") == (0, "")
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted(f"shapes-{n}.{f}" for n in ("one-task", "matrices") for f in ("pdf", "svg", "png"))
 
 
 def test_a_run_from_the_command_line(capsys):

@@ -1,12 +1,16 @@
 "The lock names what is there: streams, starts, recipe and the table of gates, judged again from the committed records."
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cit_workbench.backbone import start_hash
+from cit_workbench.method import all_methods
 from cit_workbench.record import Record
 from cit_workbench.stream import all_streams, get_stream
-from cit_workbench.testbed import balanced_orders, content, drawn, gate_runs, judged, lock_of, read_lock, recipe, stale
+from cit_workbench.testbed import (balanced_orders, content, drawn, gate_runs, judged, lock_of, methods_index, overview,
+                                   read_lock, recipe, stale)
 
 RECORDS = Path(__file__).parents[1]/"records/testbed"
 
@@ -54,3 +58,32 @@ def test_orders_are_balanced(n):
     orders = balanced_orders([*range(n)])
     assert all(sorted(place) == [*range(n)] for place in zip(*orders))
     assert len({(a, b) for o in orders for a, b in zip(o, o[1:])}) == n*(n - 1)
+
+
+def test_every_method_has_a_line_even_where_nothing_was_run(tmp_path):
+    shutil.copytree(RECORDS, tmp_path/"testbed")
+    shutil.copy(RECORDS.parent/"bench.json", tmp_path)
+    lines = {r["method"]: r for r in overview(tmp_path)}
+    assert [*lines] == all_methods()
+    assert {n for n, r in lines.items() if r["verdict"] != "not run"} == {"finetune", "er", "single", "joint"}
+    assert lines["er"]["verdict"] == "ends above plain tuning" and lines["er"]["ap_norm_low"] > lines["finetune"]["ap_norm_high"]
+    assert len(overview(tmp_path)._repr_markdown_().splitlines()) == 2 + len(all_methods())
+
+
+def test_lines_of_another_protocol_stand_in_a_block_of_their_own(tmp_path):
+    (tmp_path/"zoo").mkdir()
+    shutil.copytree(RECORDS, tmp_path/"testbed")
+    shutil.copy(RECORDS.parent/"bench.json", tmp_path)
+    lines = (RECORDS/"er-o0-s0.jsonl").read_text().splitlines(keepends=True)
+    run = json.loads(lines[0])
+    run["protocol"], run["protocol_fields"]["steps"] = "other", 10
+    (tmp_path/"zoo/er-other.jsonl").write_text(json.dumps(run, separators=(",", ":")) + "\n" + "".join(lines[1:]))
+    er = [r for r in overview(tmp_path) if r["method"] == "er"]
+    assert [r["verdict"] for r in er] == ["ends above plain tuning", "cannot tell from 0 orders"]
+    assert len({r["block"] for r in er}) == 2
+
+
+def test_the_home_page_lists_every_method():
+    home = (RECORDS.parents[1]/"README.md").read_text(encoding="utf-8")
+    assert [n for n in all_methods() if f"](nbs/methods/{n}.ipynb)" not in home] == []
+    assert methods_index().count("](methods/") == len(all_methods())

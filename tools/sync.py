@@ -1,4 +1,6 @@
-"""Export the notebooks, clean them and write README.md; with --check, only say whether that would change anything."""
+"""Export the notebooks, clean them, write the table of methods and README.md; with --check, only say whether that would change anything."""
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 
 root = Path(__file__).resolve().parents[1]
+mark = "<!-- The methods: written by `make sync`, from their classes. -->"
 
 
 def generated(path):
@@ -20,7 +23,21 @@ def readme(nb):
     cells = [c for c in nb.cells if c.source.strip() and not c.source.startswith("#| hide")]
     texts = [c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells]
     head = "<!-- Written from nbs/index.ipynb by `make sync`: edit it there. -->\n\n"
-    return head + "\n\n".join(texts).replace("](../", "](").replace('src="../', 'src="') + "\n"
+    text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", "\n\n".join(texts))
+    return head + text.replace("](../", "](").replace('src="../', 'src="') + "\n"
+
+
+def list_methods(at):
+    "Write the table of all methods into the cell of nbs/index.ipynb that begins with the mark."
+    code = "from cit_workbench.testbed import methods_index; print(methods_index())"
+    env = {**os.environ, "PYTHONPATH": str(at)}
+    table = subprocess.run([sys.executable, "-c", code], cwd=at, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    nb = read_nb(at/"nbs/index.ipynb")
+    cells = [c for c in nb.cells if c.source.startswith(mark)]
+    if len(cells) != 1: sys.exit(f"nbs/index.ipynb must hold one cell that begins with {mark}; there are {len(cells)}")
+    if cells[0].source == (text := f"{mark}\n\n{table.strip()}"): return
+    cells[0].source = text
+    write_nb(nb, at/"nbs/index.ipynb")
 
 
 def name_kernel(path):
@@ -37,6 +54,7 @@ def sync(at):
         if not {".ipynb_checkpoints", "runs"} & set(path.parts): name_kernel(path)
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True)
+    list_methods(at)
     text = readme(read_nb(at/"nbs/index.ipynb"))
     (at/"README.md").write_text(text, encoding="utf-8")
 
