@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-import ast, builtins, dis, fcntl, inspect, io, json, linecache, os, shutil, socket, subprocess, sys, tempfile, time, traceback, types, warnings
+import ast, builtins, codeop, dis, fcntl, inspect, io, json, linecache, os, re, shutil, socket, subprocess, sys, tempfile, time, traceback, types, warnings
 
 import numpy as np
 from fastcore.basics import camel2snake, patch
@@ -361,7 +361,7 @@ def _names(node) -> set:
         return ({i.argval for i in ops if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")} - own).union(*inner)
     return read(compile(ast.Module([node], []), "method.py", "exec"))
 
-def _cells(module:str, functions) -> list: # Texts, later ones count
+def _cells(module:str, functions) -> list: # (text, was it compiled as a whole?), later ones count
     "The texts in which the code of a module was written: its file, or the cells of a notebook in the order they ran."
     file = vars(sys.modules[module]).get("__file__") if module in sys.modules else None
     shell = sys.modules["IPython"].get_ipython() if module == "__main__" and "IPython" in sys.modules else None
@@ -369,7 +369,7 @@ def _cells(module:str, functions) -> list: # Texts, later ones count
     cells = ["".join(v[2]) for k, v in list(linecache.cache.items()) if len(v) == 4 and cell(k)]
     cells += map(str, shell.user_ns.get("In", []) if shell else [])
     written = file and (not cells or file in {f.__code__.co_filename for f in functions})
-    return [*([Path(file).read_text(encoding="utf-8")] if written else []), *cells]
+    return [*([(Path(file).read_text(encoding="utf-8"), True)] if written else []), *((c, False) for c in cells)]
 
 def _binds(node) -> set:
     "The names that a top-level statement binds."
@@ -388,12 +388,14 @@ def _patches(node) -> str|None:
 class _Writer:
     "Collects the statements that a class needs."
     def __init__(self, names:dict): # Global values of the module, by name
-        self.values, self.imports, self.code, self.done, self.nodes = names, [], [], set(), []
+        self.values, self.imports, self.code, self.done, self.nodes, self.beside = names, [], [], set(), [], {}
     def read(self, texts):
-        for t in texts:
+        for t, whole in texts:
             try: body = ast.parse(t).body
             except SyntaxError: continue # A cell that never ran
-            self.nodes += [(n, "\n".join(_lines(t, n))) for n in body]
+            new = [(n, "\n".join(_lines(t, n))) for n in body]
+            self.nodes += new
+            self.beside |= {n: [(m, t) for m, t in new if whole and isinstance(m, (ast.Import, ast.ImportFrom))] for n in body}
         self.imports += [t for n, t in self.nodes if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
     def need(self, name:str, by:str):
         "Write down what a name means, and what that needs before it."
@@ -409,7 +411,8 @@ class _Writer:
         else: raise CitError(f"method.py cannot hold {name!r}, a {type(v).__name__} that {by} uses: make it a field of the method, or make it inside a hook")
     def statement(self, node, text:str, name:str):
         for n in sorted(_names(node) - {name}): self.need(n, name)
-        self.code.append(text)
+        dotted = {n.value.id for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+        self.code.append("\n".join(["# %%", *(t for m, t in self.beside[node] if _binds(m) & dotted), text]))
 
 def _lines(text:str, node) -> list:
     "The lines of a statement, decorators included."
@@ -459,7 +462,9 @@ def _loaded(text:str) -> types.ModuleType:
     "A module made of a text; raises `CitError` when it does not import by itself."
     module = types.ModuleType(f"method_{digest(text)}"); sys.modules[module.__name__] = module
     linecache.cache[module.__name__] = (len(text), None, text.splitlines(True), module.__name__)
-    try: exec(compile(text, module.__name__, "exec"), vars(module))
+    compiled, units = codeop.Compile(), re.split(r"(?m)^(?=# %%$)", text)
+    try:
+        for k, unit in enumerate(units): exec(compiled("\n"*"".join(units[:k]).count("\n") + unit, module.__name__, "exec"), vars(module))
     except Exception as e: raise CitError(f"method.py does not import by itself: {type(e).__name__}: {e}") from e
     return module
 
