@@ -76,6 +76,13 @@ def test_a_name_links_to_the_one_page_that_explains_it():
     assert docs.linked("`Run` and `other`", root/"nbs/x.ipynb", names, root) == "[`Run`](#api) and `other`"
 
 
+def test_links_in_outputs_lead_to_pages():
+    got = docs.to_html({"output_type": "display_data", "data": {"text/markdown": ["[er](../methods/er.ipynb#x) [y](https://z.org/y.ipynb)"],
+                                                               "text/html": "<a href='er.ipynb'>er</a>", "text/plain": "(a.ipynb)"}})["data"]
+    assert got["text/markdown"] == "[er](../methods/er.html#x) [y](https://z.org/y.ipynb)"
+    assert got["text/html"] == "<a href='er.html'>er</a>" and got["text/plain"] == "(a.ipynb)"
+
+
 def test_directives_are_read_off_the_top():
     assert docs.directives("#| export\n#| echo: false\nx = 1") == ({"export", "echo:"}, "x = 1")
     assert docs.only_imports("import a\nfrom b import c") and not docs.only_imports("import a\na.b()")

@@ -223,6 +223,13 @@ def _type(a):
 def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else repr(d)[:60]
 
 
+def to_html(output):
+    "An output whose links to notebooks lead to their pages."
+    def turn(text): return re.sub(r"""((?:\]\(|href=["'])(?![a-z]+:)[^)"'#]*)\.ipynb""", r"\1.html", "".join(text))
+    data = {k: turn(v) if k in ("text/html", "text/markdown") else v for k, v in output.get("data", {}).items()}
+    return {**output, **({"data": data} if data else {})}
+
+
 def page(nb, path, names, at):
     "An executed notebook as the page that people read."
     module, cells, found = names.of_page.get(path), [], []
@@ -232,7 +239,7 @@ def page(nb, path, names, at):
         if c["cell_type"] == "markdown": add("markdown", linked(source, path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
         if c["cell_type"] != "code" or not source.strip(): continue
         flags, source = directives(source)
-        outputs = [o for o in c.get("outputs", []) if o.get("name") != "stderr"]
+        outputs = [to_html(o) for o in c.get("outputs", []) if o.get("name") != "stderr"]
         if flags & {"hide", "default_exp"} or (flags & {"export", "exports"} and only_imports(source)): continue
         tags = [t for t in c["metadata"].get("tags", []) if t in ("parameters", "lesson")] + (["exported"] if flags & {"export", "exports"} else [])
         if "exported" in tags and module:
