@@ -436,8 +436,10 @@ def _draw_one_task(ax, groups:dict, task:str):
         y = course[m].mean(0) if m in able else np.full(len(rows), level[m])
         look = dict(marker=_marks[k], color=_hues[k]) if m in able else dict(ls=(0, (4, 2)), lw=.9, color="#777777")
         ax.plot(range(len(rows)), y, **look)
-        if m in able and len(course[m]) > 1: ax.fill_between(range(len(rows)), course[m].min(0), course[m].max(0), color=_hues[k], alpha=.15, lw=0)
-        ax.annotate(f"{m} {y[-1]:.0f}", (len(rows) - 1, heights[m]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=7.5, color=look["color"], annotation_clip=False)
+        if m in able and len(course[m]) > 1:
+            ax.fill_between(range(len(rows)), course[m].min(0), course[m].max(0), color=_hues[k], alpha=.15, lw=0)
+        ax.annotate(f"{m} {y[-1]:.0f}", (len(rows) - 1, heights[m]), xytext=(7, 0), textcoords="offset points",
+                    va="center", fontsize=7.5, color=look["color"], annotation_clip=False)
     _axes_of_rows(ax, rows); ax.axvline(at, color="#999999", lw=.6, ls=":")
     ax.set(xlabel="after", ylabel=f"score on {task}, %")
     ax.set_title(f"{task} in 4 of {len(able)} methods that learned it" if len(able) > 4 else f"{task} over the stream")
@@ -452,14 +454,20 @@ def one_task(recs, # Records, or where to find them
     return _panel(lambda ax: _draw_one_task(ax, groups, task), ax, 3.7, 2.6)
 
 # %% ../nbs/10_analysis.ipynb #8276b496
-def _draw_small(ax, M, rows:list, columns:list, name:str, names:str):
-    "A matrix of the stream's tasks without numbers, its diagonal framed."
-    ax.imshow(M, cmap="Blues", vmin=-4, vmax=116, interpolation="nearest")
-    for i in range(len(M) if len(M) == len(columns) else 0): ax.add_patch(Rectangle((i - .5, i - .5), 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
-    ax.set_xticks(np.arange(1, len(columns)) - .5, minor=True); ax.set_yticks(np.arange(1, len(rows)) - .5, minor=True)
+def _squares(ax, M, names:list, rows:list, low:float, high:float, size:float):
+    "A matrix as squares without numbers."
+    pad = high - low
+    ax.imshow(np.ma.masked_invalid(M), cmap="Blues", vmin=low - .04*pad, vmax=high + .16*pad, interpolation="nearest")
+    ax.set_xticks(np.arange(1, M.shape[1]) - .5, minor=True); ax.set_yticks(np.arange(1, len(M)) - .5, minor=True)
     ax.grid(which="minor", color="white", lw=.6); ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False)
-    ax.set_xticks(range(len(columns)), columns if "x" in names else [], fontsize=6.2, rotation=90)
-    ax.set_yticks(range(len(rows)), rows if "y" in names else [], fontsize=6.2)
+    ax.set_xticks(range(M.shape[1]), names, fontsize=size, rotation=90); ax.set_yticks(range(len(M)), rows, fontsize=size)
+
+def _draw_small(ax, M, tasks:list, name:str, names:str):
+    "A method's matrix, its diagonal framed; `names` says which axes are labelled."
+    blank = [""]*len(tasks)
+    _squares(ax, M, tasks if "x" in names else blank, tasks if "y" in names else blank, 0, 100, 6.2)
+    for i in range(len(M)):
+        ax.add_patch(Rectangle((i - .5, i - .5), 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
     ax.set_title(name, fontsize=7, pad=3)
 
 def matrices(recs): # Records, or where to find them
@@ -467,93 +475,105 @@ def matrices(recs): # Records, or where to find them
     groups = {m: rs for m, rs in _each_once(recs).items() if len(rs[0].rows) == len(rs[0].tasks) + 1}
     if not groups: raise CitError("there is no run with a row per task to draw")
     core = {m: np.mean([r.core() for r in rs], 0) for m, rs in groups.items()}
-    ranked = sorted(core, key=lambda m: (-core[m][-1].mean(), m)); cols = min(6, len(ranked)); high = -(-len(ranked)//cols)
-    tasks = next(iter(groups.values()))[0].tasks; out = Picture(7.4, .55 + (7.4 - .7)/cols*high + .16*high)
+    ranked, tasks = sorted(core, key=lambda m: (-core[m][-1].mean(), m)), next(iter(groups.values()))[0].tasks
+    cols = min(6, len(ranked)); high = -(-len(ranked)//cols)
+    out = Picture(7.4, .55 + (7.4 - .7)/cols*high + .16*high)
     with _house():
         axes = out.figure.subplots(high, cols, squeeze=False)
         for k, (ax, m) in enumerate(zip(axes.flat, ranked)):
             names = "y"*(k % cols == 0) + "x"*(k//cols == high - 1)
-            _draw_small(ax, core[m], tasks, tasks, f"{m}  {core[m][-1].mean():.0f}", names)
+            _draw_small(ax, core[m], tasks, f"{m}  {core[m][-1].mean():.0f}", names)
         for ax in axes.flat[len(ranked):]: ax.axis("off")
-        out.figure.supxlabel("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; beside the name: mean of the last row", fontsize=7, color="#555555")
+        said = ("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; "
+                "beside the name: mean of the last row")
+        out.figure.supxlabel(said, fontsize=7, color="#555555")
     return out
 
 # %% ../nbs/10_analysis.ipynb #f6eb2c22
-_kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruction/cosine", "answers": "features/answer/cosine"}
-
-def _draw_pairs(ax, M, names, title:str, low:float, high:float, label:bool):
-    "A matrix of pairs as squares."
-    ax.imshow(np.ma.masked_invalid(M), cmap="Blues", vmin=low - .04*(high - low), vmax=high + .16*(high - low), interpolation="nearest")
-    ax.set_xticks(range(len(names)), names, fontsize=6.8, rotation=90); ax.set_yticks(range(len(names)), names if label else [], fontsize=6.8)
-    ax.set_xticks(np.arange(1, len(names)) - .5, minor=True); ax.set_yticks(np.arange(1, len(names)) - .5, minor=True); ax.grid(which="minor", color="white", lw=.6)
-    ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False); ax.set_title(title, fontsize=7.5)
+_kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruction/cosine",
+             "answers": "features/answer/cosine"}
 
 def _lost(recs, what:str) -> tuple: # (task names, drops [T, T]); NaN where never adjacent
-    "What plain tuning forgot of each task right after each other."
+    "What plain tuning forgot of each task right after each other, at the learning rate of most runs."
     from cit_workbench.similarity import adjacent_forgetting
-    plain = [r for r in find_runs(recs) if r.config.get("method") == "finetune" and len(r.rows) == len(r.tasks) + 1]
-    rates = [(r.config.get("optim") or {}).get("lr") for r in plain]
-    plain = [r for r, x in zip(plain, rates) if x == max(rates, key=rates.count)]
-    if not plain: raise CitError("similarity is drawn beside what plain tuning forgets, and there is no finished run of finetune with a row per task")
+    own = lambda r: r.config.get("method") == "finetune" and len(r.rows) == len(r.tasks) + 1
+    plain = [r for r in find_runs(recs) if own(r)]
+    if not plain: raise CitError("similarity is drawn beside what plain tuning forgets, and there is no run of finetune "
+                                 "with a row per task")
+    rates = [(r.config.get("optim") or {}).get("lr") for r in plain]; rate = max(rates, key=rates.count)
     names = sorted(plain[0].tasks)
-    return names, adjacent_forgetting([(r.tasks, r.core(what)) for r in plain], names)[0]
+    return names, adjacent_forgetting([(r.tasks, r.core(what)) for r, x in zip(plain, rates) if x == rate], names)[0]
+
+# %% ../nbs/10_analysis.ipynb #0f609dea
+def _draw_scatter(ax, S, F, names:list, what:str, said:str):
+    "Both matrices without row and column effects; the two most similar pairs are named."
+    from cit_workbench.similarity import double_centred
+    x, y, off = double_centred(S), double_centred(F), ~np.eye(len(S), dtype=bool)
+    ax.axhline(0, color="#dddddd", lw=.6); ax.axvline(0, color="#dddddd", lw=.6)
+    ax.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0); ax.set_box_aspect(1)
+    for n, (i, j) in enumerate(sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]):
+        ax.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6.5, xytext=(-5, -5*n), ha="right",
+                    va="center", textcoords="offset points")
+    ax.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred"); ax.set_title(said, fontsize=7.5)
 
 def likeness(recs, # Records of plain tuning in balanced orders, or where to find them
              collected, # What `collect` gave
              kind:str="answers", # Or "images", "instructions"
              what:str="content", # Or "formatted", "valid"
             ):
-    "How alike tasks are, what each lost to each, and one against the other; raises `CitError` where a pair never stood side by side."
+    "How alike tasks are, what each lost to each, one against the other; raises `CitError` where a pair is missing."
     from scipy.cluster.hierarchy import leaves_list, linkage
-    from cit_workbench.similarity import double_centred, mantel
-    names, F = _lost(recs, what)
+    from cit_workbench.similarity import mantel
+    names, F = _lost(recs, what); one_of("similarity", kind, _kinds_of)
     at = [collected.tasks.index(one_of("task of the collected file", n, collected.tasks)) for n in names]
-    S = collected[_kinds_of[one_of("similarity", kind, _kinds_of)]][np.ix_(at, at)]
-    m, k = mantel(S, F), leaves_list(linkage(1 - S[np.triu_indices(len(S), 1)], "average", optimal_ordering=True))
+    S = collected[_kinds_of[kind]][np.ix_(at, at)]; m = mantel(S, F)
+    k = leaves_list(linkage(1 - S[np.triu_indices(len(S), 1)], "average", optimal_ordering=True)) # Alike side by side
     names, S, F = [names[i] for i in k], S[np.ix_(k, k)], F[np.ix_(k, k)]
-    out, off = Picture(7.4, 2.75), ~np.eye(len(S), dtype=bool)
+    p = "p < 0.001" if m["p_pearson"] < .001 else f"p = {m['p_pearson']:.3f}"
+    out = Picture(7.4, 2.75)
     with _house():
         a, b, c = out.figure.subplots(1, 3)
-        _draw_pairs(a, S, names, f"similarity of {kind}, 0 to 1", 0, 1, True)
-        _draw_pairs(b, F, names, f"{what} lost to the column, 0 to 100", 0, 100, False)
-        x, y = double_centred(S), double_centred(F)
-        c.axhline(0, color="#dddddd", lw=.6); c.axvline(0, color="#dddddd", lw=.6)
-        c.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0); c.set_box_aspect(1)
-        for n, (i, j) in enumerate(sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]):
-            c.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6.5, xytext=(-5, -5*n), ha="right", va="center", textcoords="offset points")
-        p = "p < 0.001" if m["p_pearson"] < .001 else f"p = {m['p_pearson']:.3f}"
-        c.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred"); c.set_title(f"r = {m['pearson']:.2f}, {p}, {m['cells']} pairs", fontsize=7.5)
+        _squares(a, S, names, names, 0, 1, 6.8); a.set_title(f"similarity of {kind}, 0 to 1", fontsize=7.5)
+        _squares(b, F, names, [""]*len(names), 0, 100, 6.8); b.set_title(f"{what} lost to the column, 0 to 100", fontsize=7.5)
+        _draw_scatter(c, S, F, names, what, f"r = {m['pearson']:.2f}, {p}, {m['cells']} pairs")
     return out
 
 # %% ../nbs/10_analysis.ipynb #2ce61e07
+def _draw_spectra(ax, collected, spots:list, t:int, named:bool):
+    "A line per modality of one task."
+    first = {p: collected[f"{p}/raw/values"][t, 0] for p in spots}
+    for k, p in enumerate(spots):
+        v, (low, up) = np.sqrt(collected[f"{p}/raw/values"][t]), collected[f"{p}/raw/band"][t]
+        seen, held = v > 1e-3*v[0], low > 1e-3*v[0]; x = np.arange(1, len(v) + 1)
+        ax.fill_between(x[:len(low)][held], low[held], up[held], color=_hues[k], alpha=.25, lw=0)
+        ax.plot(x[seen], v[seen], color=_hues[k], lw=1.1)
+        above = -10 if first[p] == min(first.values()) else 4
+        if named: ax.annotate(p.rpartition("/")[2], (1, v[0]), xytext=(2, above), textcoords="offset points",
+                              fontsize=6.5, color=_hues[k])
+    ax.set(xscale="log", yscale="log"); ax.set_title(collected.tasks[t], fontsize=7.5)
+    ax.minorticks_off(); ax.grid(lw=.3, color="#e4e4e4"); ax.set_axisbelow(True)
+
 def spectra(collected, # What `collect` gave
             level:str="input", # Or "layer 3", …
            ):
     "Singular values of each task's embeddings, a line per modality, per token."
-    spots = [p for p in collected.places("raw/values") if p.startswith(f"{level}/")]
-    one_of("level", level, {p.rpartition("/")[0] for p in collected.places("raw/values")})
+    places = collected.places("raw/values"); one_of("level", level, {p.rpartition("/")[0] for p in places})
+    spots = [p for p in places if p.startswith(f"{level}/")]
     tasks, cols = collected.tasks, min(4, len(collected.tasks)); high = -(-len(tasks)//cols)
-    lowest, most = (f(spots, key=lambda p: collected[f"{p}/raw/values"][0, 0]) for f in (min, max))
-    top = 4*np.sqrt(collected[f"{most}/raw/values"][:, 0].max())
+    top = 4*max(np.sqrt(collected[f"{p}/raw/values"][:, 0].max()) for p in spots)
     out = Picture(7.4, .35 + 1.55*high)
     with _house():
         axes = out.figure.subplots(high, cols, squeeze=False, sharex=True, sharey=True)
-        for t, ax in enumerate(axes.flat[:len(tasks)]):
-            for k, p in enumerate(spots):
-                v, (low, up) = np.sqrt(collected[f"{p}/raw/values"][t]), collected[f"{p}/raw/band"][t]
-                seen, held = v > 1e-3*v[0], low > 1e-3*v[0]; x = np.arange(1, len(v) + 1)
-                ax.fill_between(x[:len(low)][held], low[held], up[held], color=_hues[k], alpha=.25, lw=0)
-                ax.plot(x[seen], v[seen], color=_hues[k], lw=1.1)
-                if t == 0: ax.annotate(p.rpartition("/")[2], (1, v[0]), xytext=(2, -10 if p == lowest else 4), textcoords="offset points", fontsize=6.5, color=_hues[k])
-            ax.set(xscale="log", yscale="log"); ax.set_ylim(top=top); ax.set_title(tasks[t], fontsize=7.5); ax.minorticks_off(); ax.grid(lw=.3, color="#e4e4e4"); ax.set_axisbelow(True)
+        for t, ax in enumerate(axes.flat[:len(tasks)]): _draw_spectra(ax, collected, spots, t, t == 0)
         for ax in axes.flat[len(tasks):]: ax.axis("off")
         for ax in axes[-1]: ax.set_xlabel("direction")
         for ax in axes[:, 0]: ax.set_ylabel("√energy per token")
+        axes[0, 0].set_ylim(top=top)
     return out
 
 # %% ../nbs/10_analysis.ipynb #3a8e95be
 def _sets(recs) -> dict: # {file name prefix: [records]}
-    "Finished records that may share a picture: one stream and one protocol, whatever the methods train; the largest set of a stream bears its name alone."
+    "Finished records of one stream and one protocol, whatever is trained; a stream's largest set bears its name alone."
     out = defaultdict(list)
     for r in recs:
         fields = r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}
@@ -572,14 +592,14 @@ def _pictures(recs, collected) -> dict: # {name: function that draws}
     if len(per_task) > 1: out |= {"one-task": lambda: one_task(recs), "matrices": lambda: matrices(recs)}
     if collected: out["spectra"] = lambda: spectra(collected)
     if not collected or "finetune" not in per_task or len(recs[0].tasks) < 4: return out
-    if np.isnan(_lost(recs, "content")[1]).sum() == len(recs[0].tasks): out["likeness"] = lambda: likeness(recs, collected) # Every pair stood side by side
-    return out
+    every = np.isnan(_lost(recs, "content")[1]).sum() == len(recs[0].tasks) # Pair stood side by side
+    return out | ({"likeness": lambda: likeness(recs, collected)} if every else {})
 
 def figures(src="runs", # Run folders, packed runs, Records, or folders of those; files of `collect` lie below a folder
             out="figures", # Where to write
             formats=("pdf", "svg", "png"),
             reports:bool=True, # Also one report per run
-            only=(), # Names: compare, curves, costs, one-task, matrices, likeness, spectra, report; default: all that can be drawn
+            only=(), # Of compare, curves, costs, one-task, matrices, likeness, spectra, report; default: all
            ) -> list: # Paths written
     "Write the pictures of all finished runs as files that are the same every time."
     from cit_workbench.spectra import read_collected
@@ -591,7 +611,8 @@ def figures(src="runs", # Run folders, packed runs, Records, or folders of those
     sets, paths = _sets(runs), []
     if not sets: raise CitError(f"no finished run to draw in {src}")
     for prefix, recs in sets.items():
-        mine = [c for c in collected if c.about.get("stream") == recs[0].config.get("stream") and {*recs[0].tasks} == {*c.tasks}]
+        same = lambda c: c.about.get("stream") == recs[0].config.get("stream") and {*recs[0].tasks} == {*c.tasks}
+        mine = [c for c in collected if same(c)]
         collected = [c for c in collected if c not in mine] # Drawn once, with the largest set of its stream
         pictures = _pictures(recs, mine[0] if mine else None)
         if reports: pictures |= {f"report-{r.name}": (lambda r=r: report(r)) for r in recs}

@@ -140,7 +140,8 @@ def stale(runs:dict, # {name as in `gate_runs`: Record}
 # %% ../nbs/14_testbed.ipynb #177ef5bd
 def _files(name:str, records) -> list: # Paths
     "Records of the arms that judge the testbed, and of a method (`*`: of all)."
-    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")] + ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
+    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
+    arms += ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
     return [*dict.fromkeys(p for a in [*arms, f"zoo/{name}-*.jsonl"] for p in sorted(Path(records).glob(a)))]
 
 def _plain(found) -> dict: # A line of the table
@@ -201,8 +202,9 @@ def about(name:str, # A method
     from cit_workbench.method import get_method, overrides
     m = get_method(name); page = inspect.getmodule(type(m))
     names = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', inspect.getsource(page))
-    keeps = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks) + sorted({*names} - {"refs"})
-    return {"method": name, "idea": (page.__doc__ or "").split("\n")[0], "paper": m.paper, "told": sorted(m.leaks), "keeps": keeps}
+    kinds = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks)
+    idea = (page.__doc__ or "").split("\n")[0]
+    return {"method": name, "idea": idea, "paper": m.paper, "told": sorted(m.leaks), "keeps": kinds + sorted({*names} - {"refs"})}
 
 # %% ../nbs/14_testbed.ipynb #e8c2ae7c
 def linked(paper:str) -> str: # Markdown
@@ -214,8 +216,9 @@ def methods_index(pages:str="methods", # Where the method pages are
     "All methods in a table without numbers: the idea, what it is told, the paper."
     from cit_workbench.method import all_methods
     from cit_workbench.record import markdown_table
-    said = [about(n) for n in all_methods()]
-    rows = [(f"[`{a['method']}`]({pages}/{a['method']}.ipynb)", a["idea"], ", ".join(a["told"]) or "–", linked(a["paper"]) or "–") for a in said]
+    said = {n: about(n) for n in all_methods()}
+    rows = [(f"[`{n}`]({pages}/{n}.ipynb)", a["idea"], ", ".join(a["told"]) or "–", linked(a["paper"]) or "–")
+            for n, a in said.items()]
     return markdown_table(["method", "idea", "what it is told", "paper"], rows, left=4)
 
 # %% ../nbs/14_testbed.ipynb #db2a0156
@@ -224,8 +227,8 @@ def usual(records:list) -> dict: # {(protocol, method): records of one setting}
     from cit_workbench.method import all_methods, config_of, get_method
     groups, known = defaultdict(list), all_methods()
     for r in records:
-        c = r.config
-        groups[r.run.get("protocol"), c["method"], canonical([c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code")])].append(r)
+        c = r.config; setting = [c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code")]
+        groups[r.run.get("protocol"), c["method"], canonical(setting)].append(r)
     def rank(key):
         c, n = groups[key][0].config, len({tuple(r.tasks) for r in groups[key]})
         own = config_of(get_method(key[1])) if key[1] in known else c["method_args"]
@@ -247,32 +250,42 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
     if line is None: return "not run"
     if line is base: return "what others are compared with"
     if line["bound"]: return "a bound"
-    if line["trainable"] < base["trainable"] and share < .85: return f"gate failed: its part learns {100*share:.0f} % of what LoRA does"
-    if (n := line.get("n", 0)) < 3: return f"cannot tell from {n} order{'s'*(n != 1)}" # None: plain tuning was not run in its block
-    return "ends above plain tuning" if line["difference_low"] > 0 else "ends below plain tuning" if line["difference_high"] < 0 else "no difference shown"
+    if line["trainable"] < base["trainable"] and share < .85:
+        return f"gate failed: its part learns {100*share:.0f} % of what LoRA does"
+    n = line.get("n", 0) # Left out where plain tuning was not run in the line's block
+    if n < 3: return f"cannot tell from {n} order{'s'*(n != 1)}"
+    if line["difference_low"] > 0: return "ends above plain tuning"
+    return "ends below plain tuning" if line["difference_high"] < 0 else "no difference shown"
 
 # %% ../nbs/14_testbed.ipynb #b466f522
 class Overview(list):
     "Lines of `overview`; shows itself as a table."
     pages = "../methods" # Where the method pages are
-    heads = ["method", "paper", "keeps between tasks", "is told", "trains", "extra forwards", "step time", "settings", "orders", "AP norm", "forgetting", "learning", "verdict so far"]
+    heads = ["method", "paper", "keeps between tasks", "is told", "verdict so far", "settings", # Text
+             "orders", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time"]
     def _score(self, r:dict, k:str, digits:int=0) -> str:
         "A mean, with its interval where there is one."
         x, low, high = (r.get(f"{k}{e}", np.nan) for e in ("", "_low", "_high"))
-        return "·" if x != x else f"{x:.{digits}f}".replace("-", "−") + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high == high else "").replace("-", "−")
+        said = f"{x:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high == high else "")
+        return "·" if x != x else said.replace("-", "−")
+    def _cost(self, r:dict) -> list:
+        "Trainables, extra forwards and step time."
+        from cit_workbench.analysis import _amount
+        step = "1 by definition" if r["method"] == "finetune" else f"{r['step']['ratio']:.2f}" if r["step"] else "·"
+        return [*(_amount(r[k]) if r["orders"] else "·" for k in ("trainable", "extra_forwards")), step]
+    def _kept(self, r:dict) -> str:
+        from cit_workbench.analysis import _amount
+        if not r["orders"]: return "·"
+        return f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}" if r["stored_bytes"] else "nothing"
     def _cells(self, r:dict) -> list:
         "A line as strings."
-        from cit_workbench.analysis import _amount
-        kept = "nothing" if not r.get("stored_bytes") else f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}"
-        cost = [kept, ", ".join(r["told"]) or "–", _amount(r.get("trainable", 0)), _amount(r.get("extra_forwards", 0))]
-        if not r["orders"]: cost = ["·", cost[1], "·", "·"]
-        step = "1 by definition" if r["method"] == "finetune" else f"{r['step']['ratio']:.2f}" if r["step"] else "·"
-        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", linked(r["paper"]) or "–", *cost, step, r["tuned"], str(r["orders"] or "·"),
-                self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy"), r["verdict"]]
+        said = [linked(r["paper"]) or "–", self._kept(r), ", ".join(r["told"]) or "–", r["verdict"], r["tuned"]]
+        scores = [self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy")]
+        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", *said, str(r["orders"] or "·"), *scores, *self._cost(r)]
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
-        parts = [(b, [self._cells(r) for r in self if r["block"] == b]) for b in dict.fromkeys(r["block"] for r in self)]
-        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=4) for b, rows in parts)
+        blocks = {b: [self._cells(r) for r in self if r["block"] == b] for b in dict.fromkeys(r["block"] for r in self)}
+        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=6) for b, rows in blocks.items())
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../nbs/14_testbed.ipynb #682ce663
@@ -281,15 +294,18 @@ def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.
     "What every method is, is told, keeps and costs, and what has been shown of it so far."
     from cit_workbench.method import all_methods
     from cit_workbench.record import Record, _tuned, table
-    runs = [r for r in map(Record, _files("*", records)) if r.finished and (r.config["method"] != "finetune" or not r.config["tuned_on"])] # At the recipe's rate, as in `verdict`
-    kept = usual(runs); found = table([r for rs in kept.values() for r in rs])
-    steps, base, ran = read_json(Path(records)/"bench.json", "bench file"), _plain(found), {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
+    plain = lambda r: r.config["method"] != "finetune" or not r.config["tuned_on"] # At the recipe's rate, as in `verdict`
+    runs = [r for r in map(Record, _files("*", records)) if r.finished and plain(r)]
+    kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
+    ran = {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
+    found = table([r for rs in kept.values() for r in rs]); base = _plain(found)
     lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
     top, out = reach([r for r in runs if r.config["method"] == "single"]), Overview()
     for name in all_methods():
-        for r in [r for r in lines if r["name"] == name] or [None]:
-            share = reach(ran[name, r["tuned"]])/top if r else np.nan
-            more = {k: v for k, v in r.items() if k not in ("method", "name", "units", "tuned")} if r else {"orders": 0, "block": base["block"]}
-            tuned = ("tuned" if r["tuned"].startswith("tuned") else "defaults") if r else ""
-            out.append({**more, **about(name), "step": steps.get(f"{name}_step"), "tuned": tuned, "share": share, "verdict": finding(r, base, share)})
+        own = about(name) | {"step": steps.get(f"{name}_step")}
+        for r in [r for r in lines if r["name"] == name]:
+            said = own | {"tuned": "tuned" if r["tuned"].startswith("tuned") else "defaults", "share": reach(ran[name, r["tuned"]])/top}
+            out.append({k: v for k, v in r.items() if k != "units"} | said | {"verdict": finding(r, base, said["share"])})
+        if not out or out[-1]["method"] != name:
+            out.append(own | {"orders": 0, "block": base["block"], "tuned": "", "share": np.nan, "verdict": finding(None, base, 0)})
     return out
