@@ -261,8 +261,8 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
 class Overview(list):
     "Lines of `overview`; shows itself as a table."
     pages = "../methods" # Where the method pages are
-    heads = ["method", "paper", "keeps between tasks", "is told", "verdict so far", "settings", # Text
-             "orders", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time"]
+    heads = ["method", "verdict so far", "is told", "keeps between tasks", "settings", # Text
+             "orders", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time", "paper"]
     def _score(self, r:dict, k:str, digits:int=0) -> str:
         "A mean, with its interval where there is one."
         x, low, high = (r.get(f"{k}{e}", np.nan) for e in ("", "_low", "_high"))
@@ -279,13 +279,13 @@ class Overview(list):
         return f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}" if r["stored_bytes"] else "nothing"
     def _cells(self, r:dict) -> list:
         "A line as strings."
-        said = [linked(r["paper"]) or "–", self._kept(r), ", ".join(r["told"]) or "–", r["verdict"], r["tuned"]]
+        said = [r["verdict"], ", ".join(r["told"]) or "–", self._kept(r), r["tuned"]]
         scores = [self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy")]
-        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", *said, str(r["orders"] or "·"), *scores, *self._cost(r)]
+        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", *said, str(r["orders"] or "·"), *scores, *self._cost(r), linked(r["paper"]) or "–"]
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         blocks = {b: [self._cells(r) for r in self if r["block"] == b] for b in dict.fromkeys(r["block"] for r in self)}
-        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=6) for b, rows in blocks.items())
+        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=5) for b, rows in blocks.items())
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../nbs/14_testbed.ipynb #682ce663
