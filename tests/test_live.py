@@ -222,6 +222,17 @@ def test_a_class_goes_along_as_text(tmp_path):
     assert method_source(get_method("er+ewc")) is None
 
 
+class Signed(Method):
+    def grads(self, net, s):
+        for p in net.params.values(): p.grad.copy_(torch.sign(p.grad))
+
+
+def test_a_hook_may_call_a_module_that_its_file_imports():
+    "Python compiles such a call otherwise where the import is in the same text."
+    text = method_source(Signed())
+    assert text.count("import torch") == 2 and code_of(rebuilt(text, Signed())) == code_of(Signed())
+
+
 @dataclass
 class Lost(Method):
     def loss(self, net, batch, out): return nowhere(out)  # noqa: F821
