@@ -204,7 +204,7 @@ def probed(stand:int=4, # Task that is trained; probes look at it and at those b
            steps:int=140, # Steps per task
            watch:Watch=Watch(every=50),
           ):
-    "Steps of training, then the same with probes, task after task; ten blocks of ten steps stand for a task."
+    "A task without probes, then one with them, and so on; ten steps stand for a task."
     a, b = opened(stand=stand), opened(stand=stand); run, net = b.run, b.net
     with tempfile.TemporaryDirectory() as tmp:
         run.done, run.opt.steps, w = 0, steps, Watcher(run, net, RecordWriter(Path(tmp)))
@@ -213,7 +213,7 @@ def probed(stand:int=4, # Task that is trained; probes look at it and at those b
             if s % steps == 0: w.begin()
             b.step(s); run.done += 1; w.step("tune")
             if (s + 1) % steps == 0: w.end()
-        wide = lambda f: lambda n: f(max(1, n*steps//100))
+        wide = lambda f: lambda n: f(max(1, n*steps//10))
         yield wide(counted(a.step)), wide(counted(step))
 
 # %% ../nbs/15_bench.ipynb #fa25f119
@@ -404,8 +404,8 @@ ARMS = {
     "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
     **{f"{n}_step": Arm(lambda n=n: overhead(n), 1.25 if overrides(get_method(n), "wrap") else 1.03, 45, f"a step of {n} over one of finetune, prompts equally long", most=True)
        for n in all_methods() if any(overrides(get_method(n), h) for h in ("wrap", "batch", "loss", "grads", "update", "step"))},
-    "watch_overhead": Arm(lambda: probed(), 1.03, 45, "training with probes of five tasks, every 50 of 140 steps, over training without", most=True),
-    "watch_overhead_share": Arm(lambda: probed(watch=Watch(every=50, share=.03)), 1.03, 45, "the same with probes that keep within 3 %", most=True),
+    "watch_overhead": Arm(lambda: probed(), 1.03, 170, "training with probes of five tasks, every 50 of 140 steps, over training without", most=True, blocks=5),
+    "watch_overhead_share": Arm(lambda: probed(watch=Watch(every=50, share=.03)), 1.03, 170, "the same with probes that keep within 3 %", most=True, blocks=5),
     "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
     "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
     "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),

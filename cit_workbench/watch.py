@@ -43,7 +43,7 @@ def due(watch:Watch, step:int, # Optimiser steps done in the task
     return "light" if (step & (step - 1) == 0 if step < watch.every else step % watch.every == 0) else ""
 
 # %% ../nbs/06b_watch.ipynb #67f70f49
-_light, _full = .72, 2.8 # Rows of a training step that a row of a probe costs, as measured below
+_costs = {"light": .72, "full": 2.8} # Rows of a training step that a row of a probe costs, as measured below
 
 def planned(watch:Watch, steps:int, # Of the task
             rows:float, # Of a probe, over the rows of a training step
@@ -51,8 +51,8 @@ def planned(watch:Watch, steps:int, # Of the task
     "The probes of a task before its end."
     when = {s: how for s in range(steps) if (how := due(watch, s))}
     light = [s for s, how in when.items() if how == "light"]
-    room = watch.share*steps/rows - _full*(1 + len(when) - len(light)) if watch.share else np.inf
-    keep = np.linspace(0, len(light) - 1, int(np.clip(room/_light, 1, len(light)))) if light else []
+    room = watch.share*steps/rows - _costs["full"]*(1 + len(when) - len(light)) if watch.share else np.inf
+    keep = np.linspace(0, len(light) - 1, int(np.clip(room/_costs["light"], 1, len(light)))) if light else []
     return {s: how for s, how in when.items() if how == "full" or s in {light[round(k)] for k in keep}}
 
 # %% ../nbs/06b_watch.ipynb #08cb1b30

@@ -40,15 +40,23 @@ from cit_workbench.core import rng  # noqa: E402
 from cit_workbench.method import Net, all_methods, parts  # noqa: E402
 from cit_workbench.record import RecordWriter  # noqa: E402
 from cit_workbench.train import Run, git_state  # noqa: E402
+from cit_workbench.watch import Watcher  # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
           "probe_every": 3}
+WATCHED = {"watch": {"every": 2, "full": 4, "rows": 3}}
+SEEN = "@watch"  # after a method's name: with probes of old tasks
 LEFT, BROKE, OUTSIDE = 77, 78, "SIGKILL from outside"
 
 
 def methods() -> list:
-    "Every method there is, and some chains."
-    return [*all_methods(), *CHAINS]
+    "Every method there is, some chains, and one with probes of old tasks."
+    return [*all_methods(), *CHAINS, "er" + SEEN]
+
+
+def trains(out, method):
+    "A run of a method by its name here."
+    return train(out, method.removesuffix(SEEN), **STREAM, **(WATCHED if method.endswith(SEEN) else {}))
 
 
 # Places
@@ -135,6 +143,7 @@ def watch_training(mark):
     around(torch.optim.AdamW, "step", after=lambda *a, **kw: mark("between the optimiser and its hooks"))
     around(Run, "one_step", after=lambda *a: mark("between a step and its event"))
     both(mark, Run, "probe", "inside a probe")
+    for f in ("probe", "light", "gradient", "answers"): both(mark, Watcher, f, "inside a probe of old tasks")
 
 
 def watch_chain(run, mark):
@@ -254,7 +263,7 @@ def trained(out, method, store, at=None, marks=None):
             manifests[path.name] = (tmp/"manifest.json").read_text()
             f(tmp, path)
         checkpoint_module.rename = noted
-    train(out, method, **STREAM)
+    trains(out, method)
     if marks: Path(marks).write_text(json.dumps({"marks": mark.seen, "manifests": manifests}))
 
 

@@ -71,9 +71,22 @@ def test_unset_probes_leave_the_configuration_alone(tmp_path):
     assert Run(stream="shapes").folder == Run(stream="shapes", watch={}).folder != Run(stream="shapes", watch={"every": 9}).folder
 
 
-@pytest.mark.parametrize("watch, said", [({"every": -1}, "'every' is -1"), ({"rows": 2}, "at least 3"), ({"step": 1}, "unknown field"), ({"every": 2.5}, "whole number")])
+@pytest.mark.parametrize("watch, said", [({"every": -1}, "'every' is -1"), ({"rows": 2}, "at least 3"), ({"step": 1}, "unknown field"), ({"share": 1.}, "below 1"), ({"every": 2.5}, "whole number")])
 def test_a_wrong_field_is_one_sentence(watch, said):
     with pytest.raises(CitError, match=said): Run(watch=watch)
+
+
+def test_probes_within_a_share(tmp_path, finished):
+    "Light probes go until the rest fits, the same ones after a stop, and the result is the run's own."
+    fields = {"optim": {"steps": 40, "batch": 8}, "stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 16}}
+    most = {"watch": {"every": 8, "full": 0, "rows": 3, "share": .07}}
+    with pytest.MonkeyPatch.context() as mp:
+        unplug(mp, Held, "one_step", 60)
+        with pytest.raises(Stop): train(tmp_path/"run", **fields, **most)
+    got, every = train(tmp_path/"run", **fields, **most), [0, 1, 2, 4, 8, 16, 24, 32, 40]
+    steps = {t: [e["step"] for e in got.rec.events("watch") if e["task"] == t] for t in TASKS[:2]}
+    assert steps[TASKS[0]] == every and steps[TASKS[1]] == [0, 8, 32, 40]
+    assert bare(got.folder) == bare(finished("finetune", **fields).folder)
 
 
 # What is written
