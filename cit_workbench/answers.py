@@ -103,6 +103,7 @@ def columns_of(self:Samples) -> list: # (record number, row, answers)
         out += [(k, t, r.answers(t, task)) for t in rows]
     return out
 
+# %% ../nbs/11b_answers.ipynb #12b60fe8
 @patch
 def show(self:Samples, start:int):
     "One page of samples; with two runs, the filter looks at the first."

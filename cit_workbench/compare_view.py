@@ -57,6 +57,7 @@ _costs = {"train_seconds": "training, seconds", "seconds": "training and evaluat
           "trainable": "trainable parameters", "stored_bytes": "stored, bytes",
           "extra_forwards": "extra forward passes, examples"}
 
+# %% ../nbs/11d_compare_view.ipynb #7ec4cc51
 class Compare(View):
     "Result matrices side by side, intervals, and what accuracy costs; `picked` is the run that was clicked."
     picked = traitlets.Any(None) # A Record or None
@@ -182,6 +183,7 @@ def _matrices(self:Compare) -> list: # Titles
         self.fig.layout[f"yaxis{k + 1}"].range = [tall - .5, -.5]
     return [self._matrix(k, *s) for k, s in enumerate(shown[:4])]
 
+# %% ../nbs/11d_compare_view.ipynb #bc7a8cd5
 @patch
 def _matrix(self:Compare, k:int, name:str, # As it is called above
             rs:list, # Records; the first says what rows and columns are
@@ -208,6 +210,7 @@ def _intervals(self:Compare) -> list: # Titles
     self._room(len(order))
     return [title("kept ●, just learned ○, forgotten ◆", 0, self.low)]
 
+# %% ../nbs/11d_compare_view.ipynb #0fb53ab6
 @patch
 def _room(self:Compare, n:int): # Settings
     "Matrices and clouds keep their height; the list of settings takes what it needs."
@@ -219,6 +222,7 @@ def _room(self:Compare, n:int): # Settings
     self.fig.data[3].colorbar.update(y=1 - 290/plot, len=290/plot)
     self.low = low + 8/plot # Where the titles of the lower panels stand
 
+# %% ../nbs/11d_compare_view.ipynb #b090bb42
 @patch
 def _cloud(self:Compare, at:int, # Number of its first trace
            key:str): # What is on the x axis
@@ -236,6 +240,7 @@ def _cloud(self:Compare, at:int, # Number of its first trace
     best = front(mids, (-1, 1))
     line.x, line.y = [mids[i][0] for i in best], [mids[i][1] for i in best]
 
+# %% ../nbs/11d_compare_view.ipynb #949e50b9
 @patch
 def _mark(self:Compare, trace, names:list):
     "Each setting has its colour and its mark."

@@ -63,6 +63,7 @@ def show(self:Ask):
     self.image, self.text.value, self.picture.value = ex.image, ex.question, picture(ex.image, 140)
     self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>'
 
+# %% ../nbs/11_dashboard.ipynb #e1489201
 @patch
 def uploaded(self:Ask):
     "An image of one's own, which has no target."
@@ -126,6 +127,7 @@ def _controls(self:Workbench):
     self.buttons = {k: W.Button(description=k, layout={"width": "104px"}) for k in _can}
     self.go, self.fork = (W.Button(description=d, button_style="primary", disabled=True) for d in ("Start", "Branch"))
 
+# %% ../nbs/11_dashboard.ipynb #baabbe33
 @patch
 def _wire(self:Workbench):
     "What each button and choice does."
@@ -158,6 +160,7 @@ def look(self:Workbench) -> bool:
     self.live = {k: live.get(k) for k in ("state", "task", "step", "position")}
     return self.live != was
 
+# %% ../nbs/11_dashboard.ipynb #ce727d9a
 @patch
 def draw(self:Workbench):
     "The state, and the buttons that make sense in it."
@@ -168,7 +171,7 @@ def draw(self:Workbench):
     if now != self.was and now in ("failed", "dead"): self.say(f"{self.rec.name} is {now}: {self.rec.said()}", True)
     self.was = now
 
-# %% ../nbs/11_dashboard.ipynb #ce727d9a
+# %% ../nbs/11_dashboard.ipynb #3b4897cb
 @patch
 def choose(self:Workbench):
     "Show another run."
@@ -184,6 +187,7 @@ def _drop(self:Workbench, name:str):
     self.tabs.children[_tabs.index(name)].children = []
     self.views.pop(name).close()
 
+# %% ../nbs/11_dashboard.ipynb #958f94e8
 @patch
 def reveal(self:Workbench):
     "Make the view of the tab that is looked at; the others sleep."
@@ -231,6 +235,7 @@ def _comparison(self:Workbench, dark) -> Compare:
     view.observe(lambda c: self.safely(lambda: self._picked(c["new"])), "picked")
     return view
 
+# %% ../nbs/11_dashboard.ipynb #88c2eb98
 @patch
 def _picked(self:Workbench, rec):
     "Choose the run that was clicked."
@@ -255,6 +260,7 @@ def _launched(self:Workbench, run) -> Record:
     self.say(f"{rec.name} trains in a process of its own")
     return rec
 
+# %% ../nbs/11_dashboard.ipynb #af8a0017
 @patch
 def start(self:Workbench) -> Record:
     "Start what the form says."

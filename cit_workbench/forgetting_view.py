@@ -75,6 +75,7 @@ def _make(self:Forgetting) -> go.FigureWidget:
     acts = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines", showlegend=False, hovertemplate=_hover)
     return figure([*curve_traces(self.tasks), *heats, acts], layout, 720)
 
+# %% ../nbs/11c_forgetting_view.ipynb #c9f105a7
 @patch
 def paint(self:Forgetting):
     "Colours of the theme."
@@ -101,6 +102,7 @@ def _moved(self:Forgetting, change):
     "Whoever moves the slider back wants to look; at its right end it follows again."
     self.follow.value = change["new"] >= self.at.max
 
+# %% ../nbs/11c_forgetting_view.ipynb #5ed1ab30
 @patch
 def listen(self:Forgetting):
     "A click on a curve goes to its step."
@@ -124,6 +126,7 @@ def draw(self:Forgetting):
         said = f"{c['method']} on {c['stream']}, seed {c['seed']}: each task's score through the whole stream"
         self.fig.layout.annotations = [*names, *acts, *self._lower(), title(said, 0, 1.05)]
 
+# %% ../nbs/11c_forgetting_view.ipynb #f5507da7
 @patch
 def _curves(self:Forgetting):
     "A line per task; where no probes were made, its column of R."
@@ -165,6 +168,7 @@ def _lower(self:Forgetting) -> list: # Annotations
     far, agree = self._by_layer(0, frame, self.layer.value), self._by_layer(1, full, "grad_cos_layers")
     return [*titles, *far, *agree, *self._said(full)]
 
+# %% ../nbs/11c_forgetting_view.ipynb #8fe11894
 @patch
 def _show(self:Forgetting, k:int, x, y, z, form:str, most:int):
     "Fill the k-th panel; without values it is not there."

@@ -36,6 +36,7 @@ def choices(cls, # A method's dataclass
         said = str(e)
         return said.split("allowed: ")[1].split(", ") if said.startswith("unknown ") and "allowed: " in said else None
 
+# %% ../nbs/11g_launcher.ipynb #22b89538
 def fields_of(cls) -> list: # Fields
     "The fields of a dataclass."
     said, text = docments(cls), lambda f: f.type in (str, str|None)
@@ -141,6 +142,7 @@ def refresh(self:Form, anyway:bool=False):
     if (own := notebook_classes()) == self.own and not anyway: return
     with self.lock: self._offer(own)
 
+# %% ../nbs/11g_launcher.ipynb #32c10c2d
 @patch
 def _offer(self:Form, own:dict):
     "The classes of the notebook, then those of the package; what was chosen stays chosen."
@@ -156,7 +158,7 @@ def known(self:Form, name:str): # A class
     "A method of the notebook, else of the package."
     return self.own.get(name) or self.package[name]
 
-# %% ../nbs/11g_launcher.ipynb #32c10c2d
+# %% ../nbs/11g_launcher.ipynb #44a18416
 _help = 'font-size:11px;line-height:1.3;opacity:.75;margin:-2px 0 4px 98px'
 
 @patch
@@ -164,6 +166,7 @@ def show(self:Form):
     "The fields of the chosen methods; what was typed stays."
     with self.lock: self._show()
 
+# %% ../nbs/11g_launcher.ipynb #6f54552e
 @patch
 def _show(self:Form):
     names = list(dict.fromkeys(n for n in (self.method.value, self.plus.value) if n))
@@ -183,6 +186,7 @@ def _set(w, value:str):
     "Put a value back, where it is still allowed."
     if isinstance(w, W.Text) or value in dict(w.options).values(): w.value = value
 
+# %% ../nbs/11g_launcher.ipynb #20988b3d
 def _about(name:str, cls) -> str: # HTML
     "What a method is, and its paper."
     return f"<b>{name}</b>: {html.escape(cls.__doc__ or '')} <i>{html.escape(vars(cls).get('paper', ''))}</i>"

@@ -65,13 +65,14 @@ class Similarity(View):
         super().__init__([W.HBox([self.place, self.what, self.order]), self.frame, self.examples], dark)
         for w in (self.place, self.what, self.order): w.observe(lambda _: self.safely(self.draw), "value")
 
+# %% ../nbs/11e_similarity_view.ipynb #a8a1a593
 @patch
 def _measures(self:Similarity) -> list:
     "Where similarity was measured, gradients and importance last."
     places = sorted(self.c.places(), key=lambda p: p.startswith("gradient"))
     return places + ["importance"]*("importance/overlap" in self.c.arrays)
 
-# %% ../nbs/11e_similarity_view.ipynb #a8a1a593
+# %% ../nbs/11e_similarity_view.ipynb #c029819e
 _squares = ("similarity", "drop in the stream, points", "drop in pairs alone, points",
             "transfer in pairs alone, points")
 _low = {"xaxis5": axis(0, .36, "y5", title="optimiser steps"), "yaxis5": axis(0, .3, "x5", title="score, %"),
@@ -91,6 +92,7 @@ def _make(self:Similarity) -> go.FigureWidget:
         heats.append(heat_map(n, lo + .193, .56, .44, hovertemplate=hover))
     return figure(heats + _pair_traces(), layout, 680)
 
+# %% ../nbs/11e_similarity_view.ipynb #9000a0e2
 def _pair_traces() -> list:
     "Course of the old task and its rows of R; cosines at the start and in training; what was lost."
     at = lambda k: {"x": [], "y": [], "xaxis": f"x{k}", "yaxis": f"y{k}"}
@@ -133,6 +135,7 @@ def draw(self:Similarity):
         notes = [n for k, M in enumerate(Ms) for n in self._square(k, M, order)]
         self.fig.layout.annotations = [*notes, self._mantel(Ms), *self._pair()]
 
+# %% ../nbs/11e_similarity_view.ipynb #f4bafd10
 @patch
 def _square(self:Similarity, k:int, M, order) -> list: # Annotations
     "Fill the k-th matrix; one that is missing says what makes it."
@@ -195,6 +198,7 @@ def _pair(self:Similarity) -> list: # Annotations
     return [title(f"{old} while {new} was trained", 0, .315), title(f"what {old} lost", .78, .315),
             title("gradient cosine: start ▮, in training ◆", .46, .315)]
 
+# %% ../nbs/11e_similarity_view.ipynb #2720b839
 @patch
 def _course(self:Similarity, old, new) -> tuple: # ((steps, values), (steps, values))
     "The old task's curve within the other's steps, and its rows of R at both ends."
@@ -203,7 +207,7 @@ def _course(self:Similarity, old, new) -> tuple: # ((steps, values), (steps, val
     inside = lambda x, y: (x[(x >= span[0]) & (x <= span[1])], y[(x >= span[0]) & (x <= span[1])])
     return inside(*s.line(old, self.what.value)), inside(*s.ends(old, self.what.value))
 
-# %% ../nbs/11e_similarity_view.ipynb #2720b839
+# %% ../nbs/11e_similarity_view.ipynb #f4c48c78
 @patch
 def _cosines(self:Similarity, old, new) -> tuple: # ((layers, at the start), (layers, mean in training))
     "Of the two tasks at the start model, and of the old one with the new while that was trained."
@@ -223,6 +227,7 @@ def _split(self:Similarity, old, new) -> list: # Points: as formatted, of format
     t, i = self.rec.rows.index(new), [c for c, _ in self.rec.columns].index(old)
     return [float(M[t - 1, i] - M[t, i]) for M in map(self.rec.matrix, ("formatted", "valid", "content"))]
 
+# %% ../nbs/11e_similarity_view.ipynb #d6738703
 @patch
 def _show_examples(self:Similarity, n:int=3):
     "Examples of both tasks."

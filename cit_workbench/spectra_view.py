@@ -74,6 +74,7 @@ def _make(self:Spectra) -> go.FigureWidget:
     lines = [self._line(k, i) for k in range(1, 5) for i in range(len(self.tasks))]
     return figure(lines + _bound_traces(), layout, 700)
 
+# %% ../nbs/11f_spectra_view.ipynb #4aa9a866
 @patch
 def _line(self:Spectra, k:int, # Panel
           i:int) -> go.Scatter: # Task
@@ -126,6 +127,7 @@ def draw(self:Spectra):
         self.fig.layout.annotations = self._titles(place, need, k)
         self.fig.layout.yaxis4.title = layered[self.measure.value]
 
+# %% ../nbs/11f_spectra_view.ipynb #2ee3ffe4
 @patch
 def _task(self:Spectra, i:int, get, a:int, t:int, # Positions in the collected file: of the chosen task, of this one
           k:int): # Directions

@@ -114,6 +114,7 @@ class Bounded(list):
 layered = {"drift": "drift since the task's own end", "cka": "CKA with the task's own end",
            "angle": "largest principal angle, degrees"} # What a frame knows of each layer
 
+# %% ../nbs/11a_view.ipynb #9fd4ecac
 class Story:
     "What the events of a run say so far; `read()` takes in what is new."
     def __init__(self, rec, # Run folder, packed file or Record
@@ -136,7 +137,7 @@ class Story:
             if e["kind"] in self.takes: self.takes[e["kind"]](e)
         return again or bool(events)
 
-# %% ../nbs/11a_view.ipynb #9fd4ecac
+# %% ../nbs/11a_view.ipynb #e7411592
 def number(v) -> float:
     "None, as JSON says it, is NaN."
     return float("nan") if v is None else float(v)
@@ -153,6 +154,7 @@ def _step(self:Story, e:dict):
     self.step = self.spans[-1][2] = e["global"] + 1
     for k, v in (e.get("stats") or {}).items(): self.stats[k].add((self.step, number(v)))
 
+# %% ../nbs/11a_view.ipynb #fd2ed18f
 @patch
 def _probe(self:Story, e:dict):
     "Scores of the tasks seen, on validation data."
@@ -199,6 +201,7 @@ def toy_run(folder, # Where to
     w.finish()
     return Record(folder)
 
+# %% ../nbs/11a_view.ipynb #c7d44666
 def _toy_scores(tasks, t:int, steps:int, drop:float) -> dict: # {column: scores}
     "After some steps of the t-th task: columns not learned yet have 10 %."
     at = lambda i: 10. if i >= t else 10 + 8.5*steps if i == t - 1 else max(5., 95 - drop*(t - i - 2 + steps/10))
@@ -223,6 +226,7 @@ def _toy_task(w:RecordWriter, tasks, t:int, drop:float, stop) -> bool: # Was it 
     w.row(t, task, _toy_scores(tasks, t, 10, drop)); w.time("train", 1. + t)
     return True
 
+# %% ../nbs/11a_view.ipynb #168c5724
 def _toy_answer(i:int, right:bool) -> dict:
     "A result line: the word that was asked for, or a letter."
     scores = {"formatted": float(right), "valid": float(right), "content": 1.}
@@ -311,6 +315,7 @@ def safely(self:View, f):
         try: return f()
         except CitError as e: self.say(str(e), wrong=True)
 
+# %% ../nbs/11a_view.ipynb #a25fd5a0
 @patch
 def later(self:View, f, said:str="", # Shown meanwhile
          ):
@@ -322,7 +327,7 @@ def later(self:View, f, said:str="", # Shown meanwhile
     if said: self.say(said)
     threading.Thread(target=work, daemon=True).start()
 
-# %% ../nbs/11a_view.ipynb #a25fd5a0
+# %% ../nbs/11a_view.ipynb #418795fb
 @patch
 def _follow(self:View):
     "Look, draw, rest."
@@ -339,6 +344,7 @@ def settle(self:View):
     if not self.frame: return
     self.fig._widget_layout, self.fig._widget_data = deepcopy(self.fig._layout_obj._props), deepcopy(self.fig._data)
 
+# %% ../nbs/11a_view.ipynb #c0e96dff
 @patch
 def close(self:View):
     "Stop the thread and free all widgets."
@@ -425,6 +431,7 @@ def panels(n:int, # Panels side by side
                 f"yaxis{first + k}": axis(0, top, f"x{first + k}")}
     return out
 
+# %% ../nbs/11a_view.ipynb #8f767d7a
 def heat_map(k:int, # Number of the axes
              x:float, y:float, length:float, # Of the bar of colours, as shares of the figure
              **kw) -> go.Heatmap:
@@ -451,6 +458,7 @@ def upright(x:float, color:str, number:str="", # Of the axes
     return {"type": "line", "x0": x, "x1": x, "xref": f"x{number}", "yref": f"y{number} domain", "y0": 0, "y1": 1,
             "line": {"color": color, "width": 1, **line}}
 
+# %% ../nbs/11a_view.ipynb #2e7eeabf
 def bands(spans:list, # (task, first, last step)
           p:dict, # Palette
          ) -> tuple: # (shapes, annotations)
