@@ -21,7 +21,7 @@ from cit_workbench.record import Record
 
 TRAIN = """from cit_workbench import Run
 tasks = {{"tasks": ["col-word", "col-mcq", "col-night"], "n_val": 16, "n_test": 8}}
-Run(method="ewc", stream="shapes", stream_args=tasks, optim={{"steps": 60}}, watch={{"every": 10, "full": 20}},
+Run(method="ewc", stream="shapes", stream_args=tasks, optim={{"steps": 40}}, watch={{"every": 10, "full": 20}},
     compute={{"threads": 1}}, out={out!r}).train()"""
 VIEW = "v = Forgetting({run!r}, dark=False)"
 
@@ -54,7 +54,7 @@ def run(out, kernel=None):
         except (psutil.NoSuchProcess, psutil.ZombieProcess): break
         time.sleep(.2)
     assert p.wait() == 0
-    kernel.do("assert v.story.step == 180, v.story.step; v.close()")
+    kernel.do("assert v.story.step == 120, v.story.step; v.close()")
     took, of, wall = got - opened
     seconds = Record(out).seconds("train")
     return {"train_s": seconds, "open_cpu_s": opened[0] - before, "share": took/of, "of_wall": took/wall}
