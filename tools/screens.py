@@ -55,6 +55,7 @@ def main(runs, collected, pairs, *wanted):
                 lab.view().wait_for(timeout=180_000)
                 for ready in READY: lab.page.wait_for_function(ready, timeout=180_000)
                 time.sleep(6)
+                if name == "workbench": lab.choose("method", "ewc"); time.sleep(3)
                 if name == "forgetting": lab.page.locator(".cit-view .jupyter-widget-Collapse-header").first.click()
                 for dark in (False, True):
                     lab.dark(dark); time.sleep(5)
