@@ -44,7 +44,7 @@ class Forgetting(View):
         self.score = choice("curve", [(v, k) for k, v in _scores.items()], 250, value="formatted")
         self.stat = choice(f"{self.rec.config['method']}'s", [], 200)
         self.layer = choice("layers", [(v, k) for k, v in layered.items()], 270, value="drift")
-        self.at = W.IntSlider(0, 0, 0, description="step", layout={"width": "270px"},
+        self.at = W.IntSlider(0, 0, 0, description="step", layout={"width": "230px"},
                               style={"description_width": "initial"})
         self.follow = W.ToggleButton(value=True, description="follow", layout={"width": "70px"},
                                      tooltip="keep the slider at the newest step")

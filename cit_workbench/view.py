@@ -336,7 +336,7 @@ def _follow(self:View):
         if self.asleep: continue
         tic = time.thread_time()
         self.safely(lambda: self.draw() if self.look() else None)
-        rest = max(.25, 99*(time.thread_time() - tic))
+        rest = max(.25, 199*(time.thread_time() - tic))
 
 @patch
 def settle(self:View):

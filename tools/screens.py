@@ -21,10 +21,10 @@ from lab import Lab, browser, notebook, server  # noqa: E402
 def cells(runs, collected, pairs):
     "What makes each view."
     similarity = f"v = Similarity('{collected}', '{runs}/eight', '{root}/records/testbed', '{pairs}')"
-    return {"forgetting": f"Forgetting('{runs}/ewc', '{runs}/er')",
+    return {"forgetting": f"v = Forgetting('{runs}/ewc', '{runs}/er'); v.stat.value = 'penalty'; v",
             "similarity": f"{similarity}; v.pick('col-word', 'col-night'); v",
             "spectra": f"v = Spectra('{collected}', '{runs}/eight'); v.task.value = 'col-word'; v",
-            "compare": f"Compare('{root}/records/zoo')",
+            "compare": f"Compare('{root}/records/testbed')",
             "workbench": f"v = Workbench('{runs}'); v",
             "branch": f"v = Workbench('{runs}'); v.tabs.selected_index = 5; v",
             "ask": f"v = Workbench('{runs}'); v.tabs.selected_index = 6; v"}
@@ -55,6 +55,7 @@ def main(runs, collected, pairs, *wanted):
                 lab.view().wait_for(timeout=180_000)
                 for ready in READY: lab.page.wait_for_function(ready, timeout=180_000)
                 time.sleep(6)
+                if name == "workbench": lab.choose("method", "ewc"); time.sleep(3)
                 if name == "forgetting": lab.page.locator(".cit-view .jupyter-widget-Collapse-header").first.click()
                 for dark in (False, True):
                     lab.dark(dark); time.sleep(5)
