@@ -79,12 +79,14 @@ class Theme(anywidget.AnyWidget):
         else if (++tries % 40 === 0) model.send({ kind: "blank" });
       }, 300);
       const late = [100, 500, 1500, 4000].map(t => setTimeout(fit, t));
+      const narrow = f => f.clientWidth - (plot(f)?._fullLayout?.width ?? f.clientWidth) > 40;
+      const keep = setInterval(() => { if (el.isConnected && view() && mine().some(narrow)) fit(); }, 1500);
       let wide = 0;
       const seen = new ResizeObserver(([e]) => {
         if (e.contentRect.width !== wide) { wide = e.contentRect.width; if (wide) fit(); }
       });
       seen.observe(el);
-      return () => { late.map(clearTimeout); clearInterval(wait); seen.disconnect(); };
+      return () => { late.map(clearTimeout); [wait, keep].map(clearInterval); seen.disconnect(); };
     }
     export default { initialize, render };
     """
