@@ -20,8 +20,8 @@ test: $(ready)
 	@PATH="$(bin):$$PATH" $(bin)/python tools/sync.py --check
 	@echo "== ruff"
 	@$(bin)/ruff check --quiet cit_workbench tests tools setup.py
-	@echo "== every notebook runs"
-	@$(one) $(bin)/nbdev_test --n_workers 2 --do_print
+	@echo "== every notebook runs, and every link of the site works"
+	@$(one) $(bin)/python tools/docs.py --fresh
 	@echo "== tests"
 	@$(one) $(bin)/python -m pytest tests -q
 
