@@ -27,7 +27,7 @@ test: $(ready)
 
 docs: $(ready)
 	@$(one) $(bin)/python tools/docs.py
-	@echo "the site: _site/index.html"
+	@echo "the site: _site/html/index.html"
 
 kills: $(ready)
 	@$(one) $(bin)/python tests/kills.py --out records/kills.json

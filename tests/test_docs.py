@@ -37,12 +37,13 @@ def tree(tmp_path, monkeypatch):
 
 def test_a_site_is_built_and_only_what_changed_is_executed_again(tree):
     assert docs.build(tree)["executed"] == 3
-    page = lambda name: (tree/"_site"/name).read_text()
+    page = lambda name: (tree/"_site/html"/name).read_text()
     assert "71.25" in page("methods/er.html") and "import json" not in page("methods/er.html")
     assert 'href="tutorials/first.html"' in page("index.html") and re.search(r"caption-text\">Methods<", page("index.html"))
     assert "https://arxiv.org/abs/1902.10486" in page("tutorials/first.html") and page("tutorials/first.html").count('class="figure"') == 2
     assert "plotly.min.js" in page("tutorials/first.html") and "plotly.min.js" not in page("methods/er.html")
     assert docs.build(tree)["executed"] == 0
+    assert {p.name for p in tree.iterdir()} == {"nbs", "records", "constraints.txt", "_site"}
     (tree/"records/a.json").write_text('{"score": 71.5}')
     assert list(docs.build(tree)["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
 

@@ -1,6 +1,6 @@
 """Build the site from the notebooks: execute what changed, write pages, let Sphinx make them HTML, and check every link.
 
-    python tools/docs.py            the site stands in _site/, opens without a server or a network; work lies in _site.work/
+    python tools/docs.py            the site stands in _site/html/, opens without a server or a network; work lies beside it
     python tools/docs.py --fresh    execute every notebook, also those whose sources and records are as they were
 """
 import ast
@@ -62,7 +62,7 @@ class Seen:
         found |= {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
         found |= {*(at/"cit_workbench/assets").rglob("*"), at/"constraints.txt"}
         if self.spawned: found |= {*at.glob("cit_workbench/**/*.py"), *at.glob("records/**/*")}
-        skip = {".venv", ".git", "runs", "__pycache__", "_site", "_site.work"}
+        skip = {".venv", ".git", "runs", "__pycache__", "_site"}
         names = {p.relative_to(at).as_posix(): p for p in found if p.is_relative_to(at)}
         return {n: digest(p) for n, p in sorted(names.items()) if p.exists() and not skip & set(Path(n).parts)}
 
@@ -323,8 +323,8 @@ def broken(site):
 
 def build(at=root, site=None, anew=False, workers=2):
     "The whole way; seconds of its parts. Raises SystemExit with what is wrong."
-    site = site or at/"_site"
-    work, nbs, start = site.with_name(site.name + ".work"), at/"nbs", time.time()
+    site = site or at/"_site/html"
+    work, nbs, start = site.parent/"work", at/"nbs", time.time()
     if anew: shutil.rmtree(work, ignore_errors=True)
     pages = notebooks(nbs)
     took = run_all(pages, at, work, workers)
