@@ -71,14 +71,17 @@ def execute(path, at, out):
     "Run a notebook from top to bottom as the tests do, with figures that live in a page; seconds, and the error if any."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
+    from nbdev.config import get_config
     from nbdev.process import extract_directives
     os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at)); sys.path.insert(0, str(at)); os.chdir(path.parent)
+    left_out = set(get_config().tst_flags.split())
     start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="retina"), Seen(at)
     for c in nb.cells: c.pop("outputs", None)
     _show_figures(shell)
     def skipped(cell):
-        flags = extract_directives(cell, remove=False) if cell.cell_type == "code" else {"no": []}
-        return flags.keys() & {"no", "notest", "slow", "gpu"} or flags.get("eval:", [""])[0] == "false"
+        if cell.cell_type != "code": return True
+        flags = extract_directives(cell, remove=False)
+        return flags.keys() & left_out or flags.get("eval:", [""])[0] == "false"
     try: shell.run_all(nb, exc_stop=True, preproc=skipped); error = None
     except BaseException: error = shell.prettytb(fname=path)
     said = [str(o) for c in nb.cells for o in c.get("outputs", []) if "Traceback (most recent call last)" in str(o) or o["output_type"] == "error"]
@@ -321,10 +324,9 @@ def broken(site):
     return sorted(set(said))
 
 
-def build(at=root, site=None, anew=False, workers=2):
+def build(at=root, anew=False, workers=2):
     "The whole way; seconds of its parts. Raises SystemExit with what is wrong."
-    site = site or at/"_site/html"
-    work, nbs, start = site.parent/"work", at/"nbs", time.time()
+    site, work, nbs, start = at/"_site/html", at/"_site/work", at/"nbs", time.time()
     if anew: shutil.rmtree(work, ignore_errors=True)
     pages = notebooks(nbs)
     took = run_all(pages, at, work, workers)
