@@ -406,8 +406,8 @@ ARMS = {
     "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
     **{f"{n}_step": Arm(lambda n=n: overhead(n), 1.25 if overrides(get_method(n), "wrap") else 1.03, 45, f"a step of {n} over one of finetune, prompts equally long", most=True)
        for n in all_methods() if any(overrides(get_method(n), h) for h in ("wrap", "batch", "loss", "grads", "update", "step"))},
-    "watch_overhead": Arm(lambda: probed(), 1.03, 90, "training with probes of five tasks, every 50 of 140 steps, over training without", most=True, clock=True, blocks=5),
-    "watch_overhead_share": Arm(lambda: probed(watch=Watch(every=50, share=.03)), 1.03, 90, "the same with probes that keep within 3 %", most=True, clock=True, blocks=5),
+    "watch_overhead": Arm(lambda: probed(), 1.03, 90, "training with probes of five tasks, at most every 50 of 140 steps, over training without", most=True, clock=True, blocks=5),
+    "watch_overhead_all": Arm(lambda: probed(watch=Watch(every=50, share=0.)), None, 90, "the same without a bound on their cost", most=True, clock=True, blocks=5),
     "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
     "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
     "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),

@@ -70,9 +70,9 @@ def widget(f:Field):
 
 # %% ../nbs/11g_launcher.ipynb #af3ccd98
 _fields = {"stream args": "stream_args", "order": "order", "seed": "seed", "learning rate": "optim.lr",
-           "steps": "optim.steps", "batch": "optim.batch", "watch every": "watch.every", "watch full": "watch.full",
+           "steps": "optim.steps", "batch": "optim.batch", "watch every": "watch.every", "watch full": "watch.full", "watch share": "watch.share",
            "save every": "compute.save_every", "folder": "out"} # What the form shows of a run
-_settled = ("stream args", "order", "watch full") # What a branch cannot or need not change
+_settled = ("stream args", "order", "watch full", "watch share") # What a branch cannot or need not change
 
 def run_fields() -> dict: # {dotted name: Field}; loads torch
     "The fields of a run and of its tables."

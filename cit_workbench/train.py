@@ -81,7 +81,7 @@ class Spec:
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
     oracle: bool = False # Show the task label at test
-    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows; unset: none
+    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows, share; unset: none
     tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
     parent: dict = field(default_factory=dict) # Where it branched off another run, as `branch` writes it
     out: str|None = None # Run folder; None: runs/<method>-<digest>

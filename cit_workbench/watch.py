@@ -31,7 +31,7 @@ class Watch:
     every: int = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
     full: int = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
     rows: int = 4 # Validation rows per task, at least 3: of two, CKA is always 1
-    share: float = 0. # Of a task's training that its probes may cost, e.g. .03: light ones go until they fit; 0: no bound
+    share: float = .03 # Of a task's training that its probes may cost: light ones go until they fit; 0: no bound, all that `every` asks for
     def __post_init__(self):
         if not 0 <= self.share < 1: raise CitError(f"watch: field 'share' is {self.share}, but must be at least 0 and below 1")
 

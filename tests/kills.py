@@ -44,7 +44,7 @@ from cit_workbench.watch import Watcher  # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
           "probe_every": 3}
-WATCHED = {"watch": {"every": 2, "full": 4, "rows": 3}}
+WATCHED = {"watch": {"every": 2, "full": 4, "rows": 3, "share": 0.}}
 SEEN = "@watch"  # after a method's name: with probes of old tasks
 LEFT, BROKE, OUTSIDE = 77, 78, "SIGKILL from outside"
 

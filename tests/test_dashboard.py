@@ -103,7 +103,7 @@ def chosen(lab, run, point):
 def test_a_run_is_started_watched_paused_branched_and_found_again(lab):
     run_all(lab)
     for name, value in {"stream args": json.dumps(TOY), "learning rate": "fast", "steps": "150", "watch every": "5",
-                        "watch full": "20", "save every": "25", "folder": "first"}.items(): lab.type(name, value)
+                        "watch full": "20", "watch share": "0", "save every": "25", "folder": "first"}.items(): lab.type(name, value)
     lab.button("Start").click()
     note = lab.page.locator(".cit-view", has_text="must be a number")
     note.wait_for(timeout=120_000)

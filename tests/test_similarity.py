@@ -153,7 +153,7 @@ def test_pairs_may_be_watched(tmp_path):
     "The second stage compares with the states at the end of the first, which it took over."
     fields = {k: v for k, v in SPEC.items() if k != "stream_args"}
     args = {k: v for k, v in SPEC["stream_args"].items() if k != "tasks"}
-    pairwise("shapes", tmp_path, TASKS, args, say=lambda line: None, watch={"every": 2, "rows": 3}, **fields)
+    pairwise("shapes", tmp_path, TASKS, args, say=lambda line: None, watch={"every": 2, "rows": 3, "share": 0.}, **fields)
     for i, j in permutations(TASKS, 2):
         events = Record(tmp_path/f"{i}--{j}").events("watch")
         assert [e["task"] for e in events] == [i]*4 + [j]*4

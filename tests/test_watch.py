@@ -18,7 +18,7 @@ from cit_workbench.record import Record, pack
 from cit_workbench.train import Run, resume
 from cit_workbench.watch import Watcher
 
-ON = {"watch": {"every": 2, "full": 4, "rows": 3}}
+ON = {"watch": {"every": 2, "full": 4, "rows": 3, "share": 0.}}
 METHODS = ["finetune", "er+ewc", "smolora", "moelora", "fwd_prompt", "joint", "eproj"]
 LAYERED = ("drift", "cka", "angle", "angle_mean")
 
@@ -237,7 +237,7 @@ def test_the_first_process_probes(tmp_path, fork, method):
 @pytest.mark.parametrize("watched", [True, False])
 def test_a_branch_goes_on_watching(watched, tmp_path):
     "A branch has the states that its parent kept; of a parent that was not watched there are none, and drift is not known."
-    rec = tiny(tmp_path/"parent", "finetune", **({"watch": {"every": 2, "rows": 3}} if watched else {})).train()
-    new = branch(rec, at=TASKS[0], out=str(tmp_path/"branch"), watch={"every": 2, "rows": 3}, optim={"lr": 1e-3})
+    rec = tiny(tmp_path/"parent", "finetune", **({"watch": {"every": 2, "rows": 3, "share": 0.}} if watched else {})).train()
+    new = branch(rec, at=TASKS[0], out=str(tmp_path/"branch"), watch={"every": 2, "rows": 3, "share": 0.}, optim={"lr": 1e-3})
     last = new.train().events("watch")[-1]["tasks"]
     assert (last[TASKS[0]]["drift"] is not None) == watched and last[TASKS[1]]["drift"] is not None

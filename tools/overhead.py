@@ -21,7 +21,7 @@ from cit_workbench.record import Record
 
 TRAIN = """from cit_workbench import Run
 tasks = {{"tasks": ["col-word", "col-mcq", "col-night"], "n_val": 16, "n_test": 8}}
-Run(method="ewc", stream="shapes", stream_args=tasks, optim={{"steps": 40}}, watch={{"every": 10, "full": 20}},
+Run(method="ewc", stream="shapes", stream_args=tasks, optim={{"steps": 40}}, watch={{"every": 10, "full": 20, "share": 0.}},
     compute={{"threads": 1}}, out={out!r}).train()"""
 VIEW = "v = Forgetting({run!r}, dark=False)"
 
