@@ -444,10 +444,10 @@ def _is_packed(path:Path) -> bool:
 # %% ../nbs/09_record.ipynb #5fdaecac
 def _setting(rec) -> dict: # {dotted name: value}
     "What may differ between runs of one method in one protocol, besides task order and seed."
-    c = rec.config; optim = c.get("optim") or {}
+    c = rec.config; optim, args = c.get("optim") or {}, c.get("method_args") or {}
     code = {"code": c["method_code"][:6]} if c.get("method_code") else {}
-    kept = {k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
-    return {".".join(path): v for path, v in leaves(c.get("method_args") or {})} | kept | code
+    kept = {f"optim.{k}" if k in args else k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
+    return {".".join(path): v for path, v in leaves(args)} | kept | code
 
 def _labels(records:list) -> list:
     "Method names; where one method occurs in several settings, with what differs."

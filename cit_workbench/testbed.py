@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_runs', 'by_order', 'scores_of', 'gate',
-           'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'verdict', 'content', 'drawn',
-           'read_lock', 'lock_of', 'frozen', 'about', 'linked', 'methods_index', 'usual', 'reach', 'finding',
-           'Overview', 'overview']
+           'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'judges', 'ran', 'tuned_too',
+           'step_time', 'verdict', 'content', 'drawn', 'read_lock', 'lock_of', 'frozen', 'about', 'linked',
+           'methods_index', 'usual', 'reach', 'finding', 'Overview', 'overview']
 
 # %% ../nbs/14_testbed.ipynb #5be6e875
 import inspect, json, re
@@ -138,23 +138,55 @@ def stale(runs:dict, # {name as in `gate_runs`: Record}
     return [n for n, spec in gate_runs().items() if n in runs and differs(runs[n], spec)]
 
 # %% ../nbs/14_testbed.ipynb #177ef5bd
-def _files(name:str, records) -> list: # Paths
-    "Records of the arms that judge the testbed, and of a method (`*`: of all)."
+def judges(records) -> list: # Paths
+    "Records of the arms that judge the testbed."
     arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
-    arms += ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
-    return [*dict.fromkeys(p for a in [*arms, f"zoo/{name}-*.jsonl"] for p in sorted(Path(records).glob(a)))]
+    return [p for a in [*arms, "zoo/finetune-*.jsonl", "zoo/er-*.jsonl"] for p in sorted(Path(records).glob(a))]
+
+def ran(folder:Path, # Packed runs
+        names, # Methods, alone or in chains
+        part:str="", # Plain tuning of that, too
+        stream:str="shapes",
+       ) -> list: # Records
+    "Runs of some methods on a stream."
+    from cit_workbench.record import Record
+    def wanted(c):
+        of_part = part and c["method"] == "finetune_part" and c["method_args"]["part"] == part
+        return c["stream"] == stream and (of_part or {*names} & {*c["method"].split("+")})
+    return [r for r in map(Record, sorted(folder.glob("*.jsonl"))) if wanted(r.config)]
 
 def _plain(found) -> dict: # A line of the table
     "Plain tuning at the recipe's rate; the tuned one stands beside it."
     return max((r for r in found.rows if r["name"] == "finetune"), key=lambda r: r["orders"])
 
+def tuned_too(found, name:str) -> list: # Sentences
+    "How far the method ends above plain tuning at its tuned rate."
+    plain = [r for r in found.rows if r["name"] == "finetune" and r["tuned"].startswith("tuned on")]
+    if name == "finetune" or len(plain) != 1: return []
+    rows = [r for r in found.against(plain[0]["method"]).rows if name in r["name"].split("+") and r["n"]]
+    said = lambda r: f"{r['difference']:.2f}" + f" [{r['difference_low']:.2f}, {r['difference_high']:.2f}]"*(r["n"] > 2)
+    each = "; ".join(f"{r['method']} {said(r)} (n = {r['n']})" for r in rows).replace("-", "−")
+    return [f"AP norm above {plain[0]['method']}, tuned: {each}."]*bool(rows)
+
+def step_time(name:str, records) -> list: # Sentences
+    "What `records/bench.json` says of a step of the method."
+    b = read_json(Path(records)/"bench.json", "bench file").get(f"{name}_step")
+    if not b: return []
+    said = f"A step takes {b['ratio']:.2f} [{b['low']:.2f}, {b['high']:.2f}] times as long as one of finetune"
+    return [f"{said}; the goal of at most {b['goal']:.2f} is {'met' if b['ratio'] <= b['goal'] else 'not met'}."]
+
 def verdict(name:str, # A method
-            records="../../records", # Folder with `testbed` and `zoo`, from where the method's page is
+            part:str="", # What it trains: "projector", "o_proj", "prompt"; plain tuning of that stands beside it
+            stream:str="shapes", # Another one: where its mechanism has something to work on
+            records="../../records", # Folder with `testbed`, `zoo` and `mechanisms`, from where the method's page is
            ): # `Table`
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
-    found = table(_files(name, records))
-    return found.against(_plain(found)["method"])
+    if stream == "shapes": found = table([*dict.fromkeys([*judges(records), *(r.path for r in ran(Path(records)/"zoo", [name], part))])])
+    else: found = table(ran(Path(records)/"mechanisms", [name, "single", "joint", "finetune", "er"], part, stream))
+    shown = found.against(_plain(found)["method"])
+    shown.notes += tuned_too(found, name) + step_time(name, records)*(stream == "shapes")
+    return shown
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf
 def content(stream) -> str: # Hex digest
@@ -295,7 +327,8 @@ def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.
     from cit_workbench.method import all_methods
     from cit_workbench.record import Record, _tuned, table
     plain = lambda r: r.config["method"] != "finetune" or not r.config["tuned_on"] # At the recipe's rate, as in `verdict`
-    runs = [r for r in map(Record, _files("*", records)) if r.finished and plain(r)]
+    files = dict.fromkeys([*judges(records), *sorted(Path(records).glob("zoo/*.jsonl"))])
+    runs = [r for r in map(Record, files) if r.finished and plain(r)]
     kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
     ran = {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
     found = table([r for rs in kept.values() for r in rs]); base = _plain(found)
