@@ -6,12 +6,13 @@
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
            'normalised', 'exports', 'with_imports', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell',
            'plan', 'execute', 'keep', 'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep',
-           'sweep', 'in_turn', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr']
+           'sweep', 'in_turn', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr', 'run_once']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
 import ast, copy, itertools, json, math, queue, re, threading, time, tomllib
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -539,3 +540,21 @@ def _chosen(done:list, # Trials: point, fields, score, run
              "trials": [{k: d[k] for k in ("point", "score", "learned", "run")} for d in done]}
     write_atomic(out/f"{method}-{digest([d['run'] for d in done])[:8]}.json", json.dumps(plain(found), indent=1) + "\n")
     return found
+
+# %% ../nbs/12_sweep.ipynb #430ed251
+def run_once(method:str, # A method of the package
+             method_args:dict|None=None, # Its fields
+             **fields, # As for `Run`, `out` apart
+            ): # Record
+    "A finished run to put beside others, trained unless the same code did so before."
+    import fcntl, torch
+    from cit_workbench.core import cache_dir
+    from cit_workbench.train import Run
+    run = Run(method, method_args=method_args or {}, **fields)
+    data = data_digest({k: getattr(run, k) for k in ("stream", "stream_args", "backbone")})
+    libraries = [version(l) for l in ("torch", "transformers", "peft")], torch.get_num_threads()
+    key = digest(run.config(), code_digest(find_page(method, Path())), data, libraries)
+    run.folder = cache_dir()/"runs"/key; run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX) # who comes second waits for the record
+        return run.train()
