@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import multiprocessing as mp
 import os
 import re
@@ -73,7 +74,7 @@ def execute(path, at, out):
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
     from nbdev.process import extract_directives
-    os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at)); sys.path.insert(0, str(at)); os.chdir(path.parent)
+    os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at), CIT_CACHE=str(at/"_site/work/cache")); sys.path.insert(0, str(at)); os.chdir(path.parent)
     left_out = set(get_config().tst_flags.split())
     start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="retina"), Seen(at)
     for c in nb.cells: c.pop("outputs", None)
@@ -120,19 +121,27 @@ def fresh(path, out, at):
     return out.is_file() and side.is_file() and all(digest(at/n) == d for n, d in json.loads(side.read_text()).items())
 
 
+def forks(workers):
+    "Processes for one task each, forked from one that has imported what all need."
+    ctx = mp.get_context("forkserver"); ctx.set_forkserver_preload(list(WARM))
+    return ProcessPoolExecutor(workers, ctx, max_tasks_per_child=1)
+
+
 def run_all(pages, at, work, workers=2):
-    "Execute the pages that changed, each in a process forked from one that has imported what all need; seconds by page."
+    "Execute the pages that changed, each in a process of its own; seconds by page. What they answer or train for each other lies in `work`."
     out = {p: work/"executed"/p.relative_to(at/"nbs") for p in pages}
     todo, took, errors = [p for p in pages if not fresh(p, out[p], at)], {}, {}
     if not todo: return took
     from tqdm.auto import tqdm
-    ctx = mp.get_context("forkserver"); ctx.set_forkserver_preload(list(WARM))
-    todo.sort(key=lambda p: -p.stat().st_size) # the long ones first, so that no core waits for one of them at the end
-    with ProcessPoolExecutor(workers, ctx, max_tasks_per_child=1) as pool, tqdm(total=len(todo), desc="executing", unit="page") as bar:
+    known, name = at/"_site/seconds.json", lambda p: p.relative_to(at).as_posix()
+    last = json.loads(known.read_text()) if known.is_file() else {}
+    todo.sort(key=lambda p: (-last.get(name(p), math.inf), -p.stat().st_size)) # the long ones first, so that no core waits for one of them at the end
+    with forks(workers) as pool, tqdm(total=len(todo), desc="executing", unit="page") as bar:
         for job in as_completed(jobs := {pool.submit(execute, p, at, out[p]): p for p in todo}):
             seconds, error = job.result()
             took[jobs[job]] = seconds; bar.update()
             if error: errors[jobs[job]] = error
+    known.parent.mkdir(exist_ok=True); known.write_text(json.dumps(last | {name(p): round(s, 1) for p, s in took.items()}, indent=0))
     if errors: sys.exit("\n\n".join(f"{p.relative_to(at)} fails:\n{e}" for p, e in errors.items()))
     return took
 
@@ -331,7 +340,9 @@ def build(at=root, anew=False, workers=2):
     pages = notebooks(nbs)
     took = run_all(pages, at, work, workers)
     executed = time.time(); sys.path.insert(0, str(at))
-    src = write_pages(pages, at, work)
+    if took: # the libraries are there already
+        with forks(1) as pool: src = pool.submit(write_pages, pages, at, work).result()
+    else: src = write_pages(pages, at, work)
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", str(workers), "-W", "--keep-going", "-c", str(root/"tools/site"),
                "-d", str(work/"doctrees"), str(src), str(site)]
     if subprocess.run(command).returncode: sys.exit("Sphinx found what stands above; the site is not complete")
