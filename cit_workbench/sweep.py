@@ -158,6 +158,10 @@ def grid_points(spec:dict, # A sweep file, parsed
     return points
 
 # %% ../nbs/12_sweep.ipynb #69e6d610
+def _merged(a:dict, b:dict) -> dict:
+    "Table `b` over table `a`."
+    return {**a, **{k: _merged(a.get(k, {}), v) if isinstance(v, dict) else v for k, v in b.items()}}
+
 def read_sweep(file, # A TOML file
               ) -> dict: # Its tables
     "Parse a sweep file; raises `CitError` naming what is wrong."
@@ -165,10 +169,14 @@ def read_sweep(file, # A TOML file
     except FileNotFoundError: raise CitError(f"sweep file {file} does not exist") from None
     except ValueError as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
     for table in spec: one_of(f"table of {file}", table, ["sweep", "set", "grid"])
-    head = make_dataclass("Head", [("name", str, Path(file).stem), ("pages", list, None), ("records", str, ""), ("beside", list, None)])
-    head = spec["sweep"] = {"name": Path(file).stem, "records": "", "beside": [], **check_args(head, spec.get("sweep", {}), f"[sweep] in {file}")}
+    kinds = [("name", str, Path(file).stem), ("pages", list, None), ("records", str, ""), ("beside", list, None), ("like", str, "")]
+    given = check_args(make_dataclass("Head", kinds), spec.get("sweep", {}), f"[sweep] in {file}")
+    head = spec["sweep"] = {"name": Path(file).stem, "records": "", "beside": [], "like": "", **given}
     if not head.get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc'], or ['*'] for all methods")
     if head["pages"] == ["*"]: head["pages"] = sorted(p.stem for p in pages_dir().glob("*.ipynb"))
+    if head["like"]:
+        other = read_sweep(Path(file).parent/head["like"]); absent = {*other["sweep"]["pages"]} - {*head["pages"]}
+        spec["set"] = _merged({k: v for k, v in other.get("set", {}).items() if k not in absent}, spec.get("set", {}))
     return spec
 
 # %% ../nbs/12_sweep.ipynb #6fb0ae11
@@ -390,10 +398,6 @@ def nested(pairs:dict, # {"ewc.lam": 100}
     out = {}
     for k, v in pairs.items(): _put(out, k.split("."), v)
     return out
-
-def _merged(a:dict, b:dict) -> dict:
-    "Table `b` over table `a`."
-    return {**a, **{k: _merged(a.get(k, {}), v) if isinstance(v, dict) else v for k, v in b.items()}}
 
 def _allowed(method, args:dict, field:str, value) -> bool:
     "May the field of the method have this value?"

@@ -12,10 +12,13 @@ from cit_workbench.method import all_methods, get_method, overrides
 PLAIN = [n for n in all_methods() if n != "zero_shot" and not overrides(get_method(n), "wrap")]
 
 
-@pytest.mark.parametrize("name", [*PLAIN, "er+ewc", "er+llaca"])
-def test_the_saved_adapter_answers_as_the_run_did(name, finished):
+CASES = [*((n, {}) for n in [*PLAIN, "er+ewc", "er+llaca"]), ("finetune_part", {"part": "o_proj"})]
+
+
+@pytest.mark.parametrize("name, args", CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_saved_adapter_answers_as_the_run_did(name, args, finished):
     "peft and Hugging Face alone: load, generate, compare with the answers on file."
-    run = finished(name, stream_args={"tasks": ["col-word", "col-night"], "n_test": 6})
+    run = finished(name, **({"method_args": args} if args else {}), stream_args={"tasks": ["col-word", "col-night"], "n_test": 6})
     last = run.plan.tasks[-1].name
     bb = get_backbone("tiny-instruct")
     model = PeftModel.from_pretrained(bb.model, run.folder/"adapters"/last).eval()

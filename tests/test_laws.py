@@ -393,19 +393,22 @@ def test_9_strength_zero_is_off(finished, tmp_path, name):
     assert moved(zero, finished(name))
 
 
-@pytest.mark.parametrize("variant", ["separate", "online"])
-def test_9_drift_falls_with_strength(tmp_path, monkeypatch, variant):
-    "Under plain gradient descent, where importance is above zero."
+SPRINGS = [("ewc", "separate", "fisher", 1), ("ewc", "online", "fisher", 1), ("mas", "logits", "omega", 2), ("tir", "similarity", "omega", 1)]
+
+
+@pytest.mark.parametrize("name, variant, importance, pull", SPRINGS)
+def test_9_drift_falls_with_strength(tmp_path, monkeypatch, name, variant, importance, pull):
+    "Under plain gradient descent, where importance is above zero; `pull` is the slope of a spring over λ, importance and way."
     descend(monkeypatch)
     lr, drifts, lam = .05, [], 0.
     for k in range(4):
-        run = train(tmp_path/str(k), "ewc", method_args={"lam": lam, "variant": variant, "n": 48},
+        run = train(tmp_path/str(k), name, method_args={"lam": lam, "variant": variant, "n": 48},
                     stream_args={"tasks": TASKS[:2]}, optim={"lr": lr, "clip": 0., "steps": 5})
         mem = read_checkpoint(run.folder/"checkpoints"/"001-z-end")["tensors"]
-        F = {n: mem[f"/fisher/{n}"] for n in run.net.params}
+        F = {n: mem[f"/{importance}/{n}"] for n in run.net.params}
         d = {n: (p.detach() - mem[f"/anchor/{n}"])[F[n] > 0] for n, p in run.net.params.items()}
         drifts.append([sum(float((F[n][F[n] > 0]**power*d[n]**2).sum()) for n in d) for power in (0, 1)])
-        lam = [.1, .4, 1.5][min(k, 2)]/(lr*max(float(f.max()) for f in F.values()))
+        lam = [.1, .4, 1.5][min(k, 2)]/(lr*pull*max(float(f.max()) for f in F.values()))
     assert all(x > y for a, b in zip(drifts, drifts[1:]) for x, y in zip(a, b)), drifts
 
 

@@ -10,7 +10,7 @@ from cit_workbench.method import all_methods, get_method, overrides
 
 REFS = [(t, i) for i in range(2) for t in [*TASKS, *OTHERS]]
 ROUTED = [m for m in all_methods() if any(overrides(get_method(m), h) for h in ("route", "wrap"))]
-CASES = [(m, {}) for m in ["finetune", *ROUTED]] + [(m, args) for m, more in MORE.items() for args in more]
+CASES = [(m, {}) for m in ["finetune", *ROUTED, "er+smolora", "llaca+grouping"]] + [(m, args) for m, more in MORE.items() for args in more]
 NEAR = dict(rtol=1e-5, atol=3e-5)
 
 

@@ -26,7 +26,7 @@ class ContinualLLaVA(Method):
     slots: int = 8 # Increments, and proxies, added for every task
     top: int = 4 # Increments M chosen for a question
     r: int|None = None # Rank R of an increment; None: the run's rank divided by `top`
-    lr: float = 1e-2 # Learning rate of the proxies
+    key_lr: float = 1e-2 # Learning rate of the proxies; increments learn at the run's
     steps: int|None = None # Steps that align the proxies, without the language model; None: as many as the run's
     w: float = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
     weights: str = "linear" # "linear": cosines divided by their sum; "softmax"
@@ -38,7 +38,7 @@ class ContinualLLaVA(Method):
         super().__post_init__()
         choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none")}
         for k, allowed in choices.items(): one_of(f"{k} of method 'continual_llava'", getattr(self, k), allowed)
-        allowed = {"top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"), "lr": (self.lr > 0, "above 0"),
+        allowed = {"top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"), "key_lr": (self.key_lr > 0, "above 0"),
                    "r": (self.r is None or self.r >= 1, "1 and above, or None"), "w": (0 < self.w < 1, "between 0 and 1"),
                    "steps": (self.steps is None or self.steps >= 1, "1 and above, or None")}
         for k, (fine, what) in allowed.items():
@@ -122,7 +122,7 @@ def route(self:ContinualLLaVA, net, batch):
 # %% ../../nbs/methods/continual_llava.ipynb #3ce88d1b
 @patch
 def phases(self:ContinualLLaVA, task):
-    return [Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.lr}}),
+    return [Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.key_lr}}),
             Phase("tune", train={r"(?!proxies\.).*": {}})]
 
 @patch

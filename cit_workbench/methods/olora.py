@@ -9,6 +9,7 @@ __all__ = ['OLoRA', 'SumLinear']
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..adapt import SlotLinear, add_slots, inserted, seeded
@@ -34,9 +35,9 @@ class SumLinear(SlotLinear):
     "A frozen linear layer and all of its slots at once: y = W x + alpha/r · Σ_s B_s A_s x."
     local = True # Acts on each position alone
     def forward(self, x): # b t d
-        y = self.base(x)
-        for s in range(len(self.A)): y = y + self.change(x, s).to(y.dtype)
-        return y
+        if not len(self.A): return self.base(x)
+        A, B, d = torch.cat([*self.A]), torch.cat([*self.B], 1), F.dropout(x, self.dropout, self.training)
+        return self.base(x) + (self.scale*(d.to(A.dtype) @ A.T) @ B.T).to(x.dtype)
 
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
 @patch

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import inserted, mixed, seeded, swap_linears
+from ..adapt import inserted, seeded, swap_linears
 from ..backbone import current
 from ..core import CitError, one_of
 from ..method import Method
@@ -61,12 +61,13 @@ class SMoLinear(nn.Module):
         for p in [*self.R.values(), self.u]: nn.init.kaiming_uniform_(p, a=5**.5)
         if how.variant == "hard_frozen": self.R.requires_grad_(False)
     def forward(self, x):
-        ws = self.routes(x, current())
-        d = F.dropout(x, self.dropout, self.training)
-        parts = [self.scale*mixed(d, *p) for p in zip(self.A.chunk(len(ws)), self.B.chunk(len(ws)), ws)]
-        a = torch.stack([p @ u for p, u in zip(parts, self.u)], -1).softmax(-1)
+        ws, A, B = self.routes(x, current()), self.A.flatten(0, 1), self.B.transpose(1, 2) # E r o
+        d = F.dropout(x, self.dropout, self.training).to(A.dtype)
+        z = self.scale*(d @ A.T).unflatten(-1, (len(ws), -1, B.shape[1]))*torch.stack(ws, 1)[:, None, ..., None] # b t k n r
+        scores = z.flatten(-2)*torch.einsum("kzo,ko->kz", B.unflatten(0, (len(ws), -1)).flatten(1, 2), self.u) # b t k (n r)
+        a = scores.sum(-1).softmax(-1)
         if self.training: self.seen = [w.detach() for w in ws], a.detach()[..., 0].mean()
-        return self.base(x) + sum(a[..., k:k+1]*p for k, p in enumerate(parts)).to(x.dtype)
+        return self.base(x) + ((z*a[..., None, None]).flatten(-3) @ B.flatten(0, 1)).to(x.dtype)
 
 # %% ../../nbs/methods/smolora.ipynb #44e5eedd
 @patch
