@@ -35,9 +35,9 @@ class SumLinear(SlotLinear):
     "A frozen linear layer and all of its slots at once: y = W x + alpha/r · Σ_s B_s A_s x."
     local = True # Acts on each position alone
     def forward(self, x): # b t d
-        if not len(self.A): return self.base(x)
-        A, B, d = torch.cat([*self.A]), torch.cat([*self.B], 1), F.dropout(x, self.dropout, self.training)
-        return self.base(x) + (self.scale*(d.to(A.dtype) @ A.T) @ B.T).to(x.dtype)
+        y, d = self.base(x).flatten(0, -2), F.dropout(x, self.dropout, self.training).flatten(0, -2)
+        for A, B in zip(self.A, self.B): y = torch.addmm(y, (self.scale*(d.to(A.dtype) @ A.T)).to(y.dtype), B.T.to(y.dtype))
+        return y.unflatten(0, x.shape[:-1])
 
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
 @patch
