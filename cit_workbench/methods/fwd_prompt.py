@@ -31,8 +31,7 @@ class FwdPrompt(Method):
     n: int = 200 # Rows of a task that the spaces are measured on
     variant: str = "ordered" # "ordered": into the pre-trained space, then out of the old; "intersection"; "additive"; controls "residual", "random", "none"
     start: str = "copy" # A new slice's prompts: "copy" of the nearest old slice's; "zeros"
-    leaks = {"pretrain_data"}
-    needs = {"old"}
+    leaks = {"pretrain_data"}; needs = {"old"}
     paper = "arXiv 2401.09181 (reconstruction)"
     def __post_init__(self):
         super().__post_init__()
