@@ -176,9 +176,9 @@ def step_time(name:str, records) -> list: # Sentences
     return [f"{said}; the goal of at most {b['goal']:.2f} is {'met' if b['ratio'] <= b['goal'] else 'not met'}."]
 
 def verdict(name:str, # A method
+            records="../../records", # Folder with `testbed`, `zoo` and `mechanisms`, from where the method's page is
             part:str="", # What it trains: "projector", "o_proj", "prompt"; plain tuning of that stands beside it
             stream:str="shapes", # Another one: where its mechanism has something to work on
-            records="../../records", # Folder with `testbed`, `zoo` and `mechanisms`, from where the method's page is
            ): # `Table`
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
