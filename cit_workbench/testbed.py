@@ -183,7 +183,7 @@ def verdict(name:str, # A method
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
     if stream == "shapes": found = table([*dict.fromkeys([*judges(records), *(r.path for r in ran(Path(records)/"zoo", [name], part))])])
-    else: found = table(ran(Path(records)/"mechanisms", [name, "single", "joint", "finetune", "er"], part, stream))
+    else: found = table(ran(Path(records)/"mechanisms", [name, *(p.name.split("-")[0] for p in judges(records))], part, stream))
     shown = found.against(_plain(found)["method"])
     shown.notes += tuned_too(found, name) + step_time(name, records)*(stream == "shapes")
     return shown
