@@ -182,10 +182,12 @@ def verdict(name:str, # A method
            ): # `Table`
     "A method on the locked testbed, beside the arms that judge it."
     from cit_workbench.record import table
-    if stream == "shapes": found = table([*dict.fromkeys([*judges(records), *(r.path for r in ran(Path(records)/"zoo", [name], part))])])
-    else: found = table(ran(Path(records)/"mechanisms", [name, *(p.name.split("-")[0] for p in judges(records))], part, stream))
+    arms, here = judges(records), stream == "shapes"
+    if here: runs = [*dict.fromkeys([*arms, *(r.path for r in ran(Path(records)/"zoo", [name], part))])]
+    else: runs = ran(Path(records)/"mechanisms", [name, *(p.name.split("-")[0] for p in arms)], part, stream)
+    found = table(runs)
     shown = found.against(_plain(found)["method"])
-    shown.notes += tuned_too(found, name) + step_time(name, records)*(stream == "shapes")
+    shown.notes += tuned_too(found, name) + step_time(name, records)*here
     return shown
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf

@@ -36,7 +36,8 @@ class SumLinear(SlotLinear):
     local = True # Acts on each position alone
     def forward(self, x): # b t d
         y, d = self.base(x).flatten(0, -2), F.dropout(x, self.dropout, self.training).flatten(0, -2)
-        for A, B in zip(self.A, self.B): y = torch.addmm(y, (self.scale*(d.to(A.dtype) @ A.T)).to(y.dtype), B.T.to(y.dtype))
+        for A, B in zip(self.A, self.B):
+            y = torch.addmm(y, (self.scale*(d.to(A.dtype) @ A.T)).to(y.dtype), B.T.to(y.dtype))
         return y.unflatten(0, x.shape[:-1])
 
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
