@@ -23,7 +23,7 @@ test: $(ready)
 	@echo "== every notebook runs, and every link of the site works"
 	@$(one) $(bin)/python tools/docs.py --fresh
 	@echo "== tests"
-	@$(one) $(bin)/python -m pytest tests -q
+	@$(one) $(bin)/python -m pytest tests -q -n 2 --dist loadfile --durations 30
 
 docs: $(ready)
 	@$(one) $(bin)/python tools/docs.py

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_runs', 'by_order', 'scores_of', 'gate',
            'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'judges', 'ran', 'tuned_too',
-           'step_time', 'verdict', 'content', 'drawn', 'read_lock', 'lock_of', 'frozen', 'about', 'linked',
+           'step_time', 'verdict', 'content', 'drawn', 'read_lock', 'lock_of', 'frozen', 'about', 'joined', 'linked',
            'methods_index', 'usual', 'reach', 'finding', 'Overview', 'overview']
 
 # %% ../nbs/14_testbed.ipynb #5be6e875
@@ -234,11 +234,18 @@ def about(name:str, # A method
          ) -> dict: # method, idea, paper, told, keeps
     "What a method's class and page say of it."
     from cit_workbench.method import get_method, overrides
+    if "+" in name: return joined([about(n) for n in name.split("+")])
     m = get_method(name); page = inspect.getmodule(type(m))
     names = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', inspect.getsource(page))
     kinds = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks)
     idea = (page.__doc__ or "").split("\n")[0]
     return {"method": name, "idea": idea, "paper": m.paper, "told": sorted(m.leaks), "keeps": kinds + sorted({*names} - {"refs"})}
+
+def joined(each:list, # What `about` says of the parts of a chain
+          ) -> dict: # The same of the chain
+    "Methods that act together are told and keep what each of them is told and keeps."
+    text = {k: sep.join(dict.fromkeys(a[k] for a in each)) for k, sep in (("method", "+"), ("idea", "; "), ("paper", "; "))}
+    return text | {k: [*dict.fromkeys(x for a in each for x in a[k])] for k in ("told", "keeps")}
 
 # %% ../nbs/14_testbed.ipynb #e8c2ae7c
 def linked(paper:str) -> str: # Markdown
@@ -315,7 +322,8 @@ class Overview(list):
         "A line as strings."
         said = [r["verdict"], ", ".join(r["told"]) or "–", self._kept(r), r["tuned"]]
         scores = [self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy")]
-        return [f"[`{r['method']}`]({self.pages}/{r['method']}.ipynb)", *said, str(r["orders"] or "·"), *scores, *self._cost(r), linked(r["paper"]) or "–"]
+        name = " + ".join(f"[`{n}`]({self.pages}/{n}.ipynb)" for n in r["method"].split("+"))
+        return [name, *said, str(r["orders"] or "·"), *scores, *self._cost(r), linked(r["paper"]) or "–"]
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         blocks = {b: [self._cells(r) for r in self if r["block"] == b] for b in dict.fromkeys(r["block"] for r in self)}
@@ -336,7 +344,7 @@ def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.
     found = table([r for rs in kept.values() for r in rs]); base = _plain(found)
     lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
     top, out = reach([r for r in runs if r.config["method"] == "single"]), Overview()
-    for name in all_methods():
+    for name in sorted({*all_methods(), *(m for _, m in kept)}):
         own = about(name) | {"step": steps.get(f"{name}_step")}
         for r in [r for r in lines if r["name"] == name]:
             said = own | {"tuned": "tuned" if r["tuned"].startswith("tuned") else "defaults", "share": reach(ran[name, r["tuned"]])/top}

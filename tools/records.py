@@ -11,7 +11,7 @@ from cit_workbench.sweep import sweep
 
 root = Path(__file__).resolve().parents[1]
 
-small = r"(tower/visual|features/instruction|features/answer)/cosine|input/\w+/raw/(values|band)"
+small = r"(tower/visual|features/\w+)/(cosine|null)|layer 3/\w+/cosine|input/\w+/(cap|crowding|raw/(values|band)|centred/(energy|split))"
 
 
 def measure():

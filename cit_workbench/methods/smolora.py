@@ -86,7 +86,8 @@ def pooled(self:SMoLinear, x, b):
     live = self.how.variant != "hard_frozen" and torch.is_grad_enabled()
     if self.key in b.ctx and not live: return b.ctx[self.key]
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if self.image else b.prompt
-    z = torch.where(real[..., None], x if live else x.detach(), 0).to(self.A.dtype).sum(1)/real.sum(1, keepdim=True)
+    share = (real/real.sum(1, keepdim=True)).to(self.A.dtype)[:, None]
+    z = (share @ (x if live else x.detach()).to(self.A.dtype))[:, 0]
     return b.ctx.setdefault(self.key, z.detach()) + (z - z.detach())
 
 @patch
