@@ -472,7 +472,8 @@ def _draw_small(ax, M, tasks:list, name:str, names:str):
 
 def matrices(recs): # Records, or where to find them
     "R of every method, small, the one that ends highest first; rows: after each task, columns: score on each task."
-    groups = {m: rs for m, rs in _each_once(recs).items() if len(rs[0].rows) == len(rs[0].tasks) + 1}
+    trained = lambda r: len(r.rows) == len(r.tasks) + 1 and r.summary()["trainable"] # zero_shot has nothing to show
+    groups = {m: rs for m, rs in _each_once(recs).items() if trained(rs[0])}
     if not groups: raise CitError("there is no run with a row per task to draw")
     core = {m: np.mean([r.core() for r in rs], 0) for m, rs in groups.items()}
     ranked, tasks = sorted(core, key=lambda m: (-core[m][-1].mean(), m)), next(iter(groups.values()))[0].tasks
