@@ -141,20 +141,24 @@ def _put(params, path, value):
     for k in path[:-1]: params = params.setdefault(k, {})
     params[path[-1]] = value
 
+def _tables(spec:dict, kind:str, page:str) -> list: # Dictionaries
+    "What `[set]` or `[grid]` says of a page: one table, or one for each `[[grid.PAGE]]`."
+    own = spec.get(kind, {}).get(page, {})
+    shared = {k: v for k, v in spec.get(kind, {}).items() if k not in spec["sweep"]["pages"]}
+    return [{**shared, **t} for t in (own if isinstance(own, list) else [own])]
+
 def grid_points(spec:dict, # A sweep file, parsed
                 page:str, # A name out of its `pages`
                ) -> list: # [(parameters, those that vary)]
     "The product of the lists under `[grid]`, over what is `[set]`."
-    pages = spec["sweep"]["pages"]
-    pick = lambda t: {**{k: v for k, v in spec.get(t, {}).items() if k not in pages}, **spec.get(t, {}).get(page, {})}
-    axes = list(leaves(pick("grid")))
-    for path, values in axes:
-        if not isinstance(values, list):
+    [fixed], points = _tables(spec, "set", page), []
+    for axes in (list(leaves(t)) for t in _tables(spec, "grid", page)):
+        for path, values in axes:
+            if isinstance(values, list): continue
             raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
-    points = []
-    for values in itertools.product(*(v for _, v in axes)):
-        points.append((copy.deepcopy(pick("set")), {".".join(path): value for (path, _), value in zip(axes, values)}))
-        for (path, _), value in zip(axes, values): _put(points[-1][0], path, value)
+        for values in itertools.product(*(v for _, v in axes)):
+            points.append((copy.deepcopy(fixed), {".".join(path): value for (path, _), value in zip(axes, values)}))
+            for (path, _), value in zip(axes, values): _put(points[-1][0], path, value)
     return points
 
 # %% ../nbs/12_sweep.ipynb #69e6d610
@@ -174,6 +178,8 @@ def read_sweep(file, # A TOML file
     head = spec["sweep"] = {"name": Path(file).stem, "records": "", "beside": [], "like": "", **given}
     if not head.get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc'], or ['*'] for all methods")
     if head["pages"] == ["*"]: head["pages"] = sorted(p.stem for p in pages_dir().glob("*.ipynb"))
+    if twice := [k for k in head["pages"] if isinstance(spec.get("set", {}).get(k), list)]:
+        raise CitError(f"[[set.{twice[0]}]] in {file}: only [[grid.{twice[0]}]] may stand there as a list")
     if head["like"]:
         other = read_sweep(Path(file).parent/head["like"]); absent = {*other["sweep"]["pages"]} - {*head["pages"]}
         spec["set"] = _merged({k: v for k, v in other.get("set", {}).items() if k not in absent}, spec.get("set", {}))
