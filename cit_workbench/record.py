@@ -322,10 +322,11 @@ def finish(self:RecordWriter, summary:dict|None=None, # Default: `Record.summary
 # %% ../nbs/09_record.ipynb #e21adb44
 def markdown_table(head, # Column titles
                    rows, # Rows of strings
-                   left:int=1, # How many columns are text, aligned left
+                   left:int|tuple=1, # How many columns are text, aligned left; or which
                   ) -> str:
     "A Markdown table."
-    rule = [":--"]*left + ["--:"]*(len(head) - left)
+    text = range(left) if isinstance(left, int) else left
+    rule = [":--" if i in text else "--:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in r) + " |" for r in (head, rule, *rows))
 
 def text_table(head, rows, left:int=1) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_runs', 'by_order', 'scores_of', 'gate',
            'learnable', 'forgets', 'replay_helps', 'zero_shot', 'judged', 'stale', 'judges', 'ran', 'tuned_too',
-           'step_time', 'verdict', 'content', 'drawn', 'read_lock', 'lock_of', 'frozen', 'about', 'joined', 'linked',
+           'step_time', 'verdict', 'content', 'drawn', 'read_lock', 'lock_of', 'frozen', 'about', 'linked',
            'methods_index', 'usual', 'reach', 'finding', 'Overview', 'overview']
 
 # %% ../nbs/14_testbed.ipynb #5be6e875
@@ -234,14 +234,16 @@ def about(name:str, # A method
          ) -> dict: # method, idea, paper, told, keeps
     "What a method's class and page say of it."
     from cit_workbench.method import get_method, overrides
-    if "+" in name: return joined([about(n) for n in name.split("+")])
+    if "+" in name: return _joined([about(n) for n in name.split("+")])
     m = get_method(name); page = inspect.getmodule(type(m))
-    names = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', inspect.getsource(page))
+    source, ending = inspect.getsource(page), inspect.getsource(type(m).end)
+    names = {*re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', source)} - {*re.findall(r'mem\.pop\("(\w+)"', source)}
+    if "self.mem = {" in ending: names = {*re.findall(r'"(\w+)":', ending)} # What a task leaves is listed there
     kinds = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks)
     idea = (page.__doc__ or "").split("\n")[0]
-    return {"method": name, "idea": idea, "paper": m.paper, "told": sorted(m.leaks), "keeps": kinds + sorted({*names} - {"refs"})}
+    return {"method": name, "idea": idea, "paper": m.paper, "told": sorted(m.leaks), "keeps": kinds + sorted(names - {"refs"})}
 
-def joined(each:list, # What `about` says of the parts of a chain
+def _joined(each:list, # What `about` says of the parts of a chain
           ) -> dict: # The same of the chain
     "Methods that act together are told and keep what each of them is told and keeps."
     text = {k: sep.join(dict.fromkeys(a[k] for a in each)) for k, sep in (("method", "+"), ("idea", "; "), ("paper", "; "))}
@@ -302,8 +304,9 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
 class Overview(list):
     "Lines of `overview`; shows itself as a table."
     pages = "../methods" # Where the method pages are
-    heads = ["method", "verdict so far", "is told", "keeps between tasks", "settings", # Text
-             "orders", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time", "paper"]
+    heads = ["method", "verdict so far", # Text, as are the last four
+             "orders", "over plain tuning", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time",
+             "is told", "keeps between tasks", "settings", "paper"]
     def _score(self, r:dict, k:str, digits:int=0) -> str:
         "A mean, with its interval where there is one."
         x, low, high = (r.get(f"{k}{e}", np.nan) for e in ("", "_low", "_high"))
@@ -320,14 +323,15 @@ class Overview(list):
         return f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}" if r["stored_bytes"] else "nothing"
     def _cells(self, r:dict) -> list:
         "A line as strings."
-        said = [r["verdict"], ", ".join(r["told"]) or "–", self._kept(r), r["tuned"]]
-        scores = [self._score(r, "ap_norm", 2), self._score(r, "forgetting"), self._score(r, "learning_accuracy")]
+        said = [", ".join(r["told"]) or "–", self._kept(r), r["tuned"], linked(r["paper"]) or "–"]
+        kinds = {"difference": 2, "ap_norm": 2, "forgetting": 0, "learning_accuracy": 0}
+        scores = [self._score(r, k, digits) for k, digits in kinds.items()]
         name = " + ".join(f"[`{n}`]({self.pages}/{n}.ipynb)" for n in r["method"].split("+"))
-        return [name, *said, str(r["orders"] or "·"), *scores, *self._cost(r), linked(r["paper"]) or "–"]
+        return [name, r["verdict"], str(r["orders"] or "·"), *scores, *self._cost(r), *said]
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         blocks = {b: [self._cells(r) for r in self if r["block"] == b] for b in dict.fromkeys(r["block"] for r in self)}
-        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=5) for b, rows in blocks.items())
+        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=(0, 1, 10, 11, 12, 13)) for b, rows in blocks.items())
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../nbs/14_testbed.ipynb #682ce663

@@ -84,6 +84,13 @@ def test_links_in_outputs_lead_to_pages():
     assert got["text/html"] == "<a href='er.html'>er</a>" and got["text/plain"] == "(a.ipynb)"
 
 
+def test_addresses_in_memory_are_left_out():
+    said = {"output_type": "execute_result", "data": {"text/plain": "<function f at 0x7f7c12ab34cd>"}}
+    assert docs.to_html(said)["data"] == {"text/plain": "<function f>"}
+    assert docs.to_html({"output_type": "stream", "name": "stdout", "text": ["a at 0x7f7c12ab34cd\n", "b"]})["text"] == "a\nb"
+    assert docs._default(object()) == "<object object>"
+
+
 def test_directives_are_read_off_the_top():
     assert docs.directives("#| export\n#| echo: false\nx = 1") == ({"export", "echo:"}, "x = 1")
     assert docs.only_imports("import a\nfrom b import c") and not docs.only_imports("import a\na.b()")

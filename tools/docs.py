@@ -232,14 +232,16 @@ def reference(module, name):
 def _type(a):
     if a is None or str(a) == "<class 'inspect._empty'>": return ""
     return a.__name__ if isinstance(a, type) and not getattr(a, "__args__", None) else str(a).replace("typing.", "")
-def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else repr(d)[:60]
+def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else re.sub(r" at 0x\w+", "", repr(d))[:60]
 
 
 def to_html(output):
-    "An output whose links to notebooks lead to their pages."
+    "An output whose links to notebooks lead to their pages, without addresses in memory."
+    def still(text): return re.sub(r" at 0x[0-9a-f]{6,}", "", "".join(text))
     def turn(text): return re.sub(r"""((?:\]\(|href=["'])(?![a-z]+:)[^)"'#]*)\.ipynb""", r"\1.html", "".join(text))
-    data = {k: turn(v) if k in ("text/html", "text/markdown") else v for k, v in output.get("data", {}).items()}
-    return {**output, **({"data": data} if data else {})}
+    kinds = {"text/html": turn, "text/markdown": turn, "text/plain": still}
+    data = {k: kinds.get(k, lambda v: v)(v) for k, v in output.get("data", {}).items()}
+    return {**output, **({"data": data} if data else {}), **({"text": still(output["text"])} if "text" in output else {})}
 
 
 def page(nb, path, names, at):

@@ -20,7 +20,7 @@ from .mas import answer_norm, away, springs
 @dataclass
 class TIR(Method):
     "Springs that are looser where the new task resembles the one that a weight belongs to."
-    lam: float = 5e4 # Strength λ of the springs, whose stiffnesses sum to about 1
+    lam: float = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
     n: int = 200 # Examples of a task from which its importance and its embeddings are measured
     importance: str = "ewc" # "ewc": squared gradients of log-likelihood; "mas": absolute gradients of the answer logits' length
     variant: str = "similarity" # or "compound": discounts last; controls: "shuffled", "inverted", "constant", "none"
