@@ -154,8 +154,7 @@ def grid_points(spec:dict, # A sweep file, parsed
     [fixed], points = _tables(spec, "set", page), []
     for axes in (list(leaves(t)) for t in _tables(spec, "grid", page)):
         for path, values in axes:
-            if isinstance(values, list): continue
-            raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
+            if not isinstance(values, list): raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
         for values in itertools.product(*(v for _, v in axes)):
             points.append((copy.deepcopy(fixed), {".".join(path): value for (path, _), value in zip(axes, values)}))
             for (path, _), value in zip(axes, values): _put(points[-1][0], path, value)

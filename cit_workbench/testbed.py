@@ -304,9 +304,10 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
 class Overview(list):
     "Lines of `overview`; shows itself as a table."
     pages = "../methods" # Where the method pages are
-    heads = ["method", "verdict so far", # Text, as are the last four
+    heads = ["method", "verdict so far",
              "orders", "over plain tuning", "AP norm", "forgetting", "learning", "trains", "extra forwards", "step time",
              "is told", "keeps between tasks", "settings", "paper"]
+    words = (0, 1, *range(len(heads) - 4, len(heads))) # Which of them are text
     def _score(self, r:dict, k:str, digits:int=0) -> str:
         "A mean, with its interval where there is one."
         x, low, high = (r.get(f"{k}{e}", np.nan) for e in ("", "_low", "_high"))
@@ -331,7 +332,7 @@ class Overview(list):
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         blocks = {b: [self._cells(r) for r in self if r["block"] == b] for b in dict.fromkeys(r["block"] for r in self)}
-        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=(0, 1, 10, 11, 12, 13)) for b, rows in blocks.items())
+        return "\n\n".join(f"**{b}**\n\n"*bool(b) + markdown_table(self.heads, rows, left=self.words) for b, rows in blocks.items())
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../nbs/14_testbed.ipynb #682ce663

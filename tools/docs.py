@@ -232,16 +232,21 @@ def reference(module, name):
 def _type(a):
     if a is None or str(a) == "<class 'inspect._empty'>": return ""
     return a.__name__ if isinstance(a, type) and not getattr(a, "__args__", None) else str(a).replace("typing.", "")
-def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else re.sub(r" at 0x\w+", "", repr(d))[:60]
+def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else still(repr(d))[:60]
+
+
+def still(text):
+    "Text without addresses in memory, which differ from build to build."
+    return re.sub(r" at 0x[0-9a-f]{6,}", "", text)
 
 
 def to_html(output):
     "An output whose links to notebooks lead to their pages, without addresses in memory."
-    def still(text): return re.sub(r" at 0x[0-9a-f]{6,}", "", "".join(text))
     def turn(text): return re.sub(r"""((?:\]\(|href=["'])(?![a-z]+:)[^)"'#]*)\.ipynb""", r"\1.html", "".join(text))
-    kinds = {"text/html": turn, "text/markdown": turn, "text/plain": still}
-    data = {k: kinds.get(k, lambda v: v)(v) for k, v in output.get("data", {}).items()}
-    return {**output, **({"data": data} if data else {}), **({"text": still(output["text"])} if "text" in output else {})}
+    kinds, out = {"text/html": turn, "text/markdown": turn, "text/plain": lambda v: still("".join(v))}, dict(output)
+    if "data" in output: out["data"] = {k: kinds[k](v) if k in kinds else v for k, v in output["data"].items()}
+    if "text" in output: out["text"] = still("".join(output["text"]))
+    return out
 
 
 def page(nb, path, names, at):
