@@ -1,4 +1,4 @@
-# make demo · make test · make docs · make kills · make lab · make sync            Each sets up .venv on first use.
+# make demo · make test · make docs · make outputs · make kills · make lab · make sync     Each sets up .venv on first use.
 #   PYTHON  the interpreter to build .venv from (3.11 or newer)
 #   TORCH   the build of torch, in pip's words: TORCH="torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
 PYTHON ?= python3
@@ -9,7 +9,7 @@ bin     = $(CURDIR)/$(VENV)/bin
 ready   = $(VENV)/.ready
 one     = OMP_NUM_THREADS=1 PATH="$(bin):$$PATH"
 
-.PHONY: demo test docs kills lab sync
+.PHONY: demo test docs outputs kills lab sync
 .DEFAULT_GOAL = demo
 
 demo: $(ready)
@@ -28,6 +28,10 @@ test: $(ready)
 docs: $(ready)
 	@$(one) $(bin)/python tools/docs.py
 	@echo "the site: _site/html/index.html"
+
+outputs: $(ready)
+	@$(one) $(bin)/python tools/docs.py --keep
+	@echo "the notebooks hold the outputs of this tree; nbs/outputs.json says what they were made from"
 
 kills: $(ready)
 	@$(one) $(bin)/python tests/kills.py --out records/kills.json

@@ -35,10 +35,10 @@ class Ask(W.VBox):
         self.task = W.Dropdown(options=[], description="task", layout={"width": "300px"})
         self.index = W.BoundedIntText(0, 0, 10**9, description="example", layout={"width": "180px"})
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="own image")
-        self.picture, self.answer = W.HTML(layout={"width": "150px"}), W.HTML()
+        self.picture, self.target, self.answer = W.HTML(layout={"width": "150px"}), W.HTML(), W.HTML()
         self.text = W.Textarea(placeholder="the instruction", layout={"width": "520px", "height": "110px"})
         self.go = W.Button(description="Ask", button_style="primary")
-        said = W.HBox([self.picture, W.VBox([self.text, self.go, self.answer])])
+        said = W.HBox([self.picture, W.VBox([self.text, self.go, self.target, self.answer])])
         super().__init__([W.HBox([self.task, self.index, self.upload]), said])
         for w in (self.task, self.index): w.observe(lambda _: bench.safely(self.show), "value")
         self.upload.observe(lambda _: bench.safely(self.uploaded), "value")
@@ -61,7 +61,7 @@ def show(self:Ask):
     t = self.stream.task(self.task.value)
     ex = t.example("val", self.index.value % max(1, t.n["val"]))
     self.image, self.text.value, self.picture.value = ex.image, ex.question, picture(ex.image, 140)
-    self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>'
+    self.target.value, self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>', ""
 
 # %% ../nbs/11_dashboard.ipynb #e1489201
 @patch
@@ -71,7 +71,7 @@ def uploaded(self:Ask):
     file = self.upload.value[0]
     try: im = Image.open(io.BytesIO(file["content"])).convert("RGB")
     except OSError: raise CitError(f"{file['name']} is no image that can be read; allowed: PNG, JPEG, …") from None
-    self.image, self.answer.value = np.asarray(im), ""; self.picture.value = picture(self.image, 140)
+    self.image, self.target.value, self.answer.value = np.asarray(im), "", ""; self.picture.value = picture(self.image, 140)
     self.bench.say("")
 
 # %% ../nbs/11_dashboard.ipynb #3e5e58c1

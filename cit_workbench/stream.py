@@ -577,4 +577,4 @@ for _args in (
     ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read-one shp-word", ""),
     ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read-one shp-word"),
     ("shapes-tune", "Four tasks of no other stream, for tuning only.", "frm-code mcq-digits box-night frm-mcq")): from_catalogue(*_args)
-from_catalogue("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, steps=600)
+from_catalogue("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, steps=600);

@@ -1,6 +1,7 @@
 """The site: pages are executed when what they read changed, mistakes end the build, links work, nothing comes from elsewhere."""
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/"tools"))
 import docs  # noqa: E402
+import execute  # noqa: E402
 
 
 def notebook(path, *cells):
@@ -23,7 +25,7 @@ def notebook(path, *cells):
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     "A small project: a home page, a method's page that reads a record, a page beside it."
-    monkeypatch.setattr(docs, "WARM", ())
+    monkeypatch.setattr(execute, "WARM", ())
     at = tmp_path/"project"
     notebook(at/"nbs/index.ipynb", "md:# Home\n\n> one line", "md:See [the method](methods/er.ipynb#it-keeps-what-it-learned) and `nbs/tutorials/first.ipynb`.")
     notebook(at/"nbs/methods/er.ipynb", "md:# A method", "md:## It keeps what it learned", "#| hide\nimport json",
@@ -46,6 +48,35 @@ def test_a_site_is_built_and_only_what_changed_is_executed_again(tree):
     assert {p.name for p in tree.iterdir()} == {"nbs", "records", "constraints.txt", "_site"}
     (tree/"records/a.json").write_text('{"score": 71.5}')
     assert list(docs.build(tree)["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
+
+
+def test_outputs_in_the_notebooks_are_replayed_until_something_that_they_read_changes(tree):
+    docs.build(tree, keeping=True)
+    outputs = lambda name: [o for c in json.loads((tree/"nbs"/name).read_text())["cells"] for o in c.get("outputs", [])]
+    assert outputs("methods/er.ipynb")[0]["data"]["text/plain"] == ["71.25"]
+    assert [list(o["data"]) for o in outputs("tutorials/first.ipynb")] == [[execute.FIGURE, "text/plain"]] * 2
+    def clone(): shutil.rmtree(tree/"_site"); return docs.build(tree)
+    got = clone()
+    page = lambda name: (tree/"_site/html"/name).read_text()
+    assert (got["executed"], got["replayed from the notebooks"]) == (0, 3)
+    assert "71.25" in page("methods/er.html") and page("tutorials/first.html").count('class="figure"') == 2
+    assert docs.build(tree)["replayed from the notebooks"] == 0 # they are in the work folder now
+    (tree/"records/a.json").write_text('{"score": 71.5}')
+    assert list(clone()["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
+    path = tree/"nbs/tutorials/first.ipynb"
+    path.write_text(path.read_text().replace('"Figure"', '"by hand"'))
+    assert set(clone()["slowest"]) == {"methods/er.ipynb", "tutorials/first.ipynb"}
+    assert docs.build(tree, anew=True)["executed"] == 3
+
+
+def test_a_cell_that_is_left_out_keeps_its_output(tree):
+    path = tree/"nbs/tutorials/first.ipynb"
+    notebook(path, "md:# First", "#| eval: false\n1/0", "2")
+    nb = json.loads(path.read_text())
+    nb["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["from a larger machine\n"]}]
+    path.write_text(json.dumps(nb))
+    docs.build(tree, keeping=True)
+    assert "from a larger machine" in path.read_text() and "from a larger machine" in (tree/"_site/html/tutorials/first.html").read_text()
 
 
 @pytest.mark.parametrize("cell, says", [

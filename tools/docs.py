@@ -2,148 +2,26 @@
 
     python tools/docs.py            the site stands in _site/html/, opens without a server or a network; work lies beside it
     python tools/docs.py --fresh    execute every notebook, also those whose sources and records are as they were
+    python tools/docs.py --keep     and write the outputs that were made into the notebooks, to be committed
 """
 import ast
-import hashlib
 import importlib
 import inspect
 import json
-import math
-import multiprocessing as mp
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from execute import FIGURE, forks, keep, notebooks, replay, run_all
+
 root = Path(__file__).resolve().parents[1]
 FIRST = "tutorials explanations methods".split() # of the folders in the sidebar; the others follow by name, then the library
-WARM = ("torch", "transformers.models.llava.modeling_llava", "transformers.models.clip.image_processing_pil_clip", "peft",
-        "matplotlib.pyplot", "matplotlib_inline.backend_inline", "pandas", "scipy.stats", "sklearn.datasets", "plotly.graph_objects",
-        "anywidget", "ipywidgets", "papermill", "nbclient", "execnb.shell", "nbdev.test", "fastcore.test")
-
-
-def notebooks(nbs):
-    "The pages below `nbs`, by path."
-    skip = {".ipynb_checkpoints", "runs", "_proc"}
-    return [p for p in sorted(nbs.rglob("*.ipynb")) if not skip & set(p.relative_to(nbs).parts)]
-
-
-# --- execute -------------------------------------------------------------------------------------------------------
-
-def digest(path):
-    "What a file holds, or the names in a folder."
-    if path.is_dir(): data = "\n".join(sorted(p.name for p in path.iterdir() if p.name != "__pycache__")).encode()
-    else: data = path.read_bytes() if path.is_file() else b"missing"
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-class Seen:
-    "Files and folders of the tree at `at` that this process reads from now on, and whether it starts others."
-    def __init__(self, at):
-        self.at, self.paths, self.spawned, self.on = str(at) + os.sep, set(), False, True
-        sys.addaudithook(self.hear)
-
-    def hear(self, event, args):
-        if not self.on: return
-        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"): self.spawned = True
-        elif event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, os.PathLike)):
-            path = os.path.abspath(os.fspath(args[0]))
-            if path.startswith(self.at): self.paths.add(path)
-
-    def deps(self):
-        "{path: digest}: what was read, modules included; the whole package and its records where other processes ran."
-        self.on, at = False, Path(self.at)
-        found = {Path(p) for p in self.paths}
-        found |= {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-        found |= {*(at/"cit_workbench/assets").rglob("*"), at/"constraints.txt"}
-        if self.spawned: found |= {*at.glob("cit_workbench/**/*.py"), *at.glob("records/**/*")}
-        skip = {".venv", ".git", "runs", "__pycache__", "_site"}
-        names = {p.relative_to(at).as_posix(): p for p in found if p.is_relative_to(at)}
-        return {n: digest(p) for n, p in sorted(names.items()) if p.exists() and not skip & set(Path(n).parts)}
-
-
-def execute(path, at, out):
-    "Run a notebook from top to bottom as the tests do, with figures that live in a page; seconds, and the error if any."
-    from execnb.nbio import read_nb, write_nb
-    from execnb.shell import CaptureShell
-    from nbdev.config import get_config
-    from nbdev.process import extract_directives
-    os.environ.update(IN_TEST="1", CIT_QUIET="1", PYTHONPATH=str(at), CIT_CACHE=str(at/"_site/work/cache")); sys.path.insert(0, str(at)); os.chdir(path.parent)
-    left_out = set(get_config().tst_flags.split())
-    start, nb, shell, seen = time.time(), read_nb(path), CaptureShell(path, mpl_format="retina"), Seen(at)
-    for c in nb.cells: c.pop("outputs", None)
-    _show_figures(shell)
-    def skipped(cell):
-        if cell.cell_type != "code": return True
-        flags = extract_directives(cell, remove=False)
-        return flags.keys() & left_out or flags.get("eval:", [""])[0] == "false"
-    try: shell.run_all(nb, exc_stop=True, preproc=skipped); error = None
-    except BaseException: error = shell.prettytb(fname=path)
-    said = [str(o) for c in nb.cells for o in c.get("outputs", []) if "Traceback (most recent call last)" in str(o) or o["output_type"] == "error"]
-    if error or said: return time.time() - start, error or said[0]
-    seen.paths.add(str(path))
-    out.parent.mkdir(parents=True, exist_ok=True); write_nb(nb, out)
-    out.with_suffix(".json").write_text(json.dumps(seen.deps(), indent=0))
-    return time.time() - start, None
-
-
-def _show_figures(shell):
-    "Let a Plotly figure, or a view of the dashboard, become a picture that needs no kernel."
-    import ipywidgets
-    import plotly.graph_objects as go
-    import plotly.io as pio
-    class Drawn(pio.base_renderers.MimetypeRenderer):
-        def to_mimebundle(self, fig): return {"text/html": figure(go.Figure(fig))}
-    pio.renderers["site"], pio.renderers.default = Drawn(), "site"
-    mime = shell.display_formatter.mimebundle_formatter
-    def figures(w):
-        if isinstance(w, go.FigureWidget): return [w]
-        return [f for c in getattr(w, "children", ()) if w.layout.display != "none" for f in figures(c)]
-    def drawn(w): return {"text/html": "".join(map(figure, figures(w)))} if figures(w) else {"text/plain": repr(w)}
-    for base in (go.FigureWidget, ipywidgets.Box): mime.for_type(base, drawn)
-
-
-def figure(fig):
-    "A Plotly figure as data in the page; site.js draws it."
-    data = fig.to_json().replace("</", "<\\/")
-    return f'<div class="figure" style="height:{fig.layout.height or 420}px"><script type="application/json">{data}</script></div>'
-
-
-def fresh(path, out, at):
-    "Is what `out` holds still what executing `path` would give?"
-    side = out.with_suffix(".json")
-    return out.is_file() and side.is_file() and all(digest(at/n) == d for n, d in json.loads(side.read_text()).items())
-
-
-def forks(workers):
-    "Processes for one task each, forked from one that has imported what all need."
-    ctx = mp.get_context("forkserver"); ctx.set_forkserver_preload(list(WARM))
-    return ProcessPoolExecutor(workers, ctx, max_tasks_per_child=1)
-
-
-def run_all(pages, at, work, workers=2):
-    "Execute the pages that changed, each in a process of its own; seconds by page. What they answer or train for each other lies in `work`."
-    out = {p: work/"executed"/p.relative_to(at/"nbs") for p in pages}
-    todo, took, errors = [p for p in pages if not fresh(p, out[p], at)], {}, {}
-    if not todo: return took
-    from tqdm.auto import tqdm
-    known, name = at/"_site/seconds.json", lambda p: p.relative_to(at).as_posix()
-    last = json.loads(known.read_text()) if known.is_file() else {}
-    todo.sort(key=lambda p: (-last.get(name(p), math.inf), -p.stat().st_size)) # the long ones first, so that no core waits for one of them at the end
-    with forks(workers) as pool, tqdm(total=len(todo), desc="executing", unit="page") as bar:
-        for job in as_completed(jobs := {pool.submit(execute, p, at, out[p]): p for p in todo}):
-            seconds, error = job.result()
-            took[jobs[job]] = seconds; bar.update()
-            if error: errors[jobs[job]] = error
-    known.parent.mkdir(exist_ok=True); known.write_text(json.dumps(last | {name(p): round(s, 1) for p, s in took.items()}, indent=0))
-    if errors: sys.exit("\n\n".join(f"{p.relative_to(at)} fails:\n{e}" for p, e in errors.items()))
-    return took
 
 
 # --- pages ---------------------------------------------------------------------------------------------------------
@@ -240,8 +118,15 @@ def still(text):
     return re.sub(r" at 0x[0-9a-f]{6,}", "", text)
 
 
+def figure(fig):
+    "A Plotly figure as data in the page; site.js draws it."
+    data = json.dumps(fig, separators=(",", ":")).replace("</", "<\\/")
+    return f'<div class="figure" style="height:{fig["layout"].get("height") or 420}px"><script type="application/json">{data}</script></div>'
+
+
 def to_html(output):
-    "An output whose links to notebooks lead to their pages, without addresses in memory."
+    "An output whose links to notebooks lead to their pages, without addresses in memory; a figure as its data."
+    if fig := output.get("data", {}).get(FIGURE): return {**output, "data": {"text/html": figure(fig)}}
     def turn(text): return re.sub(r"""((?:\]\(|href=["'])(?![a-z]+:)[^)"'#]*)\.ipynb""", r"\1.html", "".join(text))
     kinds, out = {"text/html": turn, "text/markdown": turn, "text/plain": lambda v: still("".join(v))}, dict(output)
     if "data" in output: out["data"] = {k: kinds[k](v) if k in kinds else v for k, v in output["data"].items()}
@@ -258,7 +143,7 @@ def page(nb, path, names, at):
         if c["cell_type"] == "markdown": add("markdown", linked(source, path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
         if c["cell_type"] != "code" or not source.strip(): continue
         flags, source = directives(source)
-        outputs = [to_html(o) for o in c.get("outputs", []) if o.get("name") != "stderr"]
+        outputs = [to_html(o) for o in c.get("outputs", [])]
         if flags & {"hide", "default_exp"} or (flags & {"export", "exports"} and only_imports(source)): continue
         tags = [t for t in c["metadata"].get("tags", []) if t in ("parameters", "lesson")] + (["exported"] if flags & {"export", "exports"} else [])
         if "exported" in tags and module:
@@ -340,12 +225,15 @@ def broken(site):
     return sorted(set(said))
 
 
-def build(at=root, anew=False, workers=2):
+def build(at=root, anew=False, keeping=False, workers=2):
     "The whole way; seconds of its parts. Raises SystemExit with what is wrong."
     site, work, nbs, start = at/"_site/html", at/"_site/work", at/"nbs", time.time()
     if anew: shutil.rmtree(work, ignore_errors=True)
     pages = notebooks(nbs)
-    took = run_all(pages, at, work, workers)
+    out = {p: work/"executed"/p.relative_to(nbs) for p in pages}
+    replayed = 0 if anew else replay(pages, at, out)
+    took = run_all(pages, at, out, workers)
+    if keeping: keep(pages, at, out)
     executed = time.time(); sys.path.insert(0, str(at))
     if took: # the libraries are there already
         with forks(1) as pool: src = pool.submit(write_pages, pages, at, work).result()
@@ -354,9 +242,10 @@ def build(at=root, anew=False, workers=2):
                "-d", str(work/"doctrees"), str(src), str(site)]
     if subprocess.run(command).returncode: sys.exit("Sphinx found what stands above; the site is not complete")
     if said := broken(site): sys.exit("\n".join(said))
-    return {"pages": len(pages), "executed": len(took), "seconds executing": round(executed - start), "seconds writing": round(time.time() - executed),
+    return {"pages": len(pages), "executed": len(took), "replayed from the notebooks": replayed,
+            "seconds executing": round(executed - start), "seconds writing": round(time.time() - executed),
             "slowest": {p.relative_to(nbs).as_posix(): round(s) for p, s in sorted(took.items(), key=lambda o: -o[1])[:5]}}
 
 
 if __name__ == "__main__":
-    print(json.dumps(build(anew="--fresh" in sys.argv), indent=1))
+    print(json.dumps(build(anew="--fresh" in sys.argv, keeping="--keep" in sys.argv), indent=1))

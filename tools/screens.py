@@ -56,6 +56,9 @@ def main(runs, collected, pairs, *wanted):
                 for ready in READY: lab.page.wait_for_function(ready, timeout=180_000)
                 time.sleep(6)
                 if name == "workbench": lab.choose("method", "ewc"); time.sleep(3)
+                if name == "ask":
+                    lab.choose("task", "cap-day"); lab.button("Ask").click() # learned two tasks before the last
+                    lab.page.get_by_text("answered by").wait_for(timeout=60_000)
                 if name == "forgetting": lab.page.locator(".cit-view .jupyter-widget-Collapse-header").first.click()
                 for dark in (False, True):
                     lab.dark(dark); time.sleep(5)
