@@ -124,5 +124,5 @@ def test_addresses_in_memory_are_left_out():
 
 def test_directives_are_read_off_the_top():
     assert docs.directives("#| export\n#| echo: false\nx = 1") == ({"export", "echo:"}, "x = 1")
-    assert docs.only_imports("import a\nfrom b import c") and not docs.only_imports("import a\na.b()")
+    assert docs.only_imports("import a\nfrom b import c\n_all_ = ['c']") and not docs.only_imports("import a\na.b()")
     assert list(docs.defined("@patch\ndef f(self:A, x): pass\nclass B: pass\nC = 1")) == ["A.f", "B", "C"]

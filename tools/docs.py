@@ -34,8 +34,9 @@ def directives(source):
 
 
 def only_imports(source):
-    "Does a cell bring in names and nothing else?"
-    return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
+    "Does a cell bring in names, or pass them on by `_all_`, and nothing else?"
+    passes = lambda n: isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_all_"
+    return all(isinstance(n, (ast.Import, ast.ImportFrom)) or passes(n) for n in ast.parse(source).body)
 
 
 def defined(source):
@@ -108,7 +109,7 @@ def reference(module, name):
 
 
 def _type(a):
-    if a is None or str(a) == "<class 'inspect._empty'>": return ""
+    if a in (None, type(None)) or str(a) == "<class 'inspect._empty'>": return ""
     return a.__name__ if isinstance(a, type) and not getattr(a, "__args__", None) else str(a).replace("typing.", "")
 def _default(d): return "" if str(d) == "<class 'inspect._empty'>" or type(d).__name__ == "_MISSING_TYPE" else still(repr(d))[:60]
 

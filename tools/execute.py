@@ -74,7 +74,7 @@ class Seen:
         self.on, at = False, Path(self.at)
         found = {Path(p) for p in self.paths} | {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
         names = {p.relative_to(at).as_posix() for p in found if p.is_relative_to(at) and p.exists()} | {"constraints.txt"}
-        names = {n for n in names if not SKIP & set(Path(n).parts) and ".egg-info" not in n} - {"tools/docs.py"}
+        names = {n for n in names if not SKIP & set(Path(n).parts) and ".egg-info" not in n} - {"tools/docs.py", KEPT}
         wide = {"cit_workbench/assets/**/*"} | {f"{n}/**/*" for n in names if n.startswith("records") and (at/n).is_dir()}
         if self.spawned: wide |= {"cit_workbench/**/*.py", "records/**/*"}
         covered = {p.relative_to(at).as_posix() for w in wide for p in at.glob(w)}
