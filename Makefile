@@ -30,7 +30,7 @@ docs: $(ready)
 	@echo "the site: _site/html/index.html"
 
 outputs: $(ready)
-	@$(one) $(bin)/python tools/docs.py --keep
+	@$(one) $(bin)/python tools/docs.py --hold
 	@echo "the notebooks hold the outputs of this tree; nbs/outputs.json says what they were made from"
 
 kills: $(ready)

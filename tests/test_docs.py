@@ -50,33 +50,86 @@ def test_a_site_is_built_and_only_what_changed_is_executed_again(tree):
     assert list(docs.build(tree)["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
 
 
-def test_outputs_in_the_notebooks_are_replayed_until_something_that_they_read_changes(tree):
-    docs.build(tree, keeping=True)
-    outputs = lambda name: [o for c in json.loads((tree/"nbs"/name).read_text())["cells"] for o in c.get("outputs", [])]
-    assert outputs("methods/er.ipynb")[0]["data"]["text/plain"] == ["71.25"]
-    assert [list(o["data"]) for o in outputs("tutorials/first.ipynb")] == [[execute.FIGURE, "text/plain"]] * 2
+def outputs(path): return [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
+
+
+def test_outputs_that_notebooks_hold_are_replayed_until_something_that_they_read_changes(tree):
+    docs.build(tree, holding=True)
+    assert outputs(tree/"nbs/methods/er.ipynb")[0]["data"]["text/plain"] == ["71.25"]
+    assert [list(o["data"]) for o in outputs(tree/"nbs/tutorials/first.ipynb")] == [[execute.FIGURE, "text/plain"]] * 2
     def clone(): shutil.rmtree(tree/"_site"); return docs.build(tree)
-    got = clone()
-    page = lambda name: (tree/"_site/html"/name).read_text()
+    got, page = clone(), lambda name: (tree/"_site/html"/name).read_text()
     assert (got["executed"], got["replayed from the notebooks"]) == (0, 3)
     assert "71.25" in page("methods/er.html") and page("tutorials/first.html").count('class="figure"') == 2
     assert docs.build(tree)["replayed from the notebooks"] == 0 # they are in the work folder now
     (tree/"records/a.json").write_text('{"score": 71.5}')
-    assert list(clone()["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
-    path = tree/"nbs/tutorials/first.ipynb"
-    path.write_text(path.read_text().replace('"Figure"', '"by hand"'))
-    assert set(clone()["slowest"]) == {"methods/er.ipynb", "tutorials/first.ipynb"}
+    got = clone()
+    assert list(got["slowest"]) == ["methods/er.ipynb"] and "71.5" in page("methods/er.html")
+    assert got["notebooks that hold older outputs (make outputs)"] == 1
     assert docs.build(tree, anew=True)["executed"] == 3
 
 
-def test_a_cell_that_is_left_out_keeps_its_output(tree):
-    path = tree/"nbs/tutorials/first.ipynb"
-    notebook(path, "md:# First", "#| eval: false\n1/0", "2")
-    nb = json.loads(path.read_text())
-    nb["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["from a larger machine\n"]}]
-    path.write_text(json.dumps(nb))
-    docs.build(tree, keeping=True)
-    assert "from a larger machine" in path.read_text() and "from a larger machine" in (tree/"_site/html/tutorials/first.html").read_text()
+READER = ("md:# Reader", "import sys\nsys.path.insert(0, '../lib'); import helper\nhelper.x", "from pathlib import Path\nsorted(p.name for p in Path('../records').iterdir())",
+          "try: said = open('../records/late.txt').read()\nexcept FileNotFoundError: said = 'nothing'\nsaid", "#| eval: false\n1/0", "x = 1")
+STARTER = ("md:# Starter", "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(1)'], check=True).returncode")
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    "A tree whose notebooks hold their outputs: one reads modules, records and a file that is not there, one starts another process."
+    at = tmp_path_factory.mktemp("once")/"project"
+    notebook(at/"nbs/reader.ipynb", *READER); notebook(at/"nbs/starter.ipynb", *STARTER)
+    for name in ("lib/helper.py", "cit_workbench/far.py"): (at/name).parent.mkdir(); (at/name).write_text("x = 1")
+    (at/"records/deep").mkdir(parents=True); (at/"records/deep/a.json").write_text("{}")
+    for name in ("constraints.txt", "settings.ini"): (at/name).write_text("")
+    nb = json.loads((at/"nbs/reader.ipynb").read_text())
+    nb["cells"][4]["outputs"] = nb["cells"][5]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["by hand\n"]}]
+    (at/"nbs/reader.ipynb").write_text(json.dumps(nb))
+    pages = execute.notebooks(at/"nbs")
+    out = {p: at/"_site/work/executed"/p.name for p in pages}
+    with pytest.MonkeyPatch.context() as m: m.setattr(execute, "WARM", ()); execute.run_all(pages, at, out)
+    execute.hold(pages, at, out)
+    return at
+
+
+def edit(name, old, new): return lambda at: (at/name).write_text((at/name).read_text().replace(old, new))
+def put(name): return lambda at: (at/name).write_text("new")
+def tag(at):
+    nb = json.loads((at/"nbs/reader.ipynb").read_text()); nb["cells"][1]["metadata"] = {"tags": ["parameters"]}
+    (at/"nbs/reader.ipynb").write_text(json.dumps(nb))
+
+
+@pytest.mark.parametrize("change, stale", [
+    (lambda at: None, ""), (put("records/.DS_Store"), ""), (put("nbs/notes.txt"), ""), (put("cit_workbench/#far.py#"), ""),
+    (edit("lib/helper.py", "1", "2"), "reader"), (edit("cit_workbench/far.py", "1", "2"), "starter"),
+    (edit("nbs/reader.ipynb", "x = 1", "x = 2"), "reader"),
+    (edit("nbs/reader.ipynb", "'deep'", "'shallow'"), "reader"), (edit("nbs/reader.ipynb", "by hand", "by foot"), "reader"), (tag, "reader"),
+    (put("records/b.json"), "reader starter"), (edit("records/deep/a.json", "{}", "[]"), "reader starter"), (put("records/late.txt"), "reader starter"),
+    (put("constraints.txt"), "reader starter"), (put("settings.ini"), "reader starter"), (put("nbs/outputs.json"), "reader starter"),
+])
+def test_what_makes_outputs_stale(once, tmp_path, change, stale):
+    at = tmp_path/"project"; shutil.copytree(once, at, ignore=shutil.ignore_patterns("_site"))
+    change(at)
+    pages = execute.notebooks(at/"nbs")
+    assert {p.stem for p in pages} - {p.stem for p in execute.held(pages, at)} == set(stale.split())
+
+
+def test_holding_writes_what_was_executed_and_nothing_else(once, tmp_path):
+    at = tmp_path/"project"; shutil.copytree(once, at)
+    page = at/"nbs/reader.ipynb"
+    assert [o.get("text") or o["data"]["text/plain"] for o in outputs(page)] == [["1"], ["['deep']"], ["'nothing'"], ["by hand\n"]] # the silent cell lost its own
+    edit("nbs/reader.ipynb", "by hand", "by foot")(at)
+    pages = execute.notebooks(at/"nbs")
+    out = {p: at/"_site/work/executed"/p.name for p in pages}
+    assert not execute.current(out[page], at)
+    with pytest.raises(SystemExit, match="nbs/reader.ipynb read was edited while it ran"): execute.hold(pages, at, out)
+    assert "by foot" in page.read_text() and not [p for p in at.glob("**/.tmp-*")]
+
+
+def test_a_page_that_was_edited_while_it_ran_is_not_current(tree):
+    notebook(tree/"nbs/methods/er.ipynb", "md:# A method", "md:## It keeps what it learned", "from pathlib import Path\np = Path('../../records/a.json')",
+             "was = p.read_text(); p.write_text(was + ' ')")
+    with pytest.raises(SystemExit, match="edited while it ran"): docs.build(tree, holding=True)
 
 
 @pytest.mark.parametrize("cell, says", [
@@ -106,6 +159,12 @@ def test_a_name_links_to_the_one_page_that_explains_it():
     text = "A `Run`, ``` `Run` ```, [`Run`](x.ipynb)\n# `Run`\n```\n`Run`\n```"
     assert docs.linked(text, root/"nbs/x.ipynb", names, root).count("#api") <= 2
     assert docs.linked("`Run` and `other`", root/"nbs/x.ipynb", names, root) == "[`Run`](#api) and `other`"
+
+
+def test_a_picture_with_a_dark_twin_stands_as_both(tmp_path):
+    for name in ("a-light.png", "a-dark.png", "b-light.png"): (tmp_path/name).write_bytes(b"")
+    assert docs.themed("![x y](a-light.png) ![z](b-light.png)", tmp_path/"n.ipynb") == \
+        "![x y](a-light.png){.only-light} ![x y](a-dark.png){.only-dark} ![z](b-light.png)"
 
 
 def test_links_in_outputs_lead_to_pages():

@@ -2,7 +2,7 @@
 
     python tools/docs.py            the site stands in _site/html/, opens without a server or a network; work lies beside it
     python tools/docs.py --fresh    execute every notebook, also those whose sources and records are as they were
-    python tools/docs.py --keep     and write the outputs that were made into the notebooks, to be committed
+    python tools/docs.py --hold     write the outputs into the notebooks, too, to be committed
 """
 import ast
 import importlib
@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from execute import FIGURE, forks, keep, notebooks, replay, run_all
+from execute import FIGURE, cache, forks, held, hold, notebooks, replay, run_all
 
 root = Path(__file__).resolve().parents[1]
 FIRST = "tutorials explanations methods".split() # of the folders in the sidebar; the others follow by name, then the library
@@ -89,6 +89,14 @@ def linked(text, here, names, at):
     return "".join(s if i % 2 else plain(s) for i, s in enumerate(parts))
 
 
+def themed(text, here):
+    "Markdown in which a picture that has a dark twin stands as both; the theme chooses."
+    def both(m):
+        twin = m[2].replace("-light.", "-dark.")
+        return f"{m[0]}{{.only-light}} ![{m[1]}]({twin}){{.only-dark}}" if (here.parent/twin).is_file() else m[0]
+    return re.sub(r"!\[([^\]]*)\]\(([^)]*-light\.\w+)\)", both, text)
+
+
 def reference(module, name):
     "A public name: signature, its line, a table of its parameters, and a link to the cell above that defines it."
     from fastcore.docments import docments
@@ -141,7 +149,7 @@ def page(nb, path, names, at):
     def add(kind, source, **kw): cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": source, **kw})
     for c in nb["cells"]:
         source = "".join(c["source"])
-        if c["cell_type"] == "markdown": add("markdown", linked(source, path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
+        if c["cell_type"] == "markdown": add("markdown", linked(themed(source, path), path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
         if c["cell_type"] != "code" or not source.strip(): continue
         flags, source = directives(source)
         outputs = [to_html(o) for o in c.get("outputs", [])]
@@ -226,15 +234,16 @@ def broken(site):
     return sorted(set(said))
 
 
-def build(at=root, anew=False, keeping=False, workers=2):
+def build(at=root, anew=False, holding=False, workers=2):
     "The whole way; seconds of its parts. Raises SystemExit with what is wrong."
     site, work, nbs, start = at/"_site/html", at/"_site/work", at/"nbs", time.time()
     if anew: shutil.rmtree(work, ignore_errors=True)
+    for old in {*(work/"cache").glob("*")} - {cache(at)}: shutil.rmtree(old)
     pages = notebooks(nbs)
     out = {p: work/"executed"/p.relative_to(nbs) for p in pages}
     replayed = 0 if anew else replay(pages, at, out)
     took = run_all(pages, at, out, workers)
-    if keeping: keep(pages, at, out)
+    if holding: hold(pages, at, out)
     executed = time.time(); sys.path.insert(0, str(at))
     if took: # the libraries are there already
         with forks(1) as pool: src = pool.submit(write_pages, pages, at, work).result()
@@ -244,9 +253,10 @@ def build(at=root, anew=False, keeping=False, workers=2):
     if subprocess.run(command).returncode: sys.exit("Sphinx found what stands above; the site is not complete")
     if said := broken(site): sys.exit("\n".join(said))
     return {"pages": len(pages), "executed": len(took), "replayed from the notebooks": replayed,
+            "notebooks that hold older outputs (make outputs)": len(pages) - len(held(pages, at)),
             "seconds executing": round(executed - start), "seconds writing": round(time.time() - executed),
             "slowest": {p.relative_to(nbs).as_posix(): round(s) for p, s in sorted(took.items(), key=lambda o: -o[1])[:5]}}
 
 
 if __name__ == "__main__":
-    print(json.dumps(build(anew="--fresh" in sys.argv, keeping="--keep" in sys.argv), indent=1))
+    print(json.dumps(build(anew="--fresh" in sys.argv, holding="--hold" in sys.argv), indent=1))
