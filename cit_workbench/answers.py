@@ -81,7 +81,7 @@ class Samples(W.VBox):
                  page:int=4): # Samples at a time
         self.recs = [r if isinstance(r, Record) else Record(r) for r in (rec, other) if r is not None]
         self.page, self.start = page, 0
-        self.task = choice("task", rec.tasks, 240)
+        self.task = choice("task", self.recs[0].tasks, 240)
         self.filter = choice("show", list(self.filters), 240, value="right, then wrong")
         back, on = (W.Button(icon=f"chevron-{d}", layout={"width": "40px"}) for d in ("left", "right"))
         self.where, self.table = W.Label(), W.HTML()

@@ -27,7 +27,7 @@ from .record import RecordWriter
 from .train import Run, draw, recipe
 from .watch import Watch, Watcher
 
-# %% ../nbs/15_bench.ipynb #fbb633c9
+# %% ../nbs/15_bench.ipynb #c0c5d798
 def turns(a, # Does some steps, given their number; returns how much it did
           b, # The same, of the peer
           blocks:int=20, # Blocks of each
@@ -43,6 +43,7 @@ def turns(a, # Does some steps, given their number; returns how much it did
             seen()
     return out
 
+# %% ../nbs/15_bench.ipynb #358b5058
 def interval(times:np.ndarray, # From `turns`
              key:str="ratio", # Keys the draws
              draws:int=4000, # Resamples
@@ -72,7 +73,7 @@ def verdict(arm:Arm, ratio:float, low:float, high:float) -> dict:
     ok = None if arm.goal is None else bool(low <= arm.goal if arm.most else high >= arm.goal)
     return {"ratio": round(float(ratio), 4), "low": round(float(low), 4), "high": round(float(high), 4), "goal": arm.goal, "ok": ok}
 
-# %% ../nbs/15_bench.ipynb #9ab37e46
+# %% ../nbs/15_bench.ipynb #38872d03
 def opened(method:str="finetune", # Method
            tasks:list|None=None, # Tasks of `shapes`; None: all
            stand:int=0, # Which of them is trained on; the ones before are ended after three steps each
@@ -92,13 +93,14 @@ def opened(method:str="finetune", # Method
         if k < stand: [step(s) for s in range(3)]; net.tick(task.name, "end"); net.model.eval(); net.hook(net.method.end, task)
     return SimpleNamespace(run=run, net=net, task=task, opt=opt, step=step)
 
+# %% ../nbs/15_bench.ipynb #ec7c85b0
 def counted(step, # Takes the number of a step
            ): # Takes how many steps to do, returns it
     "Go on where the last block stopped."
     at_ = iter(range(10**9))
     return lambda n: [step(next(at_)) for _ in range(n)] and n
 
-# %% ../nbs/15_bench.ipynb #2658ba32
+# %% ../nbs/15_bench.ipynb #e40f487e
 def theirs_of(net:Net, # A net with plain LoRA
              ): # `peft.PeftModel`
     "A second copy of the model as transformers and peft build it, with the same adapter weights."
@@ -110,6 +112,7 @@ def theirs_of(net:Net, # A net with plain LoRA
         for n, p in (net.model.named_parameters() if bb.name == "shape" else net.params.items()): own[n].copy_(p)
     return model.to(bb.device)
 
+# %% ../nbs/15_bench.ipynb #14c79767
 def written(proc, # An `LlavaProcessor`
             examples:list, # `Example`s
             answers:bool=True, # With answers, or prompts only
@@ -155,7 +158,20 @@ class Peer(TrainerCallback):
     def __call__(self, n): self.left = n; self.go.release(); self.wait(); return n
     def close(self): self.left = 0; self.go.release(); self.thread.join(60); self.folder.cleanup()
 
-# %% ../nbs/15_bench.ipynb #94c9f5e9
+# %% ../nbs/15_bench.ipynb #8b614aaf
+class _Order(torch.utils.data.Dataset):
+    "The rows of a task in the order of a run's steps."
+    def __init__(self, rows, task, batch, steps=1000): self.rows = rows; self.order = [i for s in range(steps) for _, i in draw(0, task, batch, s)]
+    def __len__(self): return len(self.order)
+    def __getitem__(self, k): return self.rows[self.order[k]]
+
+def stacked(rows:list) -> dict:
+    "Pad rows that were written in advance and stack them."
+    n = max(len(r["input_ids"]) for r in rows)
+    fill = lambda k, v: torch.stack([torch.nn.functional.pad(r[k], (0, n - len(r[k])), value=v) for r in rows])
+    return {"input_ids": fill("input_ids", 0), "attention_mask": fill("attention_mask", 0), "labels": fill("labels", -100), "pixel_values": torch.stack([r["pixel_values"] for r in rows])}
+
+# %% ../nbs/15_bench.ipynb #42544b7f
 def _trained(prepared=False, bb=None, batch=32, lr=3e-3):
     "Our step against Trainer's on the same rows in the same order; losses of the first steps agree."
     x = opened(bb=bb, batch=batch, lr=lr); proc = x.net.backbone.processor
@@ -169,18 +185,6 @@ def _trained(prepared=False, bb=None, batch=32, lr=3e-3):
         if s == 10: x.net._feats.clear() # after the untimed block: the tower's work is timed
         return x.step(s + 5)
     return x, peer, counted(step)
-
-class _Order(torch.utils.data.Dataset):
-    "The rows of a task in the order of a run's steps."
-    def __init__(self, rows, task, batch, steps=1000): self.rows = rows; self.order = [i for s in range(steps) for _, i in draw(0, task, batch, s)]
-    def __len__(self): return len(self.order)
-    def __getitem__(self, k): return self.rows[self.order[k]]
-
-def stacked(rows:list) -> dict:
-    "Pad rows that were written in advance and stack them."
-    n = max(len(r["input_ids"]) for r in rows)
-    fill = lambda k, v: torch.stack([torch.nn.functional.pad(r[k], (0, n - len(r[k])), value=v) for r in rows])
-    return {"input_ids": fill("input_ids", 0), "attention_mask": fill("attention_mask", 0), "labels": fill("labels", -100), "pixel_values": torch.stack([r["pixel_values"] for r in rows])}
 
 @contextmanager
 def against_trainer(**kw):
@@ -286,7 +290,7 @@ def start_of(what, seconds):
         return time.perf_counter() - tic
     yield {"import": importing, "help": helping}[what], lambda: seconds
 
-# %% ../nbs/15_bench.ipynb #dfa7708a
+# %% ../nbs/15_bench.ipynb #e5cbb00b
 def matmul_speed(lm, # A language model
                  rows:int, # Tokens in a batch
                 ) -> float: # FLOP/s
@@ -303,6 +307,7 @@ def matmul_speed(lm, # A language model
 def _sync(x):
     if x.is_cuda: torch.cuda.synchronize(x.device)
 
+# %% ../nbs/15_bench.ipynb #dcc201f7
 def step_flops(x, # From `opened`
                s:int=0, # Number of the step
               ) -> int:
@@ -395,7 +400,7 @@ _7b = lambda: dict(bb=big(), batch=16 if torch.cuda.get_device_properties(0).tot
 def on_gpu(f):
     with f(**_7b()) as arms: yield arms
 
-# %% ../nbs/15_bench.ipynb #c4cc42c6
+# %% ../nbs/15_bench.ipynb #bae25b42
 ARMS = {
     "eval_vs_generate_1": Arm(lambda: answers(1), 10., 14, "answers to all 100 questions of a task against `generate` question by question"),
     "eval_vs_generate_batched": Arm(lambda: answers(128), 2., 16, "the same against `generate` on the very same batch"),
@@ -422,6 +427,7 @@ ARMS = {
     "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
 }
 
+# %% ../nbs/15_bench.ipynb #694de5ed
 def measure(name:str, # Of `ARMS`
             blocks:int=20, # Blocks of each arm
             steps:int=10, # Steps in a block
@@ -437,7 +443,7 @@ def measure(name:str, # Of `ARMS`
     peaks = {"peak_bytes": [a.peak, b.peak]} if arm.memory else {}
     return verdict(arm, *interval(times, name)) | peaks | {"seconds": [round(float(t), 6) for t in times.mean(0)]}
 
-# %% ../nbs/15_bench.ipynb #0cb03568
+# %% ../nbs/15_bench.ipynb #6f0bad44
 def shown(name:str, r:dict) -> str:
     "One line about one comparison."
     if r["ratio"] is None: return f"{name:30} {r['note']}"
@@ -447,6 +453,7 @@ def shown(name:str, r:dict) -> str:
     if "peak_bytes" in r: goal += ", at most {:.2f} / {:.2f} GB".format(*(p/1e9 for p in r["peak_bytes"]))
     return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal:20} {ours} / {peer}: {ARMS[name].about}"
 
+# %% ../nbs/15_bench.ipynb #21dd816a
 def compare(names:list|None=None, # Of `ARMS`; None: all but those that must be named
             blocks:int=20, # Blocks of each arm
             steps:int=10, # Steps in a block

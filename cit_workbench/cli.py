@@ -195,7 +195,7 @@ def list_(what:str, # methods, streams or backbones
 
 # %% ../nbs/13_cli.ipynb #3aaef3b4
 def export_stream(name:str, # Stream
-                  dir:str, # New folder
+                  dir:str, # New folder, or one that holds an earlier export
                   stream_args:dict={}, # Arguments of the stream
                   limit:int=None, # At most so many training examples per task
                   eval_limit:int=None, # At most so many validation and test examples per task

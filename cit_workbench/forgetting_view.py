@@ -183,10 +183,11 @@ def _by_layer(self:Forgetting, k:int, frame:dict|None, key:str) -> list: # Annot
     found = {t: frame[key][t] for t in self.tasks if t in frame[key]} if frame else {}
     M = np.array(list(found.values()), float).T
     self._show(k, list(found), list(range(len(M))), M, "%{z:.2f}", 48)
-    return [] if found else [remark("no old task at this step" if frame else _empty, _places[k][1], .1, self.colors)]
+    why = "no old task at this step" if frame else "no full probe so far" if self.story.frames else _empty
+    return [] if found else [remark(why, _places[k][1], .1, self.colors)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #dcf4008c
-_packed = "no answers here:<br>a packed run keeps none"
+_packed, _none = "no answers here:<br>a packed run keeps none", "no answers here:<br>hover to read why"
 
 @patch
 def _said(self:Forgetting, full:dict|None) -> list: # Annotations
@@ -196,6 +197,6 @@ def _said(self:Forgetting, full:dict|None) -> list: # Annotations
         tasks, names, M = self.answers.of_frame(full) if full else self.answers.at(at)
     except CitError as e:
         self._show(2, [], [], [[]], "", 0)
-        return [remark(_packed, _places[2][1], .1, self.colors, hovertext=str(e))]
+        return [remark(_packed if self.rec.packed else _none, _places[2][1], .1, self.colors, hovertext=str(e))]
     self._show(2, names, tasks, M, "%{z:.0f}", 60)
     return []

@@ -26,7 +26,7 @@ from .backbone import Backbone, Batch, Out, at
 from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
 
-# %% ../nbs/05_method.ipynb #2b7a9f79
+# %% ../nbs/05_method.ipynb #68016103
 @dataclass
 class Phase:
     "A stretch of optimisation: which parameters, how long, with or without the language model."
@@ -36,6 +36,7 @@ class Phase:
     lm: bool = True # False: no forward of the language model, the loss is the method's own
     train: dict|None = None # {regex of parameter names: {"lr": …, "weight_decay": …}}; None: everything trainable, as the run says
 
+# %% ../nbs/05_method.ipynb #b0f6f423
 @dataclass
 class Step:
     "What the hooks after the backward may look at."
@@ -82,7 +83,7 @@ def parts(m) -> list:
     "The methods of a chain, or the method itself."
     return m.chain if isinstance(m, Chain) else [m]
 
-# %% ../nbs/05_method.ipynb #af4153e8
+# %% ../nbs/05_method.ipynb #6237a987
 class Chain(Method):
     "Several methods at once."
     def __init__(self, chain:list):
@@ -108,6 +109,7 @@ class Chain(Method):
     def loss(self, net, batch, out): return sum(m.loss(net, batch, out) for m in self.chain)
     def stats(self, net): return {f"{m.name}.{k}": v for m in self.chain for k, v in m.stats(net).items()}
 
+# %% ../nbs/05_method.ipynb #cfbe1c92
 def _fold(hook):
     def f(self, net, x):
         for m in self.chain: x = getattr(m, hook)(net, x)
@@ -146,7 +148,7 @@ def method_class(name:str):
     cls.called = name
     return cls
 
-# %% ../nbs/05_method.ipynb #b9b367f9
+# %% ../nbs/05_method.ipynb #bb1ddd82
 def get_method(what, # A name ("ewc", "er+ewc"), a class or an instance
                **args, # Fields; in a chain keyed by the part's name: ewc={"lam": 1.}
               ) -> Method:
@@ -166,6 +168,7 @@ def fresh(m):
     "The same method with an empty memory."
     return Chain([fresh(p) for p in m.chain]) if isinstance(m, Chain) else replace(m)
 
+# %% ../nbs/05_method.ipynb #a6627eaa
 def _code(o):
     "What a function or a plain value does, as JSON; two spellings of the same byte code are equal."
     if inspect.iscode(o): return [o.co_code.hex(), list(o.co_names), [_code(c) for c in o.co_consts]]
@@ -188,6 +191,7 @@ def _own(v, # A global value
     if inspect.isfunction(v) or isinstance(v, type): return v.__module__ == module
     return isinstance(v, (bool, int, float, str, bytes)) or isinstance(v, (tuple, frozenset)) and all(_own(x, module) for x in v)
 
+# %% ../nbs/05_method.ipynb #0910aece
 def own_code(m) -> dict: # {name: class, function or constant}; {} for methods of the package
     "Classes of methods that are defined elsewhere than in the package, base classes included, and what they use of their own modules."
     todo = [(c.__name__, c) for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))]
@@ -274,7 +278,7 @@ def free(self:Net,
     self.refresh()
     return self
 
-# %% ../nbs/05_method.ipynb #d03f0581
+# %% ../nbs/05_method.ipynb #81e68103
 _chunk, _room = 128, 4e9
 
 @patch
@@ -295,6 +299,7 @@ def roomy(self:Net) -> bool:
     w = self.backbone.projector.linear_1.weight
     return sum(sum(t.n.values()) for t, _ in self.stream.roles())*self.backbone.n_vis*w.shape[1]*w.element_size() <= _room
 
+# %% ../nbs/05_method.ipynb #6c840d62
 @patch
 def feats_of(self:Net,
              task, # A `Task`
@@ -445,12 +450,13 @@ def grad(self:Net,
     with at(self.method.route(self, replace(batch, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)), list(self.params.values()), allow_unused=True)
     return {n: self.reduce(torch.zeros_like(p) if g is None else g)/self.world for (n, p), g in zip(self.params.items(), gs)}
 
-# %% ../nbs/05_method.ipynb #eeb35b91
+# %% ../nbs/05_method.ipynb #975210cf
 def row_nll(out:Out) -> torch.Tensor: # [B]
     "−log p(answer | prompt) per row, summed over its answer tokens."
     ce = nn.functional.cross_entropy(out.logits, out.labels, reduction="none")
     return ce.new_zeros(int(out.row.max()) + 1).index_add(0, out.row, ce)
 
+# %% ../nbs/05_method.ipynb #f21c3279
 @torch.no_grad()
 def _per_sample(m, x, g) -> dict: # {parameter: gradients [B, …]}
     "Per-sample gradients of a layer's own parameters from its input and the gradient of its output."
@@ -458,6 +464,7 @@ def _per_sample(m, x, g) -> dict: # {parameter: gradients [B, …]}
     g = g.to(m.weight.dtype)
     return {m.weight: torch.einsum("bto,bti->boi", g, x.to(m.weight.dtype))} | ({} if m.bias is None else {m.bias: g.sum(1)})
 
+# %% ../nbs/05_method.ipynb #3599a220
 @patch
 def _linear_grads(self:Net, batch, fn):
     "{parameter name: per-sample gradients [B, …]} for plain LoRA and linear layers, by one backward to their outputs."
@@ -516,7 +523,7 @@ def _loop_grads(self:Net, batch, fn, names, mean, map, n):
         for k, g in zip(names, gs):
             if g is not None: mean[k] += map(g.to(mean[k].dtype))/n
 
-# %% ../nbs/05_method.ipynb #bc786f99
+# %% ../nbs/05_method.ipynb #6e592955
 def hashed(text:str, # Any text
            d:int=256, # Buckets
           ) -> np.ndarray: # [d], unit length
@@ -526,6 +533,7 @@ def hashed(text:str, # Any text
         h = int.from_bytes(hashlib.blake2b(g.encode(), digest_size=8).digest(), "little"); v[h % d] += 1 if h >> 63 else -1
     return v/max(np.linalg.norm(v), 1e-12)
 
+# %% ../nbs/05_method.ipynb #8cfc8dbe
 @lru_cache(maxsize=2)
 def _encoder(name:str, device:str) -> tuple: # (tokenizer, model)
     "A frozen sentence encoder."
@@ -542,6 +550,7 @@ def meaning(text:str, # Any text, cut at what the encoder reads
     tok, model = _encoder(name, device)
     return model(**tok(text, truncation=True, return_tensors="pt").to(device)).last_hidden_state[0].mean(0)
 
+# %% ../nbs/05_method.ipynb #123d40ac
 @patch
 def width(self:Net, what:str) -> int: # As `features`
     "Length of the vectors of `features`."

@@ -569,6 +569,10 @@ def _best(lines:list) -> set: # (position, metric)
     return out
 
 # %% ../nbs/09_record.ipynb #95440d74
+def _marked(r:dict) -> str:
+    "The label of a line, with the mark that tells how it was tuned."
+    return f"{r['method']} [{r['mark']}]" if r.get("mark") else r["method"]
+
 class Table:
     "Lines of numbers in blocks; prints as Markdown and as text."
     def __init__(self, rows:list, # One dict per line: block, method, ranked, and what `_line` gives
@@ -596,8 +600,7 @@ class Table:
         for block in dict.fromkeys(r["block"] for r in self.rows):
             lines = [r for r in self.rows if r["block"] == block]; best = _best(lines)
             cell = lambda i, r, k: strong(say(self._cell(r, k))) if (i, k) in best else say(self._cell(r, k))
-            name = lambda r: say(" ".join([r["method"], *([f"[{r['mark']}]"] if r.get("mark") else [])]))
-            out.append((say(block), [[name(r), str(r["orders"]), say(r["seeds"]), *(cell(i, r, k) for k in self.keys)]
+            out.append((say(block), [[say(_marked(r)), str(r["orders"]), say(r["seeds"]), *(cell(i, r, k) for k in self.keys)]
                                      for i, r in enumerate(lines)]))
         return out
 
@@ -705,12 +708,13 @@ def table(records, # Records, or where to find them
 
 # %% ../nbs/09_record.ipynb #d1549e1b
 def _named(lines:list, # Of one block
-           method:str, # A method, or the label of a line
+           method:str, # A method, or the label of a line, with or without its mark
           ) -> dict|None:
     "The line that is meant; raises `CitError` where several are."
-    found = [r for r in lines if r["method"] == method] or [r for r in lines if r["name"] == method]
+    for name in (_marked, lambda r: r["method"], lambda r: r["name"]):
+        if found := [r for r in lines if name(r) == method]: break
     if len(found) < 2: return found[0] if found else None
-    raise CitError(f"{method!r} is the method of {len(found)} lines; name one: {', '.join(r['method'] for r in found)}")
+    raise CitError(f"{method!r} is the method of {len(found)} lines; name one: {', '.join(map(_marked, found))}")
 
 @patch
 def against(self:Table, method:str, # A method of the table, or the label of one of its lines

@@ -165,11 +165,11 @@ def _titles(self:Spectra, place:str, need:int, k:int) -> list: # Annotations
     "What each panel shows, for the chosen task."
     t, p = self.task.value, self.colors
     said = (f"spectra of {place.replace('/', ', ')} tokens", f"energy of each task in the directions of {t}",
-            f"angles to {t}, {k} directions each",
+            f"angles to {t}, {k} direction{'s'*(k != 1)} each",
             f"hidden layer {self.layer.value}: each task now against its own end")
     out = [title(s, (0, .56)[n % 2], (1.01, .395)[n//2]) for n, s in enumerate(said)]
     at = dict(xref="x", xanchor="left", yref="y domain", yanchor="top")
-    out.append(remark(f"{need} directions: {self.share.value:.0%} of {t}", np.log10(need), 1, p, **at))
+    out.append(remark(f"{need} direction{'s'*(need != 1)}: {self.share.value:.0%} of {t}", np.log10(need), 1, p, **at))
     T = len(self.tasks)
     if any(len(c.x) for c in self.fig.data[3*T:4*T]): return out
     return [*out, remark("a run with a watcher shows its layers here", .78, .18, p)]

@@ -6,7 +6,7 @@
 __all__ = ['SPINE', 'pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed',
            'normalised', 'exports', 'with_imports', 'code_digest', 'data_digest', 'grid_points', 'read_sweep', 'Cell',
            'plan', 'execute', 'keep', 'notes', 'status', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep',
-           'sweep', 'in_turn', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr', 'run_once']
+           'in_turn', 'sweep', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr', 'run_once']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
 import ast, copy, itertools, json, math, queue, re, threading, time, tomllib
@@ -100,9 +100,7 @@ def normalised(source:str, # Python
     tree.body = [n for n in tree.body if not names_all(n)]
     return ast.unparse(tree)
 
-# %% ../nbs/12_sweep.ipynb #83901120
-SPINE = "core stream backbone adapt memory method train evaluate".split()
-
+# %% ../nbs/12_sweep.ipynb #64ed6de8
 def exports(path:Path) -> list: # Sources of its export cells
     "What a page gives to the package."
     return [source for source, _, flags in code_cells(path) if flags & {"export", "exporti"}]
@@ -114,6 +112,9 @@ def with_imports(pages:list) -> list: # Pages
             if (q := find_page(name, p.parent)) not in pages: pages.append(q)
     return pages
 
+# %% ../nbs/12_sweep.ipynb #3dc1a44e
+SPINE = "core stream backbone adapt memory method train evaluate".split()
+
 def code_digest(path:Path, # A method's page
                 plus:str="", # Methods chained to it: "er" or "er+ema"
                ) -> str: # Hex digest
@@ -124,6 +125,7 @@ def code_digest(path:Path, # A method's page
     exported = [source for p in pages for source in exports(p)]
     return digest(*(normalised(p.read_text(encoding="utf-8")) for p in spine if p.exists()), *map(normalised, exported))
 
+# %% ../nbs/12_sweep.ipynb #478cb3c1
 def data_digest(params:dict, # All parameters of a page
                ) -> str: # Hex digest
     "Digests of the stream and of the start model's files; a folder of weights counts by its files' names and sizes."
@@ -136,7 +138,7 @@ def data_digest(params:dict, # All parameters of a page
         found += [p.read_bytes() for p in own] or [[p.name, p.stat().st_size] for p in given] or [name]
     return digest(*found)
 
-# %% ../nbs/12_sweep.ipynb #0f8c7076
+# %% ../nbs/12_sweep.ipynb #ef6b483c
 def _put(params, path, value):
     for k in path[:-1]: params = params.setdefault(k, {})
     params[path[-1]] = value
@@ -147,6 +149,7 @@ def _tables(spec:dict, kind:str, page:str) -> list: # Dictionaries
     shared = {k: v for k, v in spec.get(kind, {}).items() if k not in spec["sweep"]["pages"]}
     return [{**shared, **t} for t in (own if isinstance(own, list) else [own])]
 
+# %% ../nbs/12_sweep.ipynb #48c49dc3
 def grid_points(spec:dict, # A sweep file, parsed
                 page:str, # A name out of its `pages`
                ) -> list: # [(parameters, those that vary)]
@@ -348,7 +351,13 @@ class Sweep:
 def _short(text): return " ".join(text.split())[:200]
 def _near(path): return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-# %% ../nbs/12_sweep.ipynb #198628a8
+# %% ../nbs/12_sweep.ipynb #6d897d63
+def in_turn(cells:list) -> list:
+    "Cells of all pages in turn, so that a sweep that is stopped early has something of each."
+    of = lambda page: [c for c in cells if c.page == page]
+    return [c for row in itertools.zip_longest(*map(of, dict.fromkeys(c.page for c in cells))) for c in row if c]
+
+# %% ../nbs/12_sweep.ipynb #3d26d342
 def sweep(file, # A TOML file
           workers:int=1, # Cells executed at a time
           out:str="", # Folder of the sweep; default runs/sweeps/<name>
@@ -368,11 +377,6 @@ def sweep(file, # A TOML file
     for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else _took(c)))
     beside = [p for b in head["beside"] for p in sorted(Path(file).parent.glob(b))]
     return Sweep(name, folder, cells, [] if force else kinds["stale"], beside)
-
-def in_turn(cells:list) -> list:
-    "Cells of all pages in turn, so that a sweep that is stopped early has something of each."
-    of = lambda page: [c for c in cells if c.page == page]
-    return [c for row in itertools.zip_longest(*map(of, dict.fromkeys(c.page for c in cells))) for c in row if c]
 
 def _took(c): return f"{read_json(c.out.with_suffix('.json'))['seconds']:.0f} s"
 
@@ -482,7 +486,7 @@ def _recipe(out, optim:dict, **fields) -> dict: # Fields of `optim`
     if got["steps"]: return {**optim, **{k: got[k] for k in ("steps", "lr")}}
     raise CitError("tuning probes at the end of each task: give the number of steps in `optim`")
 
-# %% ../nbs/12_sweep.ipynb #d422fb05
+# %% ../nbs/12_sweep.ipynb #d4ada5a3
 def tune(method, # As `Run` takes it
          grid:dict|None=None, # {"lr" or a field, dotted in a chain: values}; default: around the defaults
          stream:str="shapes-tune", # No other stream may be tuned on
@@ -509,9 +513,7 @@ def tune(method, # As `Run` takes it
         bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
     return _chosen(done, axes, Path(out), rec.config["method"], stream)
 
-# %% ../nbs/12_sweep.ipynb #fb71d19a
-def _points(axes:dict) -> list: return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-
+# %% ../nbs/12_sweep.ipynb #c20fff4b
 def own_lr(method, args:dict) -> float|None:
     "The learning rate of a method that has one of its own as a field."
     from cit_workbench.method import get_method
@@ -522,6 +524,9 @@ def _given(point:dict, args:dict, own:float|None=None) -> dict:
     theirs = {k: v for k, v in point.items() if k != "lr" or own}
     return {"method_args": _merged(args, nested(theirs)), "optim": {k: v for k, v in point.items() if k not in theirs}}
 
+# %% ../nbs/12_sweep.ipynb #721a2532
+def _points(axes:dict) -> list: return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
 def _check_points(method, axes:dict, args:dict, optim:dict, fields:dict):
     "Raise `CitError` for a mistake in any trial, before the first."
     from cit_workbench.train import Run
@@ -530,6 +535,7 @@ def _check_points(method, axes:dict, args:dict, optim:dict, fields:dict):
 
 def _said(point): return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())
 
+# %% ../nbs/12_sweep.ipynb #a3c4288c
 def _for_tuning(stream:str, args:dict):
     "Raise `CitError` unless every task is one of `shapes-tune`."
     from cit_workbench.stream import get_stream

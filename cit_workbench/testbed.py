@@ -137,7 +137,7 @@ def stale(runs:dict, # {name as in `gate_runs`: Record}
         return not all(same) or h["data"] != data.digest() or h["weights"] != start_hash(spec.get("backbone", "tiny-instruct"))
     return [n for n, spec in gate_runs().items() if n in runs and differs(runs[n], spec)]
 
-# %% ../nbs/14_testbed.ipynb #177ef5bd
+# %% ../nbs/14_testbed.ipynb #9e0ed1c7
 def judges(records) -> list: # Paths
     "Records of the arms that judge the testbed."
     arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
@@ -155,6 +155,7 @@ def ran(folder:Path, # Packed runs
         return c["stream"] == stream and (of_part or {*names} & {*c["method"].split("+")})
     return [r for r in map(Record, sorted(folder.glob("*.jsonl"))) if wanted(r.config)]
 
+# %% ../nbs/14_testbed.ipynb #507daa74
 def _plain(found) -> dict: # A line of the table
     "Plain tuning at the recipe's rate; the tuned one stands beside it."
     return max((r for r in found.rows if r["name"] == "finetune"), key=lambda r: r["orders"])
@@ -168,6 +169,7 @@ def tuned_too(found, name:str) -> list: # Sentences
     each = "; ".join(f"{r['method']} {said(r)} (n = {r['n']})" for r in rows).replace("-", "−")
     return [f"AP norm above {plain[0]['method']}, tuned: {each}."]*bool(rows)
 
+# %% ../nbs/14_testbed.ipynb #c87b8430
 def step_time(name:str, records) -> list: # Sentences
     "What `records/bench.json` says of a step of the method."
     b = read_json(Path(records)/"bench.json", "bench file").get(f"{name}_step")
@@ -175,6 +177,7 @@ def step_time(name:str, records) -> list: # Sentences
     said = f"A step takes {b['ratio']:.2f} [{b['low']:.2f}, {b['high']:.2f}] times as long as one of finetune"
     return [f"{said}; the goal of at most {b['goal']:.2f} is {'met' if b['ratio'] <= b['goal'] else 'not met'}."]
 
+# %% ../nbs/14_testbed.ipynb #b42673ea
 def verdict(name:str, # A method
             records="../../records", # Folder with `testbed`, `zoo` and `mechanisms`, from where the method's page is
             part:str="", # What it trains: "projector", "o_proj", "prompt"; plain tuning of that stands beside it

@@ -34,7 +34,7 @@ from .stream import get_stream
 from .testbed import content, lock_of, recipe as toy
 from .watch import Watch, Watcher
 
-# %% ../nbs/06_train.ipynb #bcd86cbe
+# %% ../nbs/06_train.ipynb #6a65758e
 @dataclass
 class Optim:
     "AdamW with linear warm-up and cosine decay, built afresh for every task and phase."
@@ -46,6 +46,7 @@ class Optim:
     clip: float = 1. # Largest gradient norm, 0: no clipping
     weight_decay: float = 0. # Decoupled
 
+# %% ../nbs/06_train.ipynb #7c026eb4
 @dataclass
 class Tuned:
     "Where the values of the fields come from."
@@ -122,7 +123,7 @@ class Run(Spec):
         return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
-# %% ../nbs/06_train.ipynb #204110c2
+# %% ../nbs/06_train.ipynb #54786336
 @lru_cache(maxsize=4)
 def _epoch(seed:int, name:str, e:int, n:int) -> np.ndarray: # [n]
     "The order of a task's rows in one epoch, drawn once and not at every step."
@@ -137,6 +138,7 @@ def draw(seed:int, # Of the run
     n, at_ = task.n["train"], range(step*batch, (step + 1)*batch)
     return [(task.name, int(_epoch(seed, task.name, k//n, n)[k % n])) for k in at_]
 
+# %% ../nbs/06_train.ipynb #9b1fdc60
 def rate(step:int, # Step within the phase
          steps:int, # Steps of the phase
          warmup:float, # Share of the steps
@@ -376,7 +378,7 @@ def _finished(self:Run):
     for name, a, b in differences(had, now)[:1]: raise CitError(f"{self.folder} holds a run on other {name} (digest {a} there, {b} now): the files behind the same names have changed; choose another `out` folder")
     return Record(self.folder) if (self.folder/"result.json").is_file() else None
 
-# %% ../nbs/06_train.ipynb #65dd4f43
+# %% ../nbs/06_train.ipynb #683f2a06
 @patch
 def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint or {})
     "Load everything; raises `CitError` when the folder holds a run of another configuration."
@@ -404,6 +406,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     w.time("load", time.time() - tic)
     return net, w, state
 
+# %% ../nbs/06_train.ipynb #2f9aec53
 @patch
 def _as_before(self:Run) -> dict: # run.json, {} for a new run
     "Set what bits depend on: the threads that the run names or began with, deterministic kernels if it began with them."
@@ -419,6 +422,7 @@ def _warn_of_change(folder, there:dict, now:dict):
     for name, a, b in differences(about(there), about(now))[:1] if there else []:
         warnings.warn(f"{folder} began with {name} {a!r} and goes on with {b!r}: its bits may differ from those of a run that never stopped")
 
+# %% ../nbs/06_train.ipynb #9aea132f
 @patch
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
@@ -428,7 +432,7 @@ def insert(self:Run, net:Net):
     if self.tuning.train and all(p.train is not None for p in net.method.phases(self.plan.tasks[0])):
         raise CitError(f"tune: field 'train' is {self.tuning.train!r}, but {net.method.name} names itself what each of its phases trains; leave the field out")
 
-# %% ../nbs/06_train.ipynb #440edbe0
+# %% ../nbs/06_train.ipynb #a6ecd53d
 def git_state() -> dict:
     "Commit of the code and whether it was changed since."
     here = assets().parent
@@ -436,6 +440,7 @@ def git_state() -> dict:
     head = git("rev-parse", "HEAD")
     return {"commit": head.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--", "*.py", "*.ipynb").stdout.strip())} if head.returncode == 0 else {"commit": None, "dirty": None}
 
+# %% ../nbs/06_train.ipynb #991d5580
 @patch
 def describe(self:Run, net:Net, asked:dict) -> dict:
     "run.json: configuration, versions, hashes and the protocol, by which tables put like with like."

@@ -114,7 +114,7 @@ def traceless(net): # A `Net`
         try: yield
         finally: net.model.train(was); net.extra_forwards, net.observed = spent, observed
 
-# %% ../nbs/06b_watch.ipynb #92ec0621
+# %% ../nbs/06b_watch.ipynb #bbd30cea
 class Watcher:
     "Probes of a run; the trainer calls `begin`, `step` and `end`."
     def __init__(self, run, net, w, # A `Run`, its `Net`, the writer of its record
@@ -142,6 +142,7 @@ class Watcher:
         try: return Record(self.run.folder).array(f"watch-{name}")
         except (OSError, ValueError, EOFError) as e: raise CitError(f"array watch-{name} of {self.run.folder}, which the probes of this run need to go on, cannot be read: {e}") from e
 
+# %% ../nbs/06b_watch.ipynb #3e087cc4
 @patch
 def batch(self:Watcher, names:list, # Tasks
           answers:bool=True, # With answers, or prompts only
@@ -247,7 +248,7 @@ def look(self:Watcher, full:bool) -> tuple: # ({task: what a probe holds}, {task
         out[n] = dict.fromkeys((*_full, "drift", "cka", "angle", "angle_mean")) | out.get(n, {}) | {"nll": nll} | far
     return out, {n: h for n, (_, h) in got.items()}
 
-# %% ../nbs/06b_watch.ipynb #e2edc15e
+# %% ../nbs/06b_watch.ipynb #627120cb
 @patch
 def probe(self:Watcher, phase:str, full:bool):
     "One event, on the first process; what it took is no part of the time of training."
@@ -274,6 +275,7 @@ def begin(self:Watcher):
     self.starts(self.run.done)
     self.probe("begin", False)
 
+# %% ../nbs/06b_watch.ipynb #044775e5
 @patch
 def step(self:Watcher, phase:str):
     "After a step."
