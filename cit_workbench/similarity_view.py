@@ -194,6 +194,7 @@ def _pair(self:Similarity) -> list: # Annotations
     (old, new), (course, rows, start, seen, lost) = self.cell, self.fig.data[4:]
     (course.x, course.y), (rows.x, rows.y) = self._course(old, new)
     (start.x, start.y), (seen.x, seen.y) = self._cosines(old, new)
+    start.visible = bool(len(start.x)) # Plotly draws bars without an x at NaN
     lost.x, lost.y = ["as formatted", "format", "content"], self._split(old, new)
     return [title(f"{old} while {new} was trained", 0, .315), title(f"what {old} lost", .78, .315),
             title("gradient cosine: start ▮, in training ◆", .46, .315)]
