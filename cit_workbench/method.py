@@ -257,13 +257,14 @@ class Net:
         "Randomness of one owner at this moment of the run."
         return rng(*self.key(), owner)
 
-# %% ../nbs/05_method.ipynb #7b587945
+# %% ../nbs/05_method.ipynb #d6a0ffc8
 @patch
 def lora(self:Net):
     "Insert plain LoRA and free the start model's parameters that the run's `tune` names."
     self.peft = add_lora(self.model, self.tuning, (self.seed, "lora"))
     return self.free(self.tuning.train)
 
+# %% ../nbs/05_method.ipynb #9cb570fc
 @patch
 def free(self:Net,
          train:str|None, # Full-match regex of the start model's own parameters to train
@@ -315,7 +316,7 @@ def feats_of(self:Net,
         self._feats[task.name, split, c] = seen
     return torch.stack([self._feats[task.name, split, i//_chunk][i % _chunk] for i in index])
 
-# %% ../nbs/05_method.ipynb #ac7cef27
+# %% ../nbs/05_method.ipynb #a54c6718
 @patch
 def ahead(self:Net,
           pool, # A `ThreadPoolExecutor`
@@ -326,6 +327,7 @@ def ahead(self:Net,
     for t, i in refs:
         if (t, "train", i) not in self._ready: self._ready[t, "train", i] = pool.submit(self._open, t, "train", i)
 
+# %% ../nbs/05_method.ipynb #8d2bd038
 @patch
 def _open(self:Net, *key):
     im = self.find(key[0]).example(*key[1:]).image
@@ -427,7 +429,7 @@ def answer(self:Net,
     self.model.eval()
     with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new, choices)
 
-# %% ../nbs/05_method.ipynb #6e96aaae
+# %% ../nbs/05_method.ipynb #cfa3456c
 @patch
 def reduce(self:Net, x:torch.Tensor) -> torch.Tensor:
     "Sum over processes."
@@ -439,6 +441,7 @@ def spent(self:Net) -> int:
     "Rows run through the model for the method's own sake, over all processes."
     return int(self.reduce(torch.tensor(self.extra_forwards, device=self.backbone.device)))
 
+# %% ../nbs/05_method.ipynb #27538043
 @patch
 @torch.enable_grad()
 def grad(self:Net,

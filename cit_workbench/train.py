@@ -46,7 +46,7 @@ class Optim:
     clip: float = 1. # Largest gradient norm, 0: no clipping
     weight_decay: float = 0. # Decoupled
 
-# %% ../nbs/06_train.ipynb #7c026eb4
+# %% ../nbs/06_train.ipynb #93052d32
 @dataclass
 class Tuned:
     "Where the values of the fields come from."
@@ -54,6 +54,7 @@ class Tuned:
     trials: int = 0 # How many were tried
     old_val: bool = False # Was validation data of old tasks looked at?
 
+# %% ../nbs/06_train.ipynb #258fd76c
 @dataclass
 class Compute:
     "Where and how it is computed."
@@ -355,7 +356,7 @@ def _train(self:Run) -> Record:
     w.finish()
     return Record(self.folder) if net.rank == 0 else None
 
-# %% ../nbs/06_train.ipynb #4c297b00
+# %% ../nbs/06_train.ipynb #576b72c2
 def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the stream is meant for
           ) -> tuple: # (optim, tuning)
     "Fill in what was left open: the testbed's recipe for the tiny starts, or the usual one for large models."
@@ -366,6 +367,7 @@ def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the s
     return (replace(optim, lr=o["lr"] if optim.lr is None else optim.lr, steps=optim.steps or steps or o["steps"]),
             replace(tuning, targets=tuning.targets or most))
 
+# %% ../nbs/06_train.ipynb #d721e209
 @patch
 def _finished(self:Run):
     "The record, if the folder holds this very run, finished; raises `CitError` if it holds another."
