@@ -592,7 +592,7 @@ class Table:
         m, high, digits = r.get(k, np.nan), r.get(f"{k}_high", np.nan), self.columns[k][1]
         if k in ("p", "p_equivalent") and m < .001: return "<0.001"
         said = f"{m:,.0f}" if digits == 0 and m == m else _number(m, digits)
-        return (said + (f" ± {high - m:.{digits}f}" if high == high else "")).replace("-", "−")
+        return (said + (f" ± {high - m:.{digits}f}" if high - m > 1e-9 else "")).replace("-", "−")
 
     def _parts(self, strong, say=str) -> list: # (heading, lines of cells)
         "The blocks as strings; `strong` marks the best, `say` writes a string in the language of the table."

@@ -96,9 +96,11 @@ def _make(self:Similarity) -> go.FigureWidget:
 def _pair_traces() -> list:
     "Course of the old task and its rows of R; cosines at the start and in training; what was lost."
     at = lambda k: {"x": [], "y": [], "xaxis": f"x{k}", "yaxis": f"y{k}"}
-    return [go.Scatter(mode="lines+markers", marker={"size": 6}, **at(5)),
-            go.Scatter(mode="markers", marker={"size": 10, "symbol": "circle-open"}, **at(5)), go.Bar(**at(6)),
-            go.Scatter(mode="markers", marker={"symbol": "diamond", "size": 9}, **at(6)), go.Bar(**at(7))]
+    say = lambda text: {"hovertemplate": f"{text}<extra></extra>"}
+    step, layer = say("step %{x}: %{y:.1f}"), say("layer %{x}: %{y:.2f}")
+    return [go.Scatter(mode="lines+markers", marker={"size": 6}, **step, **at(5)),
+            go.Scatter(mode="markers", marker={"size": 10, "symbol": "circle-open"}, **step, **at(5)), go.Bar(**layer, **at(6)),
+            go.Scatter(mode="markers", marker={"symbol": "diamond", "size": 9}, **layer, **at(6)), go.Bar(**say("%{x}: %{y:.1f} points"), **at(7))]
 
 # %% ../nbs/11e_similarity_view.ipynb #d817b51c
 @patch
@@ -196,7 +198,8 @@ def _pair(self:Similarity) -> list: # Annotations
     (start.x, start.y), (seen.x, seen.y) = self._cosines(old, new)
     start.visible = bool(len(start.x)) # Plotly draws bars without an x at NaN
     lost.x, lost.y = ["as formatted", "format", "content"], self._split(old, new)
-    return [title(f"{old} while {new} was trained", 0, .315), title(f"what {old} lost", .78, .315),
+    none = not len(start.x) and not len(seen.x)
+    return [*[remark("no gradients were measured", .57, .15, self.colors)]*none, title(f"{old} while {new} was trained", 0, .315), title(f"what {old} lost", .78, .315),
             title("gradient cosine: start ▮, in training ◆", .46, .315)]
 
 # %% ../nbs/11e_similarity_view.ipynb #2720b839

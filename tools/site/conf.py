@@ -26,6 +26,7 @@ html_copy_source = False
 html_show_sourcelink = html_show_copyright = html_show_sphinx = False
 html_static_path = [str(here/"static")]
 html_css_files = ["site.css"]
+html_js_files = [("nav.js", {"defer": "defer"})]
 html_theme_options = {"navigation_with_keys": True}
 
 
