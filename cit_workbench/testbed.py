@@ -309,8 +309,8 @@ def finding(line:dict|None, # Of a `Table` with differences to plain tuning; Non
 class Overview(list):
     "Lines of `overview`; shows itself as a table."
     pages = "../methods" # Where the method pages are
-    heads = ["method", "verdict so far", "orders", "over plain tuning", "AP norm", "forgetting", "learning", "settings"]
-    costs = ["method", "trains", "extra forwards", "step time", "is told", "keeps between tasks", "paper"]
+    heads = ["method", "verdict so far", "orders", "over plain tuning", "AP norm", "forgetting", "learning"]
+    costs = ["method", "trains", "extra forwards", "step time", "is told", "keeps between tasks", "settings", "paper"]
     def _score(self, r:dict, k:str, digits:int=0) -> str:
         "A mean, with its interval where there is one."
         x, low, high = (round(r.get(f"{k}{e}", np.nan), digits) + 0. for e in ("", "_low", "_high")) # No -0
@@ -330,14 +330,14 @@ class Overview(list):
         kinds = {"difference": 2, "ap_norm": 2, "forgetting": 0, "learning_accuracy": 0}
         scores = [self._score(r, k, digits) for k, digits in kinds.items()]
         name = " + ".join(f"[`{n}`]({self.pages}/{n}.ipynb)" for n in r["method"].split("+"))
-        return ([name, r["verdict"], str(r["orders"] or "·"), *scores, r["tuned"]],
-                [name, *self._cost(r), ", ".join(r["told"]) or "–", self._kept(r), linked(r["paper"]) or "–"])
+        return ([name, r["verdict"], str(r["orders"] or "·"), *scores],
+                [name, *self._cost(r), ", ".join(r["told"]) or "–", self._kept(r), r["tuned"], linked(r["paper"]) or "–"])
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         out = []
         for b in dict.fromkeys(r["block"] for r in self):
             shown, costs = zip(*(self._cells(r) for r in self if r["block"] == b))
-            out += [f"**{b}**"]*bool(b) + [markdown_table(self.heads, shown, left=(0, 1, 7)), markdown_table(self.costs, costs, left=(0, 4, 5, 6))]
+            out += [f"**{b}**"]*bool(b) + [markdown_table(self.heads, shown, left=(0, 1)), markdown_table(self.costs, costs, left=(0, 4, 5, 6, 7))]
         return "\n\n".join(out)
     def __repr__(self): return f"Overview({len(self)} lines)"
 
