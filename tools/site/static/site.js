@@ -15,7 +15,7 @@
           line = css.getPropertyValue("--color-background-border").trim(), clear = "rgba(0,0,0,0)";
     const out = { ...layout, width: undefined, autosize: true, paper_bgcolor: clear, plot_bgcolor: clear, font: { ...layout.font, color: ink } };
     for (const k of ["xaxis", "yaxis", ...Object.keys(layout)].filter(k => /^[xy]axis\d*$/.test(k)))
-      out[k] = { ...layout[k], gridcolor: line, zerolinecolor: line, linecolor: line, color: ink };
+      out[k] = { ...layout[k], gridcolor: line, zerolinecolor: line, color: ink, ...(layout[k]?.showline && { linecolor: line }) };
     out.annotations = (layout.annotations || []).map(a => ({ ...a, font: { ...a.font, color: ink } }));
     return out;
   };
