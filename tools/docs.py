@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from execute import FIGURE, cache, forks, held, hold, notebooks, replay, run_all
+from execute import FIGURE, cache, flags, forks, held, hold, notebooks, replay, run_all
 
 root = Path(__file__).resolve().parents[1]
 FIRST = "tutorials explanations methods".split() # of the folders in the sidebar; the others follow by name, then the library
@@ -28,9 +28,8 @@ FIRST = "tutorials explanations methods".split() # of the folders in the sidebar
 
 def directives(source):
     "The `#|` lines on top of a cell as words, and the rest."
-    lines = source.splitlines()
-    n = next((i for i, ln in enumerate(lines) if not ln.startswith("#|")), len(lines))
-    return {w for ln in lines[:n] for w in ln[2:].split()[:1]}, "\n".join(lines[n:]).strip("\n")
+    top = flags(source)
+    return {w for f in top for w in f[:1]}, "\n".join(source.splitlines()[len(top):]).strip("\n")
 
 
 def only_imports(source):
@@ -151,17 +150,17 @@ def page(nb, path, names, at):
         source = "".join(c["source"])
         if c["cell_type"] == "markdown": add("markdown", linked(themed(source, path), path, names, at).replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")); continue
         if c["cell_type"] != "code" or not source.strip(): continue
-        flags, source = directives(source)
+        told, source = directives(source)
         outputs = [to_html(o) for o in c.get("outputs", [])]
-        if flags & {"hide", "default_exp"} or (flags & {"export", "exports"} and only_imports(source)): continue
-        tags = [t for t in c["metadata"].get("tags", []) if t in ("parameters", "lesson")] + (["exported"] if flags & {"export", "exports"} else [])
+        if told & {"hide", "default_exp"} or (told & {"export", "exports"} and only_imports(source)): continue
+        tags = [t for t in c["metadata"].get("tags", []) if t in ("parameters", "lesson")] + (["exported"] if told & {"export", "exports"} else [])
         if "exported" in tags and module:
             new = [n for n in defined(source) if not n.split(".")[-1].startswith("_")]
             anchors = "".join(f'<span id="{label(module, n, "src")}"></span>' for n in new)
             if anchors: add("markdown", anchors)
             found += [n for n in new if n not in found]
         add("code", source, outputs=outputs, execution_count=None)
-        cells[-1]["metadata"]["tags"] = tags + (["remove-input"] if "echo:" in flags else [])
+        cells[-1]["metadata"]["tags"] = tags + (["remove-input"] if "echo:" in told else [])
     table = [r for n in found if (r := reference(module, n))] if module else []
     if table: add("markdown", "## Reference"); add("markdown", "\n".join(table))
     return {**nb, "cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}

@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -51,10 +50,15 @@ def ours(name):
     return name not in SKIP and name[0] not in ".#" and not name.endswith(("~", ".tmp", ".egg-info"))
 
 
+def flags(source):
+    "The `#|` lines on top of a cell, each as its words."
+    return [ln[2:].split() for ln in takewhile(lambda ln: ln.startswith("#|"), source.splitlines())]
+
+
 def left_out(cell):
     "Is a cell never executed here: text, or code for a GPU, a long time or a kernel?"
-    flags = [ln[2:].split() for ln in takewhile(lambda ln: ln.startswith("#|"), "".join(cell["source"]).splitlines())]
-    return cell["cell_type"] != "code" or any(f and (f[0] in LEFT_OUT or f[:2] == ["eval:", "false"]) for f in flags)
+    if cell["cell_type"] != "code": return True
+    return any(f and (f[0] in LEFT_OUT or f[:2] == ["eval:", "false"]) for f in flags("".join(cell["source"])))
 
 
 def hashed(x): return hashlib.sha256(x if isinstance(x, bytes) else json.dumps(x).encode()).hexdigest()[:16]
@@ -130,7 +134,7 @@ def execute(path, at, out):
     if error := error or next((str(o) for c in cells for o in c["outputs"] if failed(o)), None): return took, error
     for c in cells: c["outputs"] = [o for o in c["outputs"] if o.get("data", True) and o.get("name") != "stderr"]
     write(out, nb2str(nb))
-    names = sorted({*seen.names(), path.relative_to(at).as_posix()})
+    names = seen.names()
     edited = any(p.is_file() and p.stat().st_mtime > start for p in files(names, at))
     write(out.with_suffix(".json"), json.dumps({"seconds": round(took, 1), "reads": names, "state": "edited meanwhile" if edited else state(names, at)}))
     return took, None
@@ -196,7 +200,7 @@ def replay(pages, at, out):
     "Take over the outputs that notebooks hold, where none are current; how many."
     todo = {p: m for p, m in held(pages, at).items() if not current(out[p], at)}
     for p, m in todo.items():
-        out[p].parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, out[p])
+        write(out[p], p.read_text())
         write(out[p].with_suffix(".json"), json.dumps({k: m[k] for k in ("seconds", "reads", "state")}))
     return len(todo)
 
