@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_methods', 'method_class', 'get_method', 'fresh',
-           'own_code', 'code_of', 'config_of', 'Net', 'row_nll', 'hashed', 'meaning']
+           'own_code', 'code_of', 'config_of', 'versions_of', 'Net', 'row_nll', 'hashed', 'meaning']
 
 # %% ../nbs/05_method.ipynb #a1c06514
 import dis, hashlib, importlib, inspect, os, pkgutil, re
@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .adapt import FusedLora, Tune, add_lora
 from .backbone import Backbone, Batch, Out, at
+from .behaviour import as_before
 from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
 
@@ -57,6 +58,8 @@ class Method:
     leaks: ClassVar[set] = set() # What it is told: total_T, task_id_at_test, template_id_at_test, batch_selection, old_data, pretrain_data, val_of_old_tasks
     needs: ClassVar[set] = set() # "old" and/or "task_grad"
     paper: ClassVar[str] = "" # Where it is from
+    version: ClassVar[int] = 1 # Raised when the method computes something else than before
+    later: ClassVar[dict] = {} # Fields that were added later: the value that means what was computed before
     def __post_init__(self): self.mem = {}
     @property
     def name(self): return getattr(type(self), "called", None) or camel2snake(type(self).__name__)
@@ -194,8 +197,11 @@ def _own(v, # A global value
 # %% ../nbs/05_method.ipynb #0910aece
 def own_code(m) -> dict: # {name: class, function or constant}; {} for methods of the package
     "Classes of methods that are defined elsewhere than in the package, base classes included, and what they use of their own modules."
-    todo = [(c.__name__, c) for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))]
-    found = {}
+    return _reached([c for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))])
+
+def _reached(classes:list) -> dict: # {name: class, function or constant}
+    "Classes, and the code and constants of their own modules that they use."
+    todo, found = [(c.__name__, c) for c in classes], {}
     while todo:
         name, v = todo.pop(0)
         if name in found: continue
@@ -207,16 +213,34 @@ def own_code(m) -> dict: # {name: class, function or constant}; {} for methods o
             todo += [(n, u) for n, u in used.items() if _own(u, f.__module__)]
     return found
 
+def _spelled(found:dict) -> dict: # {name: what it does, as JSON}
+    "Spell out classes, functions and constants."
+    kept = lambda n, f: n != "called" and (inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__"))
+    each = lambda v: [(n, _code(f)) for n, f in sorted(vars(v).items()) if kept(n, f)] if isinstance(v, type) else _code(v)
+    return {n: each(v) for n, v in sorted(found.items())}
+
+def _released(p, # A method that is no chain, defined elsewhere than in the package
+             ) -> bool:
+    "Tell whether the package holds the very same class, as it does for the class on a method's own page."
+    pages = [importlib.import_module(f"cit_workbench.methods.{name}") for name in all_methods()]
+    named = [vars(page)[type(p).__name__] for page in pages if type(p).__name__ in vars(page)]
+    own = _spelled(own_code(p))
+    return any(own == _spelled(_reached([c])) for c in named if c.__module__.startswith("cit_workbench.methods."))
+
 def code_of(m) -> dict: # {} for methods of the package
     "Digest of the code of methods that are defined elsewhere than in the package."
-    kept = lambda n, f: inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__")
-    each = lambda v: [(n, _code(f)) for n, f in sorted(vars(v).items()) if kept(n, f)] if isinstance(v, type) else _code(v)
-    own = {n: each(v) for n, v in sorted(own_code(m).items())}
-    return {"method_code": digest(own)} if own else {}
+    elsewhere = [p for p in parts(m) if own_code(p)]
+    released = [_released(p) for p in elsewhere]
+    return {} if all(released) else {"method_code": digest(_spelled(own_code(m)))}
 
 def config_of(m) -> dict:
-    "A method's fields and values; a chain's by part."
-    return {p.name: config_of(p) for p in m.chain} if isinstance(m, Chain) else {f.name: getattr(m, f.name) for f in fields(m)}
+    "A method's fields and values; a chain's by part. A field at its value of `later` is left out: it means what was computed before."
+    if isinstance(m, Chain): return {p.name: config_of(p) for p in m.chain}
+    return as_before({f.name: getattr(m, f.name) for f in fields(m)}, m.later)
+
+def versions_of(m) -> dict: # {name: version}
+    "The version of a method, or of each part of a chain."
+    return {p.name: p.version for p in parts(m)}
 
 # %% ../nbs/05_method.ipynb #e1647bde
 class Net:

@@ -14,7 +14,8 @@ from urllib.parse import quote
 import numpy as np
 from fastcore.basics import patch
 
-from .core import CitError, append_jsonl, canonical, leaves, one_of, plain, read_json, write_atomic
+from .behaviour import COLUMNS, VERSIONS, admitted, raised, scorers_said
+from .core import CitError, append_jsonl, canonical, digest, leaves, one_of, plain, read_json, write_atomic
 from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
                                    order_means, paired, t_interval, tost)
@@ -121,6 +122,19 @@ def array(self:RecordWriter, name:str, a:np.ndarray):
 def _file(name:str) -> str: return quote(name, safe=" +=@,()").lstrip(".") or "%"
 
 # %% ../nbs/09_record.ipynb #74521a35
+def _as_now(run:dict, # run.json
+            path:Path, # Where the run is
+           ) -> dict:
+    "Read what a record from before there were versions says in the words of today."
+    fields = run.get("protocol_fields") or {}
+    said = scorers_said(fields.get("scorers", ""))
+    if said != fields.get("scorers", ""):
+        fields = {**fields, "scorers": said}
+        run = {**run, "protocol_fields": fields, "protocol": digest(fields)}
+    if "behaviour" in run or not (made_by := admitted(path)): return run
+    without = lambda table: {k: v for k, v in (table or {}).items() if k != "method_code"}
+    return {**run, "asked": without(run.get("asked")), "config": without(run.get("config")), "behaviour": made_by}
+
 class Record:
     "A run, read from its folder or from one packed file; follows a run that is still being written."
     def __init__(self, path): # Run folder, or a file made by `pack`
@@ -141,7 +155,7 @@ class Record:
         begun = self.packed or (self.path/"run.json").is_file()
         if not begun: return read_json(self.path/"asked.json", "run file")
         if self._run is None:
-            self._run = self._of("run") if self.packed else read_json(self.path/"run.json", "run file")
+            self._run = _as_now(self._of("run") if self.packed else read_json(self.path/"run.json", "run file"), self.path)
         return self._run
 
     def _of(self, kind):
@@ -447,6 +461,7 @@ def _setting(rec) -> dict: # {dotted name: value}
     "What may differ between runs of one method in one protocol, besides task order and seed."
     c = rec.config; optim, args = c.get("optim") or {}, c.get("method_args") or {}
     code = {"code": c["method_code"][:6]} if c.get("method_code") else {}
+    code |= {f"version of {n}": v for n, v in rec.run.get("behaviour", {}).get("methods", {}).items() if v != 1}
     kept = {f"optim.{k}" if k in args else k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
     return {".".join(path): v for path, v in leaves(args)} | kept | code
 
@@ -659,6 +674,20 @@ def _notes(rows:list, singles:set) -> list:
     if len({r["tuned"] for r in rows}) > 1: said += dict.fromkeys(f"[{r['mark']}] {r['tuned']}." for r in rows)
     return said + [f"All {r['tuned']}." for r in rows[:1] if not r["mark"] and r["tuned"].startswith("tuned")]
 
+def _older(records:list) -> list: # Sentences
+    "Say which runs, and which of their columns, were made by earlier versions."
+    said = []
+    for name, now in COLUMNS.items():
+        then = [r.run.get("behaviour", {}).get("columns", {}).get(name, 1) for r in records]
+        if old := [v for v in then if v < now]:
+            which = f"{len(old)} of {len(then)} runs" if len(old) < len(then) else "all runs"
+            said.append(f"{name}: version {min(old)} in {which}, today's is {now}.")
+    made = [(r, raised(made_by, {**made_by, "rooms": VERSIONS})) for r in records if (made_by := r.run.get("behaviour"))]
+    why = defaultdict(list)
+    for r, changes in made:
+        if changes: why["; ".join(changes)].append(str(r.config.get("method")))
+    return said + [f"Made by an earlier version ({w}): {', '.join(sorted({*names}))} ({len(names)} runs)." for w, names in why.items()]
+
 def _by_block(rows:list) -> list: # Lists of lines
     return [[r for r in rows if r["block"] == b] for b in dict.fromkeys(r["block"] for r in rows)]
 
@@ -703,7 +732,7 @@ def table(records, # Records, or where to find them
     singles = {canonical([_scale(r), _setting(r)]) for r in records if r.config.get("method") == "single"}
     why = [f"{list(left.values()).count(w)} {w}" for w in out if w in left.values()]
     why += [f"{copies} duplicate{'s'*(copies > 1)}"]*bool(copies)
-    notes = [*_notes(rows, singles), *([f"Left out: {', '.join(why)}."] if why else [])]
+    notes = [*_notes(rows, singles), *_older(records), *([f"Left out: {', '.join(why)}."] if why else [])]
     return Table(rows, notes or ([] if rows else ["No runs."]))
 
 # %% ../nbs/09_record.ipynb #d1549e1b

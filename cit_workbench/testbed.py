@@ -274,7 +274,9 @@ def usual(records:list) -> dict: # {(protocol, method): records of one setting}
     from cit_workbench.method import all_methods, config_of, get_method
     groups, known = defaultdict(list), all_methods()
     for r in records:
-        c = r.config; setting = [c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code")]
+        c = r.config
+        versions = r.run.get("behaviour", {}).get("methods")
+        setting = [c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code"), versions]
         groups[r.run.get("protocol"), c["method"], canonical(setting)].append(r)
     def rank(key):
         c, n = groups[key][0].config, len({tuple(r.tasks) for r in groups[key]})

@@ -9,7 +9,7 @@ __all__ = ['Optim', 'Tuned', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'alone', 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import inspect, math, os, platform, re, subprocess, time, warnings
+import math, os, platform, re, subprocess, time, warnings
 from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
+from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, digest, disk_error, plain, progress, read_json, rng
-from .evaluate import column_scores, score_line
+from .evaluate import column_scores
 from .live import attended, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
-from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
+from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, versions_of
 from .record import Record, RecordWriter, differences
-from .stream import get_stream
+from .stream import get_stream, scorers_of
 from .testbed import content, lock_of, recipe as toy
 from .watch import Watch, Watcher
 
@@ -448,12 +449,12 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     "run.json: configuration, versions, hashes and the protocol, by which tables put like with like."
     bb, o = net.backbone, asdict(self.opt)
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
-              "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
+              "scorers": scored_by(scorers_of(self.data)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
     return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
-                  "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
+                  "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "behaviour": behaviour(versions_of(self.m), scorers_of(self.data)), "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
 
 # %% ../nbs/06_train.ipynb #19264f45
