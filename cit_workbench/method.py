@@ -429,6 +429,35 @@ def answer(self:Net,
     self.model.eval()
     with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new, choices)
 
+# %% ../nbs/05_method.ipynb #afe50f23
+@patch
+def used(self:Method, net, batch) -> dict: # {what: shares [B, groups, places]}; {} for a method that does not choose
+    "Where the rows of a routed batch go; may run the model on it, without gradients."
+    return {}
+
+@patch
+def used(self:Chain, net, batch) -> dict: # noqa: F811
+    "Where the parts send rows; only one of them can insert modules, so no name occurs twice."
+    return {k: u for m in self.chain for k, u in m.used(net, batch).items()}
+
+@patch
+@torch.no_grad()
+def went(self:Net,
+         refs:list, # (task name, index) pairs
+         split:str="test", # Of these rows
+         told:bool=False, # Show the task's label to the route
+         training:bool=False, # In training mode and with answers
+        ) -> dict: # As `used`, in float32
+    "Where the method sends some rows; not counted as its cost."
+    was = self.model.training
+    b = self.rows(refs, split, answers=training, task=[t if told else None for t, _ in refs])
+    self.model.train(training)
+    b = self.method.route(self, replace(b, ctx={}))
+    self.model.eval()
+    found = self.method.used(self, b)
+    self.model.train(was)
+    return {k: u.float() for k, u in found.items()}
+
 # %% ../nbs/05_method.ipynb #cfa3456c
 @patch
 def reduce(self:Net, x:torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..adapt import inserted, seeded, swap_linears
-from ..backbone import current
+from ..backbone import at, current
 from ..core import CitError, one_of
 from ..method import Method
 
@@ -140,3 +140,14 @@ def stats(self:SMoLoRA, net):
         use = torch.stack([ws[j].mean(0) for ws, _ in seen])
         out |= {f"{kind}_entropy": float(torch.special.entr(use).sum(-1).mean()), f"{kind}_most": float(use.amax(-1).mean())}
     return {**out, "fusion": float(torch.stack([a for _, a in seen]).mean())}
+
+# %% ../../nbs/methods/smolora.ipynb #da9e16a7
+@patch
+def used(self:SMoLoRA, net, batch):
+    layers, found = [l for l in inserted(net.model, SMoLinear) if not l.image], []
+    hooks = [l.register_forward_pre_hook(lambda l, x: found.append(l.routes(x[0], batch))) for l in layers]
+    try:
+        with torch.no_grad(), at(batch), net.backbone.cast(): net.backbone.hidden(batch)
+    finally:
+        for h in hooks: h.remove()
+    return {kind: torch.stack([ws[j] for ws in found], 1) for j, kind in enumerate(self.kinds)} if found else {}
