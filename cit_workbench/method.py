@@ -72,6 +72,7 @@ class Method:
     def step(self, net, s): pass # Reads weights, writes only `mem`
     def end(self, net, task): pass # Measure and store; may set weights
     def stats(self, net): return {} # What shows that the method acts
+    def used(self, net, batch): return {} # Where rows of a routed batch went: {what: shares [B, groups, places]}
     def __add__(self, other): return Chain([*parts(self), *parts(other)])
 
 # %% ../nbs/05_method.ipynb #c39afec7
@@ -431,12 +432,7 @@ def answer(self:Net,
 
 # %% ../nbs/05_method.ipynb #afe50f23
 @patch
-def used(self:Method, net, batch) -> dict: # {what: shares [B, groups, places]}; {} for a method that does not choose
-    "Where the rows of a routed batch go; may run the model on it, without gradients."
-    return {}
-
-@patch
-def used(self:Chain, net, batch) -> dict: # noqa: F811
+def used(self:Chain, net, batch) -> dict: # As its parts
     "Where the parts send rows; only one of them can insert modules, so no name occurs twice."
     return {k: u for m in self.chain for k, u in m.used(net, batch).items()}
 
