@@ -93,21 +93,15 @@ def importance_of(self:TIR, net, task) -> dict: # {parameter: importance}, 1 in 
 
 # %% ../../nbs/methods/tir.ipynb #4690ec23
 @patch
-def remember(self:TIR, net, task, base:str="omega", # Where old importance is read: "omega", or "now", discounts included
-            ):
-    "Let the importance of the task that was embedded last into Ω where it is the largest."
+def end(self:TIR, net, task):
     m, t = self.mem, len(self.mem["tasks"]) - 1
+    base = "now" if self.variant in ("compound", "released") and "now" in m else "omega"
     omega, ids, anchor = (dict(m.get(k, {})) for k in (base, "id", "anchor"))
     for k, w in self.importance_of(net, task).items():
         old = omega.get(k, torch.zeros_like(w))
         ids[k] = torch.where(w > old, t, ids.get(k, 0)).to(torch.int16)
         omega[k], anchor[k] = torch.maximum(old, w), net.params[k].detach().clone()
     self.mem = {"tasks": m["tasks"], "omega": omega, "id": ids, "anchor": anchor}
-
-@patch
-def end(self:TIR, net, task):
-    compound = self.variant in ("compound", "released") and "now" in self.mem
-    self.remember(net, task, "now" if compound else "omega")
 
 # %% ../../nbs/methods/tir.ipynb #35e2a4cd
 @patch
@@ -116,7 +110,7 @@ def begin(self:TIR, net, task):
     if released and net.first and net.stream.held_in:
         for t in [t for t in net.held_in if t.n["train"]]:
             self.meet(net, t)
-            self.remember(net, t)
+            self.end(net, t) # As if it had been trained, without training
     tasks = self.meet(net, task)
     if "omega" not in self.mem: return
     s = similarity(tasks, raw=released)
