@@ -140,6 +140,40 @@ def _stored(path, n):
     said, _, body = path.read_bytes().partition(b"\n")
     return [json.loads(l) for l in body.split(b"\n")] if said == digest(body).encode() and body.count(b"\n") == n - 1 else None
 
+# %% ../nbs/07_evaluate.ipynb #1d54c95f
+_rows = 32
+
+def _spread(name:str, total:int) -> list: # (task name, index) pairs
+    "Some rows of a task, evenly spread."
+    n = min(_rows, total)
+    return [(name, i*total//n) for i in range(n)]
+
+@patch
+def home(self:Net,
+         name:str, # The task just learned
+        ) -> dict: # {what: places [groups][as many as a row takes]}; {} for a method that does not choose
+    "The places that a task's training rows use most."
+    refs, out = _spread(name, self.find(name).n["train"]), {}
+    for what, u in self.went(refs, "train", told=True, training=True).items():
+        takes = max(1, int((u > 1e-6).sum(-1).max()))
+        out[what] = u.sum(0).topk(takes, -1).indices.tolist()
+    return out
+
+@patch
+def found(self:Net,
+          homes:dict, # {task: what `home` said of it}
+          told:bool=False, # Are labels shown at test?
+          split:str="test", # Of these rows
+         ) -> dict: # {task: percent}
+    "How much of what rows take lies where training on their task went."
+    out = {}
+    for name, places in homes.items():
+        went = self.went(_spread(name, self.stream.task(name).n[split]), split, told)
+        at_home = [u.gather(-1, torch.tensor(places[k], device=u.device).expand(len(u), -1, -1)) for k, u in went.items()]
+        shares = [u.sum(-1).mean().item() for u in at_home]
+        if shares: out[name] = 100*sum(shares)/len(shares)
+    return out
+
 # %% ../nbs/07_evaluate.ipynb #3564cc97
 from collections import defaultdict
 from contextlib import contextmanager

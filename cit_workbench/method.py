@@ -75,6 +75,7 @@ class Method:
     def step(self, net, s): pass # Reads weights, writes only `mem`
     def end(self, net, task): pass # Measure and store; may set weights
     def stats(self, net): return {} # What shows that the method acts
+    def used(self, net, batch): return {} # Where rows of a routed batch went: {what: shares [B, groups, places]}
     def __add__(self, other): return Chain([*parts(self), *parts(other)])
 
 # %% ../nbs/05_method.ipynb #c39afec7
@@ -452,6 +453,30 @@ def answer(self:Net,
     "Greedy answers and forced choice through the method's routes."
     self.model.eval()
     with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new, choices)
+
+# %% ../nbs/05_method.ipynb #afe50f23
+@patch
+def used(self:Chain, net, batch) -> dict: # As its parts
+    "Where the parts send rows; only one of them can insert modules, so no name occurs twice."
+    return {k: u for m in self.chain for k, u in m.used(net, batch).items()}
+
+@patch
+@torch.no_grad()
+def went(self:Net,
+         refs:list, # (task name, index) pairs
+         split:str="test", # Of these rows
+         told:bool=False, # Show the task's label to the route
+         training:bool=False, # In training mode and with answers
+        ) -> dict: # As `used`, in float32
+    "Where the method sends some rows; not counted as its cost."
+    was = self.model.training
+    b = self.rows(refs, split, answers=training, task=[t if told else None for t, _ in refs])
+    self.model.train(training)
+    b = self.method.route(self, replace(b, ctx={}))
+    self.model.eval()
+    found = self.method.used(self, b)
+    self.model.train(was)
+    return {k: u.float() for k, u in found.items()}
 
 # %% ../nbs/05_method.ipynb #cfa3456c
 @patch

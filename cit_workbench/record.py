@@ -103,7 +103,7 @@ def truncate(self:RecordWriter, n:int, # How many events to keep
 @patch
 def row(self:RecordWriter, t:int, # 0 is the start model
         name:str, # "start", or the task just learned
-        scores:dict, # {column: {"formatted", "valid", "content": percent, "n": answers, maybe "cider"}}
+        scores:dict, # {column: {"formatted", "valid", "content": percent, "n": answers, maybe "cider", "found"}}
        ):
     "Append row `t` of R."
     self.event("row", row=t, name=name, scores=scores)
@@ -307,11 +307,11 @@ def summary(self:Record) -> dict:
     ends = {"start": self.R[0], "end": _last(self.R)}
     means = {f"{role}_{when}": _mean(row[self.of(role)])
              for role in ("held_in", "unseen") for when, row in ends.items()}
-    captions = any("cider" in s for e in self.events("row") for s in e["scores"].values())
+    extra = {k for e in self.events("row") for s in e["scores"].values() for k in s}
+    mean = lambda k: _mean(_last(self.matrix(k))) if k in extra else float("nan")
     said = {k: self.config.get(k) for k in ("method", "stream", "backbone", "seed", "order", "protocol")}
     return {**said, "finished": self.finished, **self._scores(), **means,
-            "cider": _mean(_last(self.matrix("cider"))) if captions else float("nan"),
-            **self._cost(), "leaks": self.leaks}
+            "cider": mean("cider"), "found": mean("found"), **self._cost(), "leaks": self.leaks}
 
 @patch(as_prop=True)
 def finished(self:Record) -> bool: return self.result is not None
@@ -358,6 +358,7 @@ def _number(x, digits:int=1) -> str:
 
 _heads = {"average_accuracy": "AP", "learning_accuracy": "learning accuracy", "forgetting": "forgetting",
           "mean_instruction_following": "valid"}
+_also = {"found": "found"} # Where it was measured
 
 @patch
 def _repr_markdown_(self:Record) -> str:
@@ -366,7 +367,7 @@ def _repr_markdown_(self:Record) -> str:
     head = ["after", *(role[r] + c for c, r in self.columns)]
     body = [[n, *map(_number, r)] for n, r in zip(self.rows, self.R)]
     s, left = self.summary(), "" if self.finished else " (unfinished)"
-    said = ", ".join(f"{h} {_number(s[k])}" for k, h in _heads.items())
+    said = ", ".join(f"{h} {_number(s[k])}" for k, h in [*_heads.items(), *_also.items()] if k in _heads or s[k] == s[k])
     return f"**{s['method']}** on {s['stream']}, seed {s['seed']}{left}: {said}\n\n{markdown_table(head, body)}"
 
 @patch
@@ -379,6 +380,7 @@ def __repr__(self:Record) -> str:
 def series(self:Record, name:str="loss", # "loss", "added" (the method's term), "lr", "grad_norm", or a statistic
           ) -> tuple: # (steps [n] over the whole stream, values [n]); NaN where it was not recorded
     "A quantity of the training steps."
+    if name == "found" and (at_rows := self._finds()): return tuple(np.array(x) for x in zip(*at_rows))
     steps = self.events("step"); top = ("loss", "added", "lr", "grad_norm")
     one_of("series", name, {*top, *self.stats})
     v = [(e if name in top else e.get("stats") or {}).get(name) for e in steps]
@@ -386,8 +388,18 @@ def series(self:Record, name:str="loss", # "loss", "added" (the method's term), 
 
 @patch(as_prop=True)
 def stats(self:Record) -> list: # Names
-    "Which statistics the method recorded, in order of name."
-    return sorted({k for e in self.events("step") for k in e.get("stats") or {}})
+    "Which statistics the method recorded, in order of name; `found` was measured at the rows of R."
+    return sorted({k for e in self.events("step") for k in e.get("stats") or {}}.union(["found"]*bool(self._finds())))
+
+@patch
+def _finds(self:Record) -> list: # (last step before it, mean over the tasks learned by then) of each row that has it
+    "How often rows went where training on their task went."
+    step, out = 0, []
+    for e in self.events():
+        if e["kind"] == "step": step = e["global"]
+        got = [s["found"] for s in e["scores"].values() if "found" in s] if e["kind"] == "row" else []
+        if got: out.append((step, float(np.mean(got))))
+    return out
 
 # %% ../nbs/09_record.ipynb #032a0541
 def _course(rows:list) -> np.ndarray: # [n, L] or [n]
@@ -501,7 +513,7 @@ def _norms(records:list) -> list:
 # %% ../nbs/09_record.ipynb #d9a571e7
 _table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1),
           "forgetting": ("forgetting", 1), "mean_instruction_following": ("valid", 1), "content": ("content", 1),
-          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "trainable": ("trainable", 0),
+          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "found": ("found", 0), "trainable": ("trainable", 0),
           "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
 _ranked = {k: -1 if k == "forgetting" else 1 for k, (_, digits) in _table.items() if digits} # Sign of better
 _enough = 3 # Task orders for an interval

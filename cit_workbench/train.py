@@ -308,8 +308,20 @@ def row(self:Run, net:Net, w, t:int, name:str):
     if oracle and t: net.observed.add("task_id_at_test")
     got = net.evaluate([c.name for c, _ in self.data.roles()], oracle=bool(t and oracle), model_id=f"{net.method.name}/{t}")
     for n, (_, lines) in got.items(): w.answers(t, n, lines)
-    w.row(t, name, {n: s for n, (s, _) in got.items()})
+    found = self.found(net, w, t, name)
+    w.row(t, name, {n: s | found.get(n, {}) for n, (s, _) in got.items()})
     w.time("evaluate", time.time() - tic, task=name, samples=sum(len(l) for _, l in got.values()))
+
+# %% ../nbs/06_train.ipynb #218af0f2
+@patch
+def found(self:Run, net:Net, w, t:int, name:str) -> dict: # {column: {"found": percent}}; {} for a method that does not choose
+    "Note where the task just learned is at home, and how often each one's test rows go there."
+    if net.rank or not t or not overrides(net.method, "used"): return {}
+    homes = {e["task"]: e["places"] for e in Record(self.folder).events("home")}
+    if name in {c.name for c in self.data} and (places := net.home(name)):
+        homes[name] = places
+        w.event("home", task=name, places=places)
+    return {n: {"found": x} for n, x in net.found(homes, self.shown(net)).items()}
 
 # %% ../nbs/06_train.ipynb #e2b34eaf
 @contextmanager

@@ -119,6 +119,10 @@ def route(self:ContinualLLaVA, net, batch):
     if hasattr(net.model, "mixing"): route["context"] = self.averages(net).expand(len(batch), -1)
     return replace(batch, route={**batch.route, **route})
 
+@patch
+def used(self:ContinualLLaVA, net, batch):
+    return {"block": batch.route["pool"].unflatten(-1, (-1, self.slots)).sum(-1)[:, None]}
+
 # %% ../../nbs/methods/continual_llava.ipynb #3ce88d1b
 @patch
 def phases(self:ContinualLLaVA, task):

@@ -156,6 +156,12 @@ def route(self:EProj, net, batch):
     expert = [f if t is None else tasks.index(t) if t in tasks else -1 for t, f in zip(batch.task, found)]
     return replace(batch, route={**batch.route, "expert": torch.tensor(expert, device=batch.ids.device)})
 
+# %% ../../nbs/methods/eproj.ipynb #be35184c
+@patch
+def used(self:EProj, net, batch):
+    chosen = batch.route["expert"] + 1 # 0: the start's
+    return {"projector": F.one_hot(chosen, len(self.mem.get("tasks", [])) + 1)[:, None]}
+
 # %% ../../nbs/methods/eproj.ipynb #20a9415b
 @patch
 def step(self:EProj, net, s):

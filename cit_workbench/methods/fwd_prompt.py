@@ -94,7 +94,13 @@ def route(self:FwdPrompt, net, batch):
     if not len(slices): return batch
     first = len(slices) - 1 if net.model.training else 0
     chosen = self.score(net, batch, first).detach().topk(self.top, 1).indices
-    return replace(batch, prefix=torch.cat([*slices[first:]])[chosen].flatten(1, 2), route={**batch.route, "chosen": chosen})
+    return replace(batch, prefix=torch.cat([*slices[first:]])[chosen].flatten(1, 2), route={**batch.route, "chosen": chosen, "slice": chosen//self.size + first})
+
+@patch
+def used(self:FwdPrompt, net, batch):
+    if "slice" not in batch.route: return {}
+    slices = F.one_hot(batch.route["slice"], len(net.model.fwd.prompt))
+    return {"slice": slices.sum(1, keepdim=True)/self.top}
 
 @patch
 def loss(self:FwdPrompt, net, batch, out):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -77,3 +78,7 @@ def route(self:Grouping, net, batch):
     match = {t: k if like >= self.threshold else len(books) - 1 for t, (like, k) in near.items()}
     slot = [of[task] if task in of else match[t] for task, t in zip(batch.task, said)]
     return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})
+
+@patch
+def used(self:Grouping, net, batch):
+    return {"slot": F.one_hot(batch.route["slot"] + 1, len(self.mem.get("books", [])) + 1)[:, None]} # 0: none yet

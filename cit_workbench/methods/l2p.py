@@ -68,6 +68,10 @@ def route(self:L2P, net, batch):
     chosen = self.similarity(net, q.detach()).topk(self.top, 1).indices
     return replace(batch, prefix=net.model.l2p.prompt[chosen].flatten(1, 2), route={**batch.route, "query": q, "chosen": chosen})
 
+@patch
+def used(self:L2P, net, batch):
+    return {"prompts": F.one_hot(batch.route["chosen"], self.size).sum(1, keepdim=True)/self.top}
+
 # %% ../../nbs/methods/l2p.ipynb #0b3d0770
 @patch
 def loss(self:L2P, net, batch, out):

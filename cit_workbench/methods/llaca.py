@@ -21,6 +21,7 @@ class LLaCA(Method):
     variant: str = "paper" # "paper": L1 norms per tensor; "elementwise": per weight; "released": as the authors' code; "fixed": always `beta`
     beta: float = .99 # β where the formula leaves (0, 1), and at the first step
     needs = {"old"}
+    version = 2 # A step without a gradient, and the one after it, take `beta`
     called = "llaca"
     paper = "arXiv 2410.10868"
     def __post_init__(self):
@@ -53,14 +54,25 @@ def step(self:LLaCA, net, s):
         now, old = p.detach().float(), s.old[n].float()
         e = mean.get(n, now if self.variant == "released" else old)
         a, fits = now.new_tensor(1 - self.beta), now.new_zeros(())
-        if self.variant != "fixed":
-            if p.grad is None and torch.equal(now, old): continue
-            if p.grad is None: raise CitError(f"method 'llaca' needs the gradient of what moved, but {n} has none after this step")
-            g = p.grad.float().clone()
-            if n in grad: a, fits = share(self.variant, self.beta, g, grad[n], now, old, e)
-            grad[n] = g
-        mean[n] = torch.lerp(e, now, a); seen.append(torch.stack([1 - a.mean(), fits.float().mean()]))
+        g, before = self.slope(n, p, now, old), grad.pop(n, None)
+        if g is not None: grad[n] = g
+        if g is not None and before is not None:
+            a, fits = share(self.variant, self.beta, g, before, now, old, e)
+        mean[n] = torch.lerp(e, now, a)
+        seen.append(torch.stack([1 - a.mean(), fits.float().mean()]))
     if seen: self.mem["now"] = torch.stack(seen)
+
+@patch
+def slope(self:LLaCA,
+          n:str, # Name of the tensor
+          p, # The parameter
+          now, old, # Its values after the step and before it
+         ) -> torch.Tensor|None: # None where the step did not reach it, and in "fixed", which asks for none
+    "A copy of the gradient in float32; raises `CitError` for what moved without one, except in \"released\"."
+    if self.variant == "fixed": return None
+    if p.grad is not None: return p.grad.float().clone()
+    if self.variant != "released" and not torch.equal(now, old):
+        raise CitError(f"method 'llaca' needs the gradient of what moved, but {n} has none after this step")
 
 # %% ../../nbs/methods/llaca.ipynb #4d458c38
 @patch

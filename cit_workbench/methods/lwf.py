@@ -21,6 +21,7 @@ class LwF(Method):
     "Keep the last model's probabilities on the new task's inputs."
     lam: float = 1. # Strength λ of the distillation
     T: float = 2. # Temperature of both softmaxes
+    start: bool = False # Is the start model the teacher on the first task, as in released code?
     strength = "lam"
     called = "lwf"
     paper = "Li and Hoiem, arXiv 1606.09282"
@@ -39,6 +40,10 @@ def distilled(old:torch.Tensor, # The teacher's logits [n, V]
     return T**2*F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 # %% ../../nbs/methods/lwf.ipynb #b2c60629
+@patch
+def begin(self:LwF, net, task):
+    if self.start and "teacher" not in self.mem: self.end(net, task)
+
 @patch
 def end(self:LwF, net, task): self.mem = {"teacher": {k: p.detach().clone() for k, p in net.params.items()}}
 

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..adapt import inserted, mixed, seeded, swap_linears
+from ..backbone import at
 from ..core import CitError
 from ..method import Method
 
@@ -54,6 +55,22 @@ def wrap(self:MoELoRA, net):
     make = lambda base: MoELinear(base, E, t.r//E, t.alpha/t.r, t.dropout)
     seeded((net.seed, "moelora"), lambda: swap_linears(net.model, t.layers, make))
     return net
+
+# %% ../../nbs/methods/moelora.ipynb #7a385a23
+@patch
+def used(self:MoELoRA, net, batch):
+    found = []
+    def note(layer, x):
+        "The expert with most weight over the prompt's tokens, of a layer of the language model."
+        if batch.prompt is None: return
+        w = (layer.weights(x[0])*batch.prompt[..., None]).sum(1)
+        found.append(F.one_hot(w.argmax(-1), w.shape[-1]))
+    hooks = [l.register_forward_pre_hook(note) for l in inserted(net.model, MoELinear)]
+    try:
+        with torch.no_grad(), at(batch), net.backbone.cast(): net.backbone.hidden(batch)
+    finally:
+        for h in hooks: h.remove()
+    return {"experts": torch.stack(found, 1)} if found else {}
 
 # %% ../../nbs/methods/moelora.ipynb #6b11f1d5
 @patch

@@ -22,6 +22,7 @@ class OLoRA(Method):
     "A new adapter per task; the earlier ones stay in the sum, and the new rows are pushed to be orthogonal to theirs."
     lam: float = .5 # Strength λ of the penalty
     variant: str = "entrywise" # "entrywise": absolute values, as released; "squared": squares, as in the paper
+    lam2: float|list = 0. # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
     strength = "lam"
     called = "olora"
     paper = "arXiv 2310.14152"
@@ -29,6 +30,9 @@ class OLoRA(Method):
         super().__post_init__()
         one_of("variant of method 'olora'", self.variant, ("entrywise", "squared"))
         if self.lam < 0: raise CitError(f"method 'olora': lam is {self.lam}; allowed: 0 and above")
+        for x in self.lam2 if isinstance(self.lam2, list) else [self.lam2]:
+            if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < float("inf"):
+                raise CitError(f"method 'olora': lam2 is {self.lam2}; allowed: 0 and above, or a list of such numbers")
 
 # %% ../../nbs/methods/olora.ipynb #744439b4
 class SumLinear(SlotLinear):
@@ -43,6 +47,9 @@ class SumLinear(SlotLinear):
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
 @patch
 def wrap(self:OLoRA, net):
+    tasks = len(net.plan.tasks)
+    if isinstance(self.lam2, list) and len(self.lam2) != tasks:
+        raise CitError(f"method 'olora': lam2 has {len(self.lam2)} numbers, but the stream has {tasks} tasks; give one for each")
     add_slots(net.model, net.tuning, self.mem.get("slots", 0), SumLinear)
     return net
 
@@ -59,12 +66,22 @@ def overlaps(self:OLoRA, net) -> list:
 
 @patch
 def loss(self:OLoRA, net, batch, out):
-    if not self.lam or not (shared := self.overlaps(net)): return 0.
-    return self.lam*sum((o.abs() if self.variant == "entrywise" else o.square()).sum() for o in shared)
+    held = self.smallness(net)
+    if not self.lam or not (shared := self.overlaps(net)): return held
+    return self.lam*sum((o.abs() if self.variant == "entrywise" else o.square()).sum() for o in shared) + held
+
+@patch
+def smallness(self:OLoRA, net): # Scalar; 0. where λ₂ is 0
+    "λ₂ times the norms of the new pairs, not squared, summed over layers."
+    here = self.lam2[self.mem.get("slots", 1) - 1] if isinstance(self.lam2, list) else self.lam2
+    if not here: return 0.
+    return here*sum(p.norm() for l in inserted(net.model, SumLinear) for p in (l.A[-1], l.B[-1]))
 
 # %% ../../nbs/methods/olora.ipynb #36b1e3e8
 @patch
 @torch.no_grad()
 def stats(self:OLoRA, net):
-    if not (shared := self.overlaps(net)): return {}
-    return {"penalty": float(self.loss(net, None, None)), "overlap": max(float(o.abs().max()) for o in shared)}
+    shared, out = self.overlaps(net), {}
+    if shared or self.lam2: out["penalty"] = float(self.loss(net, None, None))
+    if shared: out["overlap"] = max(float(o.abs().max()) for o in shared)
+    return out

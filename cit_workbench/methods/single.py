@@ -9,7 +9,7 @@ __all__ = ['Single']
 from dataclasses import dataclass, replace
 
 import torch
-
+import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..adapt import SlotLinear, add_slots, inserted, seeded
@@ -40,3 +40,7 @@ def route(self:Single, net, batch):
     slots = self.mem.get("slots", [])
     slot = [slots.index(t) if t in slots else -1 for t in batch.task]
     return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})
+
+@patch
+def used(self:Single, net, batch):
+    return {"slot": F.one_hot(batch.route["slot"] + 1, len(self.mem.get("slots", [])) + 1)[:, None]} # 0: no adapter

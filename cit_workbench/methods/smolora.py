@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..adapt import inserted, seeded, swap_linears
-from ..backbone import current
+from ..backbone import at, current
 from ..core import CitError, one_of
 from ..method import Method
 
@@ -29,7 +29,8 @@ class SMoLoRA(Method):
     use: str = "both" # "both"; controls: "vu" or "if" alone, "hash": the IF expert by a hash of the question's last line
     pool: str = "prompt" # "prompt": mean over prompt positions, kept while answering; "released": over all there are, anew for each token
     encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding"; or a sentence encoder's folder or hub id
-    layers: str = "run" # "run": as `tune` says; of these, "paper": FFN, "released": FFN and attention output; both add the projector
+    layers: str = "run" # "run": as `tune` says; "paper" and "released", which agree: of these the FFN, and the projector
+    version = 2 # layers="released" leaves the attention's output out; pool="released" routes each choice by its own tokens
     called = "smolora"
     paper = "arXiv 2411.13949"
     kinds = property(lambda self: {"vu": ["vu"], "if": ["if"]}.get(self.use, ["vu", "if"]))
@@ -63,7 +64,8 @@ class SMoLinear(nn.Module):
     def forward(self, x):
         ws, A, B = self.routes(x, current()), self.A.flatten(0, 1), self.B.transpose(1, 2) # E r o
         d = F.dropout(x, self.dropout, self.training).to(A.dtype)
-        z = self.scale*(d @ A.T).unflatten(-1, (len(ws), -1, B.shape[1]))*torch.stack(ws, 1)[:, None, ..., None] # b t k n r
+        each = torch.broadcast_tensors(*(w if w.ndim == 3 else w[:, None] for w in ws)) # [b, 1 or t, n] of each kind
+        z = self.scale*(d @ A.T).unflatten(-1, (len(ws), -1, B.shape[1]))*torch.stack(each, 2)[..., None] # b t k n r
         scores = z.flatten(-2)*torch.einsum("kzo,ko->kz", B.unflatten(0, (len(ws), -1)).flatten(1, 2), self.u) # b t k (n r)
         a = scores.sum(-1).softmax(-1)
         if self.training: self.seen = [w.detach() for w in ws], a.detach()[..., 0].mean()
@@ -82,7 +84,9 @@ def gate(self:SMoLinear, score):
 # %% ../../nbs/methods/smolora.ipynb #0a4d817a
 @patch
 def pooled(self:SMoLinear, x, b):
-    if self.how.pool == "released": return x.mean(1)
+    if self.how.pool == "released":
+        choices = b.prompt is None and not self.image # A pass over the tokens of several choices
+        return x if choices else x.mean(1)
     live = self.how.variant != "hard_frozen" and torch.is_grad_enabled()
     if self.key in b.ctx and not live: return b.ctx[self.key]
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if self.image else b.prompt
@@ -107,7 +111,7 @@ def wrap(self:SMoLoRA, net):
     if t.r % self.experts:
         raise CitError(f"method 'smolora': rank {t.r} of `tune` cannot be split evenly over {self.experts} experts")
     make = lambda image: lambda base: SMoLinear(base, f"smolora {next(number)}", self, t, image, net.width(self.encoder))
-    only = {"run": "", "paper": r"(?=.*(gate|up|down)_proj$)", "released": r"(?=.*(o|gate|up|down)_proj$)"}[self.layers]
+    only = "" if self.layers == "run" else r"(?=.*(gate|up|down)_proj$)"
     def swap():
         swap_linears(net.model, f"{only}({t.layers})", make(False))
         if only: swap_linears(net.model, r".*multi_modal_projector\.linear_[12]", make(True))
@@ -136,3 +140,14 @@ def stats(self:SMoLoRA, net):
         use = torch.stack([ws[j].mean(0) for ws, _ in seen])
         out |= {f"{kind}_entropy": float(torch.special.entr(use).sum(-1).mean()), f"{kind}_most": float(use.amax(-1).mean())}
     return {**out, "fusion": float(torch.stack([a for _, a in seen]).mean())}
+
+# %% ../../nbs/methods/smolora.ipynb #da9e16a7
+@patch
+def used(self:SMoLoRA, net, batch):
+    layers, found = [l for l in inserted(net.model, SMoLinear) if not l.image], []
+    hooks = [l.register_forward_pre_hook(lambda l, x: found.append(l.routes(x[0], batch))) for l in layers]
+    try:
+        with torch.no_grad(), at(batch), net.backbone.cast(): net.backbone.hidden(batch)
+    finally:
+        for h in hooks: h.remove()
+    return {kind: torch.stack([ws[j] for ws in found], 1) for j, kind in enumerate(self.kinds)} if found else {}
