@@ -25,7 +25,7 @@ from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, check_finite, digest, disk_error, not_finite, plain, progress, read_json, rng
-from .evaluate import column_scores, score_line
+from .evaluate import column_scores, forget, score_line
 from .live import attended, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, parts
@@ -351,8 +351,12 @@ def probe(self:Run, w, net:Net, task, s:int):
     "Scores of every task seen so far on val, without touching the training."
     self.verify()
     names = [t.name for t in self.data if t.n["val"] and (t.name in net.seen or self.plan is not self.data)]
-    got = net.ask([(n, i) for n in names for i in range(self.data.task(n).n["val"])], "val", self.shown(net))
-    w.event("probe", task=task.name, step=s, **{"global": self.done - 1}, scores={n: column_scores(self.data.task(n), [got[n, i] for i in range(self.data.task(n).n["val"])]) for n in names})
+    parts = {n: f.with_suffix(".part") for n, f in net.store_of(names, "val", self.shown(net)).items()}
+    got = net.ask([(n, i) for n in names for i in range(self.data.task(n).n["val"])], "val", self.shown(net), keep=parts)
+    scores = {n: column_scores(self.data.task(n), [got[n, i] for i in range(self.data.task(n).n["val"])]) for n in names}
+    w.event("probe", task=task.name, step=s, **{"global": self.done - 1}, scores=scores)
+    if not net.rank:
+        for part in parts.values(): forget(part)
     net.model.train()
 
 # %% ../nbs/06_train.ipynb #d990548d
