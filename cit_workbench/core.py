@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CitError', 'leaves', 'one_of', 'not_finite', 'check_finite', 'check_args', 'plain', 'canonical', 'digest', 'seed_of',
-           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress']
+           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress', 'Ended',
+           'end', 'hung_up', 'heeding']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
-import difflib, errno, hashlib, json, os, re, tempfile
+import difflib, errno, hashlib, json, os, re, signal, sys, tempfile, termios, threading
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,3 +182,46 @@ def cache_dir() -> Path:
 def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
     "A progress bar that shows itself only for work longer than a second."
     return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)
+
+# %% ../nbs/00_core.ipynb #00d8be10
+class Ended(SystemExit):
+    "A signal asked the process to end: no traceback, exit code 128 + its number."
+    def __init__(self, number:int, # Of the signal
+                 said:str="the same command goes on from what is recorded", # What a person should know
+                ):
+        super().__init__(128 + number)
+        self.number, self.said, self.told = number, said, False
+    def __str__(self): return f"ended by {signal.Signals(self.number).name}; {self.said}"
+    def tell(self):
+        "Say it once, if there is still a terminal that hears it."
+        if not self.told: print(f"cit: {self}", file=sys.stderr, flush=True)
+        self.told = True
+
+def end(number:int, frame):
+    "The handler of a program that has nothing to finish."
+    hung_up(number)
+    raise Ended(number)
+
+# %% ../nbs/00_core.ipynb #eb9d2f8f
+def hung_up(number:int): # Of the signal
+    "After SIGHUP nothing can be written to the terminal that went: its place takes /dev/null."
+    if number != signal.SIGHUP: return
+    for stream in (1, 2):
+        try: termios.tcgetattr(stream)
+        except termios.error as e:
+            if e.args[0] == errno.EIO: os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+def _kernel() -> bool:
+    "Does this process serve a notebook?"
+    app = sys.modules.get("ipykernel.kernelapp")
+    return app is not None and app.IPKernelApp.initialized()
+
+@contextmanager
+def heeding(handler): # Called with the number and a frame, as `signal.signal` says
+    "Let SIGTERM and SIGHUP call a handler meanwhile, where nobody else has one."
+    main = threading.current_thread() is threading.main_thread() and not _kernel()
+    free = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) in (signal.SIG_DFL, end)]
+    was = {n: signal.signal(n, handler) for n in free}
+    try: yield
+    finally:
+        for n, old in was.items(): signal.signal(n, old)

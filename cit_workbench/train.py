@@ -26,7 +26,7 @@ from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, check_finite, digest, disk_error, not_finite, plain, progress, read_json, rng
 from .evaluate import column_scores, forget, score_line
-from .live import attended, hold, launch, obey, run_of, welcome
+from .live import attended, gentle, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, parts
 from .record import Record, RecordWriter, differences
@@ -313,16 +313,17 @@ def train_phase(self:Run, net:Net, task, w, k:int, phase:Phase, state:dict, free
     if not groups: return
     opt = torch.optim.AdamW(groups, betas=(.9, .999), foreach=True)
     if "optim" in state: load_optim(opt, state.pop("optim"))
-    for s in range(state.pop("step", 0), steps):
-        for g, base in zip(opt.param_groups, groups): g["lr"] = base.setdefault("peak", base["lr"])*rate(s, steps, self.opt.warmup)
-        refs = draw(self.seed, task, self.opt.batch, s)[net.rank::net.world]
-        if self.comp.workers and not net.roomy(): net.ahead(self.pool, draw(self.seed, task, self.opt.batch, s + 1)[net.rank::net.world])
-        got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
-        if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
-        if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
-        self.watcher.step(phase.name)
-        if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
-        obey(self, net, w, phase=k, step=s + 1, optim=opt, free=free)
+    with gentle(self):
+        for s in range(state.pop("step", 0), steps):
+            for g, base in zip(opt.param_groups, groups): g["lr"] = base.setdefault("peak", base["lr"])*rate(s, steps, self.opt.warmup)
+            refs = draw(self.seed, task, self.opt.batch, s)[net.rank::net.world]
+            if self.comp.workers and not net.roomy(): net.ahead(self.pool, draw(self.seed, task, self.opt.batch, s + 1)[net.rank::net.world])
+            got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
+            if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
+            if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
+            self.watcher.step(phase.name)
+            if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
+            obey(self, net, w, phase=k, step=s + 1, optim=opt, free=free)
     for n, p in net.model.named_parameters(): p.requires_grad_(n in free)
     net.refresh()
 
