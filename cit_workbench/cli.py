@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-from .core import CitError, Ended, assets, digest, disk_error, end, heeding, leaves, one_of, write_atomic
+from .core import CitError, Ended, assets, digest, disk_error, end, expanded, heeding, leaves, one_of, write_atomic
 from .sweep import nested
 
 # %% ../nbs/13_cli.ipynb #eb601ddd
@@ -145,7 +145,7 @@ def figures(dir:str="runs", # Folder with runs and what was collected; several w
     "Draw PDF, SVG and PNG pictures of runs."
     from cit_workbench.analysis import figures
     words = lambda s: [w for w in s.split(",") if w]
-    for path in figures(dir if Path(dir).exists() else words(dir), out, only=words(only)): print(path)
+    for path in figures(dir if expanded(dir).exists() else words(dir), out, only=words(only)): print(path)
 
 # %% ../nbs/13_cli.ipynb #3034fc6c
 def again(found:dict, # What `sweep.tune` returns
@@ -261,12 +261,12 @@ def demo(out:str="runs/demo", # Where pictures go
         for r in find_runs(runs):
             if r.config["method"] == "ewc": print(f"  {write_atomic(to/'report-ewc.png', report(r).data('png'))}")
     print("Forgetting, from committed records:", flush=True)
-    draw(root/"records"/"demo", Path(out)/"recorded")
+    draw(root/"records"/"demo", expanded(out)/"recorded")
     print("The same, live:", flush=True)
     live = sweep(root/"sweeps/demo.toml", workers=min(2, os.cpu_count()))
     print(live)
     if live.failed: sys.exit(f"cit: {live.sentence}")
-    draw(live.folder, Path(out)/"live")
+    draw(live.folder, expanded(out)/"live")
     print("Next:\n  make lab                                       # read and change a method: nbs/methods/ewc.ipynb\n"
           "  .venv/bin/cit run --method ewc --set lam=100   # one run, all eight tasks\n"
           "  .venv/bin/cit list methods                     # what else there is")

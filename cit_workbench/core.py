@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CitError', 'leaves', 'one_of', 'not_finite', 'check_finite', 'check_args', 'plain', 'canonical', 'digest', 'seed_of',
-           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress', 'Ended',
-           'end', 'hung_up', 'heeding']
+           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'expanded', 'here', 'placed', 'assets',
+           'cache_dir', 'progress', 'locked', 'shared', 'Ended', 'end', 'hung_up', 'heeding']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
-import difflib, errno, hashlib, json, os, re, signal, sys, tempfile, termios, threading
+import difflib, errno, fcntl, hashlib, json, os, re, signal, sys, tempfile, termios, threading
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -170,6 +170,33 @@ def append_jsonl(path, # A .jsonl file
         with open(path, "ab") as f: f.write(canonical(row).encode() + b"\n")
     except OSError as e: raise disk_error(path, e) from e
 
+# %% ../nbs/00_core.ipynb #2865a00f
+def expanded(path) -> Path: # As a person writes it
+    "A path with `~` as the home folder; raises `CitError` for a user without one."
+    try: return Path(path).expanduser()
+    except RuntimeError: raise CitError(f"{path} begins with the home folder of a user who has none here; write it out, or ./{path} for a folder of that name") from None
+
+def here() -> str:
+    "The working directory; empty when it has been removed."
+    try: return os.getcwd()
+    except FileNotFoundError: return ""
+
+# %% ../nbs/00_core.ipynb #5631deb9
+def placed(fields:dict, # Of a run: stream, stream_args, backbone
+           cwd:str|None, # Where it was started; None: not known
+          ) -> dict: # The same, relative paths made absolute where something lies there
+    "Name the data and the start model of a run so that they are found from here."
+    if not cwd or cwd == here(): return fields
+    def there(path):
+        found = cwd/expanded(path)
+        return str(found) if str(path).strip() and found.exists() else path
+    suite, colon, folder = str(fields.get("stream", "")).partition(":")
+    found = {"stream": f"{suite}:{there(folder)}"} if colon else {}
+    if images := (fields.get("stream_args") or {}).get("images"):
+        found["stream_args"] = {**fields["stream_args"], "images": there(images)}
+    if (name := fields.get("backbone")) and not assets(name, "config.json").is_file(): found["backbone"] = there(name)
+    return {**fields, **found}
+
 # %% ../nbs/00_core.ipynb #e30e2cf1
 def assets(*parts) -> Path:
     "A path below the package's `assets` folder."
@@ -177,11 +204,40 @@ def assets(*parts) -> Path:
 
 def cache_dir() -> Path:
     "Where answers already given are kept: `$CIT_CACHE`, else `~/.cache/cit_workbench`; may be deleted at any time."
-    return Path(os.environ.get("CIT_CACHE") or Path.home()/".cache"/"cit_workbench")
+    return expanded(os.environ.get("CIT_CACHE") or "~/.cache/cit_workbench")
 
 def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
     "A progress bar that shows itself only for work longer than a second."
     return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)
+
+# %% ../nbs/00_core.ipynb #912339cb
+def locked(fd:int, # Of an open file or folder
+           how:int, # `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`
+          ) -> bool:
+    "Take a lock if it is free."
+    try: fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    return True
+
+def _made_for_all(path:Path):
+    "Make a file that everybody may open, unless somebody else is first; it appears with these rights."
+    fd, new = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+    try:
+        os.fchmod(fd, 0o666)
+        os.link(new, path)
+    except FileExistsError: pass
+    except OSError: # A disk without links
+        try: os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError: pass
+    finally:
+        os.close(fd)
+        os.unlink(new)
+
+def shared(path:Path) -> int|None: # File descriptor; None where another user keeps it closed
+    "Open a file that everybody may lock, made if it is missing."
+    if not os.path.lexists(path): _made_for_all(path)
+    try: return os.open(path, os.O_RDONLY) # Never with O_CREAT, which a shared folder may forbid for another user's file
+    except PermissionError: return None
 
 # %% ../nbs/00_core.ipynb #00d8be10
 class Ended(SystemExit):

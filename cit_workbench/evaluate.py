@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 from .adapt import whole
-from .core import CitError, assets, cache_dir, canonical, digest, progress, write_atomic
+from .core import CitError, assets, cache_dir, canonical, digest, expanded, progress, write_atomic
 from .memory import split_tree
 from .method import Net, code_of, config_of, overrides
 from .metrics import cider
@@ -377,7 +377,7 @@ def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
     data = get_stream(stream, **(stream_args or {})); names = [t.name for t in data]
     if split not in ("train", "val"): raise CitError(f"split is {split!r}; allowed: train, val (test is read only to fill R)")
     about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients}
-    path = Path(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream')})}.npz"
+    path = expanded(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream')})}.npz"
     if path.is_file(): return read_collected(path)
     net = Net(get_backbone(backbone, device, image_mode=data.image_mode), data, tuning=Tune(r=8))
     if gradients: net.lora()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alive', 'hold', 'command', 'Control', 'Reply', 'answer_asks', 'reply_of', 'Stopped', 'obey', 'gentle', 'turn',
-           'attended', 'asked_of', 'note_asked', 'launch', 'start', 'child', 'method_source', 'rebuilt', 'run_of',
-           'places', 'branch', 'take_over', 'welcome']
+           'attended', 'asked_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source', 'rebuilt',
+           'run_of', 'places', 'branch', 'take_over', 'welcome']
 
 # %% ../nbs/06c_live.ipynb #01682ce0
 from contextlib import contextmanager
@@ -18,19 +18,14 @@ import numpy as np
 from fastcore.basics import camel2snake, patch
 from PIL import Image
 
-from .core import CitError, Ended, canonical, digest, end, heeding, hung_up, plain, read_json, write_atomic
+from .core import CitError, Ended, canonical, digest, end, expanded, heeding, here, hung_up, locked, placed, plain, read_json, shared, write_atomic
 from .record import Record, _file
 
 # %% ../nbs/06c_live.ipynb #acf965b5
-def _locked(fd:int, how) -> bool:
-    "Take a lock if it is free."
-    try: fcntl.flock(fd, how | fcntl.LOCK_NB); return True
-    except BlockingIOError: return False
-
 def alive(folder:Path) -> bool:
     "Does a process hold a run folder?"
     fd = os.open(folder, os.O_RDONLY)
-    try: return not _locked(fd, fcntl.LOCK_SH)
+    try: return not locked(fd, fcntl.LOCK_SH)
     finally: os.close(fd)
 
 # %% ../nbs/06c_live.ipynb #c7014ab2
@@ -41,7 +36,7 @@ def hold(folder:Path, # A run folder
     fd, end = _handed(folder), time.monotonic() + patience
     if fd is not None: return fd
     fd = os.open(folder, os.O_RDONLY)
-    while not _locked(fd, fcntl.LOCK_EX):
+    while not locked(fd, fcntl.LOCK_EX):
         if time.monotonic() > end:
             os.close(fd)
             raise CitError(f"{folder} is being written by another process; wait for it or stop it, or choose another `out` folder")
@@ -89,7 +84,7 @@ class Control:
         "Write live.json."
         if not self.first: return
         self.at, self.said = time.monotonic(), {"state": state, "pid": os.getpid(), "host": socket.gethostname(), **place}
-        new = self.folder/".tmp-live"; new.write_text(canonical(self.said)); os.replace(new, self.folder/"live.json")
+        new = self.folder/".tmp-live"; new.write_text(canonical(self.said), encoding="utf-8"); os.replace(new, self.folder/"live.json")
     def beat(self, **place):
         "Once a second: still here."
         if self.launched and (self.said.get("state") != "running" or time.monotonic() - self.at > 1): self.say("running", **place)
@@ -185,20 +180,37 @@ def _card(device:str) -> str:
 def _room(device:str) -> Path:
     "The folder of a device's lock and tickets, for all users of the machine."
     room = Path(tempfile.gettempdir())/"cit_workbench-queue"/_card(device)
-    for p in (room.parent, room):
-        if not p.exists(): p.mkdir(exist_ok=True); p.chmod(0o1777)
+    for p in (room.parent, room): _for_all(p)
     return room
+
+def _for_all(folder:Path):
+    "Make a folder in which all users may write; it appears with these rights or not at all."
+    if folder.is_dir(): return
+    new = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    new.chmod(0o1777)
+    try: new.rename(folder)
+    except OSError: # Somebody else was first
+        new.rmdir()
+        if not folder.is_dir(): raise
 
 # %% ../nbs/06c_live.ipynb #c7b9d0ef
 def _ahead(room:Path, ticket:str) -> int:
     "How many living tickets are older."
     return sum(_lives(p) for p in room.glob("*.ticket") if p.name < ticket)
 
+def _runs(pid:int) -> bool:
+    "Is there a process of that number, whoever owns it?"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: return True
+    return True
+
 def _lives(path:Path) -> bool:
-    "Does a process hold this ticket?"
+    "Does a process hold this ticket? One that cannot be opened is asked for by its process."
     try: fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError: return False
-    try: return not _locked(fd, fcntl.LOCK_SH)
+    except PermissionError: return _runs(int(path.stem.rpartition("-")[2]))
+    try: return not locked(fd, fcntl.LOCK_SH)
     finally: os.close(fd)
 
 # %% ../nbs/06c_live.ipynb #98564b4a
@@ -211,13 +223,16 @@ def turn(device:str, # "cpu" never waits
     "Hold the lock of a device; launched runs come in the order of their launch."
     if device == "cpu": yield; return
     room, name = _room(device), f"{when:020d}-{os.getpid()}.ticket"
-    lock = os.open(room/"lock", os.O_RDONLY | os.O_CREAT, 0o644)
+    if (lock := shared(room/"lock")) is None:
+        if patient: raise CitError(f"{room/'lock'}, by which runs take turns on {device}, cannot be opened: its owner, or an administrator, may remove it")
+        yield; return
     if patient:
         ticket = os.open(new := room/f".tmp-{name}", os.O_RDONLY | os.O_CREAT, 0o644)
-        _locked(ticket, fcntl.LOCK_EX); os.replace(new, room/name)
+        os.fchmod(ticket, 0o644)
+        locked(ticket, fcntl.LOCK_EX); os.replace(new, room/name)
     try:
         try:
-            while (ahead := _ahead(room, name) if patient else 0) or not _locked(lock, fcntl.LOCK_EX):
+            while (ahead := _ahead(room, name) if patient else 0) or not locked(lock, fcntl.LOCK_EX):
                 if not patient: break
                 waiting(ahead + 1); time.sleep(.1)
         finally:
@@ -262,7 +277,7 @@ def live(self:Record) -> dict: # state, and as far as known: pid, host, task, st
 
 def _read(f:Path) -> dict|None:
     "A small file that may go at any time."
-    try: return json.loads(f.read_text())
+    try: return json.loads(f.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
 
 # %% ../nbs/06c_live.ipynb #b6734347
@@ -275,7 +290,7 @@ def state(self:Record) -> str: # "queued", "loading", "running", "paused", "stop
 def said(self:Record) -> str:
     "The last line of log.txt."
     f = self.path/"log.txt"
-    lines = f.read_text(errors="replace").split("\n") if f.is_file() else []
+    lines = f.read_text(encoding="utf-8", errors="replace").split("\n") if f.is_file() else []
     return next((l.strip() for l in reversed(lines) if l.strip()), "")
 
 # %% ../nbs/06c_live.ipynb #3f6f2891
@@ -320,16 +335,35 @@ def resume(self:Record) -> Record:
     return self
 
 # %% ../nbs/06c_live.ipynb #e293a5d4
+def _about(folder) -> dict:
+    "What is known of the run in a folder: run.json, or what was written before it began."
+    f = expanded(folder)/"run.json"
+    return read_json(f if f.is_file() else f.with_name("asked.json"), "run file")
+
 def asked_of(folder) -> dict: # Fields of `Run`, and perhaps "method_code"
     "What the run in a folder was asked to be."
-    f = Path(folder)/"run.json"
-    return dict(read_json(f if f.is_file() else Path(folder)/"asked.json", "run file").get("asked", {}))
+    return dict(_about(folder).get("asked", {}))
+
+def made(fields:dict, # Of `Run`, as they were recorded
+         cwd:str|None, # Where that run was started
+         **more, # Further fields
+        ): # -> Run
+    "Make a run whose relative paths hold from where another one was started; its configuration keeps the names."
+    from cit_workbench.train import Run
+    found = placed(fields, cwd)
+    try: run = Run(**found, **more)
+    except CitError as e:
+        names = [v for k, v in fields.items() if k in ("stream", "backbone") and str(v) in str(e)]
+        if not names or not cwd or cwd == here(): raise
+        raise CitError(f"{e}; the run was started in {cwd}, and {names[0]!r} is not there either: put it back, or go on from where it is") from e
+    run.cwd, run.names = cwd or run.cwd, {k: fields[k] for k in found if found[k] != fields[k]}
+    return run
 
 def note_asked(run):
     "Write what is known of a run before it begins."
     roles = run.data.roles()
     branched = {"interactive": True, "parent": run.parent} if run.parent else {}
-    about = {"asked": run.config(), "config": run.config(), "method": run.m.name, "leaks": sorted(run.m.leaks), **branched,
+    about = {"asked": run.config(), "config": run.config(), "cwd": run.cwd, "method": run.m.name, "leaks": sorted(run.m.leaks), **branched,
              "columns": [[t.name, r] for t, r in roles], "rows": ["start", *[t.name for t in run.plan.tasks]], "chance": {t.name: t.chance for t, _ in roles}}
     write_atomic(run.folder/"asked.json", json.dumps(plain(about), indent=1, sort_keys=True) + "\n")
 
@@ -359,7 +393,7 @@ def start(folder:Path, # A run folder
         prepare()
         _needs_method(folder)
         Control(folder).say("queued" if asked_of(folder).get("compute", {}).get("device", "cpu") != "cpu" else "loading")
-        env = os.environ | {"CIT_QUIET": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
+        env = os.environ | {"CIT_QUIET": "1", "PYTHONIOENCODING": "utf-8:replace", "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
         code = "import sys; from cit_workbench.live import child; child(*sys.argv[1:])"
         with open(folder/"log.txt", "ab") as log:
             p = subprocess.Popen([sys.executable, "-c", code, str(folder), str(fd), str(time.time_ns())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[fd], env=env)
@@ -521,18 +555,18 @@ def _needs_method(folder:Path):
 
 def run_of(folder): # -> Run
     "The run in a folder; a method of its own comes from its method.py, if that is the code that was recorded."
-    asked, out = asked_of(folder), str(folder)
+    folder = expanded(folder)
+    asked, cwd, out = asked_of(folder), _about(folder).get("cwd"), str(folder)
     from cit_workbench.method import Chain, Method, code_of, get_method
-    from cit_workbench.train import Run
-    if not (code := asked.pop("method_code", None)): return Run(**asked, out=out)
+    if not (code := asked.pop("method_code", None)): return made(asked, cwd, out=out)
     _needs_method(Path(folder))
     own = vars(_loaded((Path(folder)/"method.py").read_text(encoding="utf-8")))
     named = {vars(c).get("called", camel2snake(n)): c for n, c in own.items() if isinstance(c, type) and c.__module__ == own["__name__"] and issubclass(c, Method)}
     names, args = asked["method"].split("+"), asked.pop("method_args")
-    made = [get_method(named.get(n, n), **(args if len(names) == 1 else args[n])) for n in names]
-    asked["method"] = made[0] if len(made) == 1 else Chain(made)
+    own = [get_method(named.get(n, n), **(args if len(names) == 1 else args[n])) for n in names]
+    asked["method"] = own[0] if len(own) == 1 else Chain(own)
     if code_of(asked["method"]).get("method_code") != code: raise CitError(f"{folder}/method.py is not the code that the run began with (or Python is another version): put the file back as it was, or launch a new run")
-    return Run(**asked, out=out)
+    return made(asked, cwd, out=out)
 
 # %% ../nbs/06c_live.ipynb #62d7afde
 def _array(image) -> np.ndarray|None: # [H, W, 3] uint8
@@ -624,12 +658,11 @@ def branch(rec:Record, # The parent
           ): # -> Run
     "A run that goes on from a checkpoint of another one; raises `CitError` for what that cannot carry."
     from cit_workbench.method import parts
-    from cit_workbench.train import Run
     have = places(rec)
     if not have: raise CitError(f"{rec.path} holds no checkpoint yet")
     at = list(have)[-1] if at is None else tuple(at) if isinstance(at, list) else at
     if at not in have: raise CitError(f"{rec.path} has no checkpoint at {at!r}; there are {', '.join(map(repr, have))}")
-    old, new, source = run_of(rec.path), Run(**_changed(rec, changed)), have[at]
+    old, new, source = run_of(rec.path), made(_changed(rec, changed), _about(rec.path).get("cwd")), have[at]
     state = read_json(source/"state.json", "checkpoint state")
     _same_modules(rec, old.m, new.m)
     past = [t.name for t in new.plan.tasks][:state["t"]]
@@ -637,7 +670,7 @@ def branch(rec:Record, # The parent
     if {p.name for p in parts(new.m)} - {p.name for p in parts(old.m)} and state["stage"] != "end": raise CitError(f"another method joins at the end of a task, not at {at!r}; there are {', '.join(repr(k) for k in have if isinstance(k, str)) or 'none yet'}")
     kept = {k: rec.run.get(k) for k in ("threads", "deterministic", "device", "versions")}
     new.parent = plain({"of": rec.path.name, "at": at, "checkpoint": digest((source/"manifest.json").read_bytes()), "step": state["done"], "changed": sorted(k for k in changed), **kept})
-    new.folder = Path(out) if out else rec.path.parent/f"{new.m.name}-{digest(new.config())[:8]}"
+    new.folder = expanded(out) if out else rec.path.parent/f"{new.m.name}-{digest(new.config())[:8]}"
     _settle(rec, source, state, old.m, new)
     return new
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, check_args, check_finite, digest, disk_error, not_finite, plain, progress, read_json, rng
+from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, plain, progress, read_json, rng
 from .evaluate import column_scores, forget, score_line
 from .live import attended, gentle, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
@@ -103,7 +103,8 @@ class Run(Spec):
         for t, role in self.data.roles():
             if t.n["test"] < 1 or (role == "stream" and t.n["train"] < 1): raise CitError(f"task {t.name!r} of stream {self.stream!r} has no examples ({t.n['train']} train, {t.n['test']} test); at least one of each is needed")
         self.plan = fresh(self.m).plan(self.data)
-        self.folder = Path(self.out or f"runs/{self.m.name}-{digest(self.config())[:8]}")
+        self.cwd, self.names = here(), {} # Names that the configuration keeps, where others are used to find what they name
+        self.folder = expanded(self.out or f"runs/{self.m.name}-{digest(self.config())[:8]}")
     def _made(self, cls, what:str): return cls(**check_args(cls, getattr(self, what), what))
     def _check(self):
         "Ranges; raises `CitError` naming the field."
@@ -120,7 +121,7 @@ class Run(Spec):
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
     def config(self) -> dict:
         "Everything that determines the result, by name."
-        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
+        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")} | self.names
         watch = {"watch": asdict(self.watching)} if self.watching.every else {}
         return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
@@ -512,7 +513,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
-    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "cwd": self.cwd, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
