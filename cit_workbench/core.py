@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CitError', 'leaves', 'one_of', 'not_finite', 'check_finite', 'check_args', 'plain', 'canonical', 'digest', 'seed_of',
-           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'expanded', 'here', 'placed', 'assets',
-           'cache_dir', 'progress', 'locked', 'shared', 'Ended', 'end', 'hung_up', 'heeding']
+           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress',
+           'expanded', 'here', 'placed', 'locked', 'shared', 'Ended', 'hung_up', 'end', 'heeding']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
 import difflib, errno, fcntl, hashlib, json, os, re, signal, sys, tempfile, termios, threading
@@ -170,6 +170,19 @@ def append_jsonl(path, # A .jsonl file
         with open(path, "ab") as f: f.write(canonical(row).encode() + b"\n")
     except OSError as e: raise disk_error(path, e) from e
 
+# %% ../nbs/00_core.ipynb #e30e2cf1
+def assets(*parts) -> Path:
+    "A path below the package's `assets` folder."
+    return Path(find_spec("cit_workbench").origin).parent.joinpath("assets", *parts)
+
+def cache_dir() -> Path:
+    "Where answers already given are kept: `$CIT_CACHE`, else `~/.cache/cit_workbench`; may be deleted at any time."
+    return expanded(os.environ.get("CIT_CACHE") or "~/.cache/cit_workbench")
+
+def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
+    "A progress bar that shows itself only for work longer than a second."
+    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)
+
 # %% ../nbs/00_core.ipynb #2865a00f
 def expanded(path) -> Path: # As a person writes it
     "A path with `~` as the home folder; raises `CitError` for a user without one."
@@ -196,19 +209,6 @@ def placed(fields:dict, # Of a run: stream, stream_args, backbone
         found["stream_args"] = {**fields["stream_args"], "images": there(images)}
     if (name := fields.get("backbone")) and not assets(name, "config.json").is_file(): found["backbone"] = there(name)
     return {**fields, **found}
-
-# %% ../nbs/00_core.ipynb #e30e2cf1
-def assets(*parts) -> Path:
-    "A path below the package's `assets` folder."
-    return Path(find_spec("cit_workbench").origin).parent.joinpath("assets", *parts)
-
-def cache_dir() -> Path:
-    "Where answers already given are kept: `$CIT_CACHE`, else `~/.cache/cit_workbench`; may be deleted at any time."
-    return expanded(os.environ.get("CIT_CACHE") or "~/.cache/cit_workbench")
-
-def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
-    "A progress bar that shows itself only for work longer than a second."
-    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)
 
 # %% ../nbs/00_core.ipynb #912339cb
 def locked(fd:int, # Of an open file or folder
@@ -253,12 +253,6 @@ class Ended(SystemExit):
         if not self.told: print(f"cit: {self}", file=sys.stderr, flush=True)
         self.told = True
 
-def end(number:int, frame):
-    "The handler of a program that has nothing to finish."
-    hung_up(number)
-    raise Ended(number)
-
-# %% ../nbs/00_core.ipynb #eb9d2f8f
 def hung_up(number:int): # Of the signal
     "After SIGHUP nothing can be written to the terminal that went: its place takes /dev/null."
     if number != signal.SIGHUP: return
@@ -267,6 +261,12 @@ def hung_up(number:int): # Of the signal
         except termios.error as e:
             if e.args[0] == errno.EIO: os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
+def end(number:int, frame):
+    "The handler of a program that has nothing to finish."
+    hung_up(number)
+    raise Ended(number)
+
+# %% ../nbs/00_core.ipynb #eb9d2f8f
 def _kernel() -> bool:
     "Does this process serve a notebook?"
     app = sys.modules.get("ipykernel.kernelapp")

@@ -205,7 +205,7 @@ def test_a_failure_is_each_sweeps_own(toy):
     toy([10, 2], wait=2)
     sweeps = [start() for _ in range(2)]
     said = [p.communicate(timeout=300)[0] for p in sweeps]
-    assert [p.returncode for p in sweeps] == [1, 1] and all("lam is too large" in s for s in said)
+    assert [p.returncode for p in sweeps] == [1, 1] and all("lam is too large" in s for s in said), said
     assert ran() == [2, 10, 10]
 
 

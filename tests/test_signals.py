@@ -22,6 +22,8 @@ from cit_workbench.train import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import sys; from cit_workbench import main; sys.exit(main())"
+USUAL = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+         "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGTERM, signal.SIG_DFL); ")  # whoever runs the tests
 SMALL = ["--stream-args", f"tasks={TASKS[:2]}", "n_train=64", "n_val=2", "n_test=4", "--optim", "steps=24", "batch=8",
          "--compute", "threads=1"]
 
@@ -35,7 +37,7 @@ def cit(*words, **kw):
     "The program in a process of its own."
     kw = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **kw}
     env = environment(**kw.pop("env", {}))
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *words], env=env, **kw)
+    return subprocess.Popen([sys.executable, "-c", USUAL + PROGRAM, *words], env=env, **kw)
 
 
 def steps(folder):
@@ -105,7 +107,7 @@ def test_before_the_first_step_it_ends_at_once(tmp_path):
     assert err.splitlines()[-1] == "cit: ended by SIGTERM; the same command goes on from what is recorded"
 
 
-SLOW = """
+SLOW = USUAL + """
 import sys, time
 from cit_workbench.train import Run
 step = Run.one_step
@@ -149,23 +151,23 @@ def test_a_terminal_that_goes_takes_nothing_along(tmp_path):
     here, there = pty.openpty()
     out, env = tmp_path/"run", environment()
     env.pop("CIT_QUIET", None)
-    code = "import os, fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); " + PROGRAM
+    code = USUAL + "import os, fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); " + PROGRAM
     p = subprocess.Popen([sys.executable, "-c", code, "run", *SMALL, "--out", str(out)], stdin=there, stdout=there,
                          stderr=there, env=env)
     os.close(there)
-    reader = threading.Thread(target=lambda: drain(here), daemon=True)
-    reader.start()
-    soon(lambda: steps(out) >= 2)
+    os.set_blocking(here, False)
+    soon(lambda: drain(here) and steps(out) >= 1)
     os.close(here)
     assert p.wait(120) == 129
     assert json.loads((checkpoints(out/"checkpoints")[-1]/"state.json").read_text())["stage"] == "steps"
 
 
-def drain(fd):
-    "Read what a terminal shows until it is closed."
+def drain(fd) -> bool:
+    "Read what a terminal shows so far."
     try:
         while os.read(fd, 4096): pass
-    except OSError: return
+    except BlockingIOError: pass
+    return True
 
 
 def test_what_others_decided_stays(tmp_path):
@@ -200,7 +202,7 @@ def test_handlers_are_put_back_and_threads_leave_them_alone():
 
 def test_a_script_ends_with_the_code_of_the_signal(tmp_path):
     "Without the program `cit`, `train()` says the sentence itself."
-    code = ("from cit_workbench import Run; Run('finetune', stream_args={'n_train': 64, 'n_val': 2, 'n_test': 2}, "
+    code = (USUAL + "from cit_workbench import Run; Run('finetune', stream_args={'n_train': 64, 'n_val': 2, 'n_test': 2}, "
             f"optim={{'steps': 500, 'batch': 8}}, out={str(tmp_path/'run')!r}).train()")
     p = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.PIPE, text=True)
     soon(lambda: steps(tmp_path/"run") >= 1)
@@ -216,7 +218,7 @@ def test_a_script_ends_with_the_code_of_the_signal(tmp_path):
 def test_an_interrupt_is_one_sentence_from_the_first_line_on(tmp_path, k):
     "From when the program begins (Python itself takes longer) until it trains."
     r, w = os.pipe()
-    code = f"import os; os.write({w}, b'x'); " + PROGRAM
+    code = USUAL + f"import os; os.write({w}, b'x'); " + PROGRAM
     p = subprocess.Popen([sys.executable, "-c", code, "run", *SMALL, "--out", str(tmp_path/"run")], env=environment(),
                          pass_fds=[w], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     os.close(w)
