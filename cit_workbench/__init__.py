@@ -15,3 +15,25 @@ def __getattr__(name):
 
 
 def __dir__(): return sorted({*globals(), *_home})
+
+
+def main():
+    "The program `cit`: from its first line on an interrupt is one sentence, and text is UTF-8 whatever the locale."
+    import os
+    import signal
+    import sys
+
+    def interrupted(*args):
+        os.write(2, b"cit: interrupted; the same command goes on from what is recorded\n")
+        os._exit(130)
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded: signal.signal(signal.SIGINT, interrupted)
+    if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", "ascii:replace")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from .cli import main as command_line
+    try:
+        if heeded: signal.signal(signal.SIGINT, signal.default_int_handler)
+        command_line()
+    except KeyboardInterrupt: interrupted()

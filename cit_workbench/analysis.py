@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .core import CitError, digest, one_of, read_json, write_atomic
+from .core import CitError, digest, expanded, one_of, read_json, write_atomic
 from .record import Record, _labels, _last, find_runs
 
 # %% ../nbs/10_analysis.ipynb #28ec0d10
@@ -605,7 +605,7 @@ def figures(src="runs", # Run folders, packed runs, Records, or folders of those
     "Write the pictures of all finished runs as files that are the same every time."
     from cit_workbench.spectra import read_collected
     runs = [r for r in find_runs(src) if r.config.get("stream") != "shapes-tune"] # trials are no results
-    folders = [Path(p) for p in (src if isinstance(src, (list, tuple)) else [src]) if isinstance(p, (str, Path))]
+    folders = [expanded(p) for p in (src if isinstance(src, (list, tuple)) else [src]) if isinstance(p, (str, Path))]
     collected = [read_collected(p) for f in folders for p in sorted(f.rglob("*.npz"))]
     kinds = ("compare", "curves", "costs", "one-task", "matrices", "likeness", "spectra", "report")
     for name in only: one_of("picture", name, kinds)
@@ -620,5 +620,5 @@ def figures(src="runs", # Run folders, packed runs, Records, or folders of those
         for name, draw in pictures.items():
             if only and name not in only and name.split("-")[0] not in only: continue
             picture = draw()
-            paths += [write_atomic(Path(out)/f"{prefix}-{name}.{f}", picture.data(f)) for f in formats]
+            paths += [write_atomic(expanded(out)/f"{prefix}-{name}.{f}", picture.data(f)) for f in formats]
     return paths

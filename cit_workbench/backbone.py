@@ -170,7 +170,7 @@ def _where(name:str) -> str:
     p = Path(name).expanduser()
     if p.is_dir():
         if not (p/"config.json").is_file(): raise CitError(f"backbone folder {p} has no config.json; a LLaVA checkpoint in the Hugging Face format is needed")
-        return str(p)
+        return str(p.absolute())
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         try: return snapshot_download(name, local_files_only=True)
         except (OSError, ValueError): raise CitError(f"backbone {name!r} is neither a folder nor in the local cache; nothing is fetched here: download it first, or name a folder") from None

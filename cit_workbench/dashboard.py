@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .compare_view import Compare
-from .core import CitError, cache_dir
+from .core import CitError, cache_dir, expanded
 from .forgetting_view import Forgetting
 from .launcher import Form, method_classes, run_fields
 from .live import branch, places
@@ -105,7 +105,7 @@ class Workbench(View):
     def __init__(self, where="runs", # Folder of runs; made when it is missing
                  dark:bool|None=None,
                  classes=method_classes): # () -> {name: class}: the methods that are offered beside the notebook's own
-        self.where, self.rec, self.views, self.live, self.was = Path(where), None, {}, {}, ""
+        self.where, self.rec, self.views, self.live, self.was = expanded(where), None, {}, {}, ""
         self.where.mkdir(parents=True, exist_ok=True); self.listing, self.compared = False, None
         self.classes, self.form, self.branch, self.asked = classes, Form(), Form(True), Ask(self)
         self._controls()

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .behaviour import COLUMNS, VERSIONS, admitted, raised, scorers_said
-from .core import CitError, append_jsonl, canonical, digest, leaves, one_of, plain, read_json, write_atomic
+from .core import CitError, append_jsonl, canonical, digest, expanded, leaves, one_of, plain, read_json, write_atomic
 from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
                                    order_means, paired, t_interval, tost)
@@ -138,7 +138,7 @@ def _as_now(run:dict, # run.json
 class Record:
     "A run, read from its folder or from one packed file; follows a run that is still being written."
     def __init__(self, path): # Run folder, or a file made by `pack`
-        self.path = Path(path)
+        self.path = expanded(path)
         self.packed = self.path.is_file()
         if not self.packed and not any((self.path/f).is_file() for f in ("run.json", "asked.json")):
             raise CitError(f"{self.path} is not a run: neither a packed .jsonl file nor a folder with run.json")
@@ -457,7 +457,7 @@ def find_runs(where="runs", # Folder, packed file, run folder, Record, or a list
     "Every run and packed run below `where`."
     if isinstance(where, Record): return [where]
     if isinstance(where, (list, tuple)): return [r for w in where for r in find_runs(w)]
-    where = Path(where)
+    where = expanded(where)
     if not where.exists(): raise CitError(f"no runs at {where}: the folder does not exist")
     if where.is_file() or (where/"run.json").is_file(): return [Record(where)]
     inside = [p for p in sorted(where.iterdir()) if p.is_dir() or (p.suffix == ".jsonl" and _is_packed(p))]

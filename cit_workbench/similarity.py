@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from .core import CitError, progress, read_json, rng, write_atomic
+from .core import CitError, expanded, progress, read_json, rng, write_atomic
 
 # %% ../nbs/10a_similarity.ipynb #38c615e7
 def cosine(A:np.ndarray, # [n, d]
@@ -211,7 +211,7 @@ def pairwise(stream:str, # A stream whose arguments include `tasks`
     from cit_workbench.live import take_over
     from cit_workbench.stream import get_stream
     from cit_workbench.train import Run, alone
-    folder, args = Path(folder), stream_args or {}
+    folder, args = expanded(folder), stream_args or {}
     tasks = tasks or [t.name for t in get_stream(stream, **args)]
     if len({*tasks}) < max(2, len(tasks)): raise CitError(f"tasks is {tasks}; allowed: two or more different names")
     def make(out, i=tasks[0], j=tasks[1], **optim): return Run(**{**fields, "stream": stream, "stream_args": {**args, "tasks": [i, j]}, "optim": {**fields.get("optim", {}), **optim}, "out": str(out)})

@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from .core import CitError, one_of
+from .core import CitError, expanded, one_of
 from .record import Record, find_runs
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, read_collected
@@ -37,7 +37,7 @@ def clustered(S:np.ndarray, # Similarity [T, T]
 def collected_for(rec:Record, folders) -> list: # Paths of .npz files
     "The files that `collect` wrote for a run's start model and stream, those with most arrays first."
     out, want = [], (rec.config.get("backbone"), rec.config.get("stream"))
-    for p in [p for f in folders if Path(f).is_dir() for p in sorted(Path(f).glob("*.npz"))]:
+    for p in [p for f in map(expanded, folders) if f.is_dir() for p in sorted(f.glob("*.npz"))]:
         with np.load(p, allow_pickle=False) as z:
             about = json.loads(z["about"].tobytes()) if "about" in z.files else {}
             same = (about.get("backbone"), about.get("stream")) == want

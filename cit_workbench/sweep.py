@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['pages_dir', 'find_page', 'code_cells', 'Source', 'page_parameters', 'check_parameters', 'trimmed', 'exports',
-           'facts_of', 'made_by', 'written', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'execute',
-           'keep', 'notes', 'status', 'changes', 'execute_all', 'expected', 'duration', 'recorded', 'Sweep', 'in_turn',
-           'sweep', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr', 'run_once']
+           'facts_of', 'made_by', 'written', 'data_digest', 'grid_points', 'read_sweep', 'Cell', 'plan', 'held',
+           'execute', 'keep', 'notes', 'status', 'changes', 'execute_held', 'execute_all', 'expected', 'duration',
+           'recorded', 'Sweep', 'in_turn', 'sweep', 'around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr',
+           'run_once']
 
 # %% ../nbs/12_sweep.ipynb #4e74916d
-import ast, copy, itertools, json, math, queue, threading, time, tomllib
+import ast, copy, fcntl, itertools, json, math, os, queue, threading, time, tomllib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from importlib.metadata import version
@@ -17,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .behaviour import admitted, as_before, behaviour, class_facts, normalised, raised
-from .core import (CitError, assets, canonical, check_args, digest, leaves, one_of, plain, progress, read_json,
-                                write_atomic)
+from .core import (CitError, assets, canonical, check_args, digest, disk_error, expanded, leaves, locked, one_of,
+                                plain, progress, read_json, shared, write_atomic)
 from .stream import get_stream, scorers_of
 from .testbed import recipe
 
@@ -36,8 +38,8 @@ def find_page(name:str, # "ewc", or a path to a notebook
     "The notebook behind a page's name."
     if not name.endswith(".ipynb"):
         return pages_dir()/f"{one_of('page', name, [p.stem for p in pages_dir().glob('*.ipynb')])}.ipynb"
-    if (near/name).is_file(): return near/name
-    raise CitError(f"page {near/name} does not exist")
+    if (page := near/expanded(name)).is_file(): return page
+    raise CitError(f"page {page} does not exist")
 
 # %% ../nbs/12_sweep.ipynb #9cdf45ee
 def code_cells(path:Path, # A notebook
@@ -179,7 +181,8 @@ def _merged(a:dict, b:dict) -> dict:
 def read_sweep(file, # A TOML file
               ) -> dict: # Its tables
     "Parse a sweep file; raises `CitError` naming what is wrong."
-    try: spec = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    file = expanded(file)
+    try: spec = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError: raise CitError(f"sweep file {file} does not exist") from None
     except ValueError as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
     for table in spec: one_of(f"table of {file}", table, ["sweep", "set", "grid"])
@@ -246,8 +249,8 @@ def plan(file, # A TOML file
 
 def _cells(spec:dict, file, out="") -> list:
     "The same of a file that was parsed."
-    near = Path(file).parent
-    folder, records = Path(out or f"runs/sweeps/{spec['sweep']['name']}").absolute(), spec["sweep"]["records"]
+    near = expanded(file).parent
+    folder, records = expanded(out or f"runs/sweeps/{spec['sweep']['name']}").absolute(), spec["sweep"]["records"]
     pages = [find_page(p, near) for p in spec["sweep"]["pages"]]
     known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
     for t in ("set", "grid"):
@@ -262,8 +265,32 @@ def _cells(spec:dict, file, out="") -> list:
             known, content = made(page, canonical(params)), data(canonical(named))
             counted = {k: v for k, v in known.items() if k != "columns"}
             key = digest(page.stem, written(params, page), counted, content)
-            cells.append(Cell(page, given, params, key, folder, varied, records=near/records if records else None, made_by=known, data=content))
+            cells.append(Cell(page, given, params, key, folder, varied, records=near/expanded(records) if records else None, made_by=known, data=content))
     return list({c.key: c for c in cells}.values())
+
+# %% ../nbs/12_sweep.ipynb #0b888715
+def _still(fd:int, path:Path) -> bool:
+    "Does the path lead to the open file, or was that removed?"
+    try: return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError: return False
+
+@contextmanager
+def held(cell:Cell): # Yields whether this process may execute it now
+    "Hold a cell that nobody else is at; the lock goes with the process that holds it."
+    from cit_workbench.live import alive
+    path = cell.out.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = shared(path)
+    except OSError as e: raise disk_error(path, e) from e
+    if fd is None:
+        yield False
+        return
+    try:
+        mine = locked(fd, fcntl.LOCK_EX) and _still(fd, path)
+        yield mine and not (cell.out.is_dir() and alive(cell.out))
+        if mine: path.unlink(missing_ok=True)
+    finally: os.close(fd)
 
 # %% ../nbs/12_sweep.ipynb #706477df
 def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
@@ -318,15 +345,33 @@ def changes(cell:Cell, # A stale one
     return []
 
 # %% ../nbs/12_sweep.ipynb #4b34529a
+def execute_held(cell:Cell) -> Cell|None: # None: somebody else is at it
+    "Execute a cell, unless it is finished by now or somebody else is at it."
+    cell.error = ""
+    with held(cell) as free:
+        if not free: return None
+        if not cell.finished: execute(cell)
+    taken = cell.error and cell.out.is_dir() and alive(cell.out) # While the page began
+    return None if taken else cell
+
 def execute_all(cells:list, # Cells to execute
                 workers:int=1, # How many at a time
+                pause:float=.5, # Seconds to wait when somebody else is at all that is left
                ):
-    "Yield cells as they finish."
-    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+    "Yield cells as they finish, here or in another process; those that somebody else is at come last."
+    todo, done, waited = queue.SimpleQueue(), queue.SimpleQueue(), set()
     for c in cells: todo.put(c)
     def work():
         try:
-            while True: done.put(execute(todo.get_nowait()))
+            while True:
+                cell = todo.get_nowait()
+                if execute_held(cell):
+                    done.put(cell)
+                    continue
+                if cell.key not in waited: print(f"{cell} is being executed by another process: it comes last", flush=True)
+                waited.add(cell.key)
+                todo.put(cell)
+                time.sleep(pause)
         except queue.Empty: return
         except BaseException as e: done.put(e)
     for _ in range(min(workers, len(cells))): threading.Thread(target=work, daemon=True).start()
@@ -408,10 +453,14 @@ def sweep(file, # A TOML file
         for c in kinds["stale"]: print(f"stale: {c} ({'; '.join(changes(c)) or 'made before there were versions'}; --force runs it again)")
     bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
     for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else _took(c)))
-    beside = [p for b in head["beside"] for p in sorted(Path(file).parent.glob(b))]
+    beside = [p for b in head["beside"] for p in sorted(expanded(file).parent.glob(b))]
     return Sweep(name, folder, cells, [] if force else kinds["stale"], beside)
 
-def _took(c): return f"{read_json(c.out.with_suffix('.json'))['seconds']:.0f} s"
+def _took(c) -> str:
+    "How long a finished cell took, as far as its note says."
+    note = c.out.with_suffix(".json")
+    seconds = read_json(note).get("seconds") if note.is_file() else None
+    return "finished elsewhere" if seconds is None else f"{seconds:.0f} s"
 
 # %% ../nbs/12_sweep.ipynb #bfed6cec
 def around(middle:float, # The default
@@ -503,7 +552,7 @@ def _trained(out, # Folder of the trials
              method, **fields): # As for `Run`; Record
     "A finished run below `out`, found again by its configuration."
     from cit_workbench.train import Run
-    return Run(method, **fields, out=str(Path(out)/Run(method, **fields).folder.name)).train()
+    return Run(method, **fields, out=str(expanded(out)/Run(method, **fields).folder.name)).train()
 
 def _probed(out, method, optim, **fields): # Record
     "The same with a probe on validation data at the end of each task."
@@ -544,7 +593,7 @@ def tune(method, # As `Run` takes it
         done.append({"point": point, "fields": given, "score": _score(rec, single),
                      "learned": _score(rec, single, own=True), "run": rec.name})
         bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
-    return _chosen(done, axes, Path(out), rec.config["method"], stream)
+    return _chosen(done, axes, expanded(out), rec.config["method"], stream)
 
 # %% ../nbs/12_sweep.ipynb #c20fff4b
 def own_lr(method, args:dict) -> float|None:
@@ -594,7 +643,7 @@ def run_once(method:str, # A method of the package
              **fields, # As for `Run`, `out` apart
             ): # Record
     "A finished run to put beside others, trained unless the same code did so before."
-    import fcntl, torch
+    import torch
     from cit_workbench.core import cache_dir
     from cit_workbench.method import versions_of
     from cit_workbench.train import Run
@@ -604,6 +653,9 @@ def run_once(method:str, # A method of the package
     made = behaviour(versions_of(run.m), scorers_of(run.data))
     key = digest(run.config(), made, data, recipe, libraries)
     run.folder = cache_dir()/"runs"/key; run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX) # who comes second waits for the record
+    lock = shared(run.folder.with_suffix(".lock"))
+    if lock is None: raise CitError(f"{run.folder.with_suffix('.lock')} belongs to another user and cannot be opened; $CIT_CACHE names another folder")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX) # Who comes second waits for the record
         return run.train()
+    finally: os.close(lock)

@@ -25,11 +25,11 @@ from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
 from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, check_args, digest, disk_error, plain, progress, read_json, rng
-from .evaluate import column_scores
-from .live import attended, hold, launch, obey, run_of, welcome
+from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, plain, progress, read_json, rng
+from .evaluate import column_scores, forget
+from .live import attended, gentle, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
-from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, versions_of
+from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, parts, versions_of
 from .record import Record, RecordWriter, differences
 from .stream import get_stream, scorers_of
 from .testbed import content, lock_of, recipe as toy
@@ -104,11 +104,13 @@ class Run(Spec):
         for t, role in self.data.roles():
             if t.n["test"] < 1 or (role == "stream" and t.n["train"] < 1): raise CitError(f"task {t.name!r} of stream {self.stream!r} has no examples ({t.n['train']} train, {t.n['test']} test); at least one of each is needed")
         self.plan = fresh(self.m).plan(self.data)
-        self.folder = Path(self.out or f"runs/{self.m.name}-{digest(self.config())[:8]}")
+        self.cwd, self.names = here(), {} # Names that the configuration keeps, where others are used to find what they name
+        self.folder = expanded(self.out or f"runs/{self.m.name}-{digest(self.config())[:8]}")
     def _made(self, cls, what:str): return cls(**check_args(cls, getattr(self, what), what))
     def _check(self):
         "Ranges; raises `CitError` naming the field."
         self.tuned_on = check_args(Tuned, self.tuned_on, "tuned_on")
+        check_finite(config_of(self.m), f"method {self.m.name!r}")
         low = {"optim": (self.opt, {"batch": 1, "accum": 1, "steps": 1, "clip": 0, "weight_decay": 0, "warmup": 0}), "tune": (self.tuning, {"r": 1, "dropout": 0}),
                "compute": (self.comp, {"threads": 1, "workers": 0, "save_every": 0}), "run": (self, {"probe_every": 1}), "watch": (self.watching, {"every": 0, "full": 0, "rows": 3})}
         for what, (o, least) in low.items():
@@ -120,7 +122,7 @@ class Run(Spec):
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
     def config(self) -> dict:
         "Everything that determines the result, by name."
-        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
+        keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")} | self.names
         watch = {"watch": asdict(self.watching)} if self.watching.every else {}
         return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
@@ -149,6 +151,48 @@ def rate(step:int, # Step within the phase
     w = max(1, round(warmup*steps))
     return (step + 1)/w if step < w else .5*(1 + math.cos(math.pi*(step - w)/max(1, steps - w)))
 
+# %% ../nbs/06_train.ipynb #9bd67af6
+Run.unread = None # Task, step and numbers of the last step, until `verify` looks at them
+
+@patch
+def what_to_lower(self:Run) -> str:
+    "What a person can change when numbers overflow."
+    strengths = [(p.name, p.strength, getattr(p, p.strength)) for p in parts(self.m) if p.strength]
+    ways = [f"lower optim lr ({self.opt.lr:g})", *(f"{field} of {name} ({value:g})" for name, field, value in strengths)]
+    if not self.opt.clip: ways.append("set optim clip (0 now)")
+    if self.comp.dtype == "float16": ways.append("take another compute dtype than float16")
+    return " or ".join(ways) + ", with another `out` folder; what was recorded before is kept"
+
+@patch
+def verify(self:Run):
+    "Look at the numbers of the last step; raises `CitError` when one of them is not finite."
+    if self.unread is None: return
+    (task, step, numbers), self.unread = self.unread, None
+    for name, value in zip(("loss", "added term", "gradient norm"), numbers.tolist()):
+        if not math.isfinite(value): raise CitError(f"the {name} is {value} at step {step} of task {task!r}, so the run stops unfinished: {self.what_to_lower()}")
+
+# %% ../nbs/06_train.ipynb #0b985168
+@patch
+def move(self:Run, opt, task:str, step:int):
+    "Let the optimiser move the weights; a rate that its arithmetic cannot hold is the person's mistake."
+    try: opt.step()
+    except RuntimeError as e:
+        if "overflow" not in str(e): raise
+        raise CitError(f"the optimiser overflows at step {step} of task {task!r}, so the run stops unfinished: {self.what_to_lower()}") from e
+
+@patch
+def overflown(self:Run, net:Net, tree, # Plain values of the method's memory
+              held:dict, # {"weights": {name: tensor}, …}: what a checkpoint would hold
+             ) -> str: # Empty where all is finite
+    "Say which part of a checkpoint holds a NaN or an infinity."
+    for what, tensors in {"memory": dict(not_finite(tree, "")), **held}.items():
+        for name, t in tensors.items():
+            t = torch.as_tensor(t)
+            if not t.is_floating_point() or bool(torch.isfinite(t).all()): continue
+            return (f"{what} {name.strip('/.')!r} holds a number that is not finite in task {net.task!r}, "
+                    f"so no checkpoint is written and the run stops unfinished: {self.what_to_lower()}")
+    return ""
+
 # %% ../nbs/06_train.ipynb #0c5c6e8e
 @patch
 def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) -> dict:
@@ -158,7 +202,7 @@ def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) ->
     for i, rows in enumerate(parts):
         net.tick(task.name, phase.name, index, i)
         batches.append(net.hook(m.batch, net.rows([refs[j] for j in rows], task=[task.name]*len(rows))))
-    totals = net.token_totals(batches)
+    totals = net.token_totals(batches); self.verify()
     for i, b in enumerate(batches):
         net.tick(task.name, phase.name, index, i)
         with at(m.route(net, replace(b, totals=totals, ctx={}))) as b:
@@ -167,13 +211,17 @@ def one_step(self:Run, net:Net, opt, task, phase:Phase, index:int, refs:list) ->
             if "task_grad" in m.needs: net.split_backward(out.loss, extra, side)
             elif (total := out.loss + extra).requires_grad: total.backward()
         kept.append(out.keep); losses += torch.stack([out.loss.detach(), torch.as_tensor(extra, device=losses.device).detach()])
-    net.tick(task.name, phase.name, index); net.reduce_grads()
+    net.tick(task.name, phase.name, index)
+    seen = net.reduce_grads(losses)
     task_grad = net.take_task_grad(side) if "task_grad" in m.needs else None
     old = {n: p.detach().clone() for n, p in net.params.items()} if "old" in m.needs else None
     s = Step(batches, kept, old, task_grad, net.rng(f"{m.name} step"), opt.param_groups[0]["lr"], index)
     net.hook(m.grads, s)
     norm = torch.nn.utils.clip_grad_norm_(net.params.values(), self.opt.clip or math.inf)
-    opt.step(); net.hook(m.update, s); net.hook(m.step, s); opt.zero_grad(set_to_none=True)
+    self.unread = task.name, index, torch.stack([*seen, norm.to(seen)])
+    if losses.device.type == "cpu": self.verify()
+    self.move(opt, task.name, index)
+    net.hook(m.update, s); net.hook(m.step, s); opt.zero_grad(set_to_none=True)
     return {"loss": losses, "grad_norm": norm, "lr": s.lr}
 
 # %% ../nbs/06_train.ipynb #846fe869
@@ -189,19 +237,26 @@ def token_totals(self:Net, batches:list) -> dict:
 @patch
 def reduced(self:Net,
             gs:dict, # Gradients by name, of this process
+            also:torch.Tensor|None=None, # Further numbers [k], which become their sums in place
            ) -> dict: # Their sums; a parameter no process reached is left out
     "One all-reduce of the flattened gradients."
     if self.world == 1: return gs
-    ps = self.params.values()
-    has = self.reduce(torch.tensor([float(n in gs) for n in self.params], device=self.backbone.device))
+    ps, device = self.params.values(), self.backbone.device
+    also = torch.zeros(0, device=device) if also is None else also
+    has = self.reduce(torch.cat([torch.tensor([float(n in gs) for n in self.params], device=device), also]))
+    also.copy_(has[len(ps):])
     flat = self.reduce(torch.cat([gs.get(n, torch.zeros_like(p)).flatten() for n, p in self.params.items()]))
     return {n: g.view_as(p).to(p.dtype, copy=True) for n, p, h, g in zip(self.params, ps, has.tolist(), flat.split([p.numel() for p in ps])) if h}
 
 @patch
-def reduce_grads(self:Net):
+def reduce_grads(self:Net,
+                 losses:torch.Tensor, # [2] of this process
+                ) -> torch.Tensor: # [2], over all processes
     "Put the gradients of all processes into `p.grad`."
-    got = self.reduced({n: p.grad for n, p in self.params.items() if p.grad is not None})
+    seen = losses.clone()
+    got = self.reduced({n: p.grad for n, p in self.params.items() if p.grad is not None}, seen)
     for n, p in self.params.items(): p.grad = got.get(n)
+    return seen
 
 # %% ../nbs/06_train.ipynb #2629f5f1
 @patch
@@ -260,16 +315,17 @@ def train_phase(self:Run, net:Net, task, w, k:int, phase:Phase, state:dict, free
     if not groups: return
     opt = torch.optim.AdamW(groups, betas=(.9, .999), foreach=True)
     if "optim" in state: load_optim(opt, state.pop("optim"))
-    for s in range(state.pop("step", 0), steps):
-        for g, base in zip(opt.param_groups, groups): g["lr"] = base.setdefault("peak", base["lr"])*rate(s, steps, self.opt.warmup)
-        refs = draw(self.seed, task, self.opt.batch, s)[net.rank::net.world]
-        if self.comp.workers and not net.roomy(): net.ahead(self.pool, draw(self.seed, task, self.opt.batch, s + 1)[net.rank::net.world])
-        got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
-        if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
-        if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
-        self.watcher.step(phase.name)
-        if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
-        obey(self, net, w, phase=k, step=s + 1, optim=opt, free=free)
+    with gentle(self):
+        for s in range(state.pop("step", 0), steps):
+            for g, base in zip(opt.param_groups, groups): g["lr"] = base.setdefault("peak", base["lr"])*rate(s, steps, self.opt.warmup)
+            refs = draw(self.seed, task, self.opt.batch, s)[net.rank::net.world]
+            if self.comp.workers and not net.roomy(): net.ahead(self.pool, draw(self.seed, task, self.opt.batch, s + 1)[net.rank::net.world])
+            got = self.one_step(net, opt, task, phase, s, refs); self.done += 1; self.bar.update()
+            if s % 10 == 0 or s == steps - 1: self.log(w, net, task, phase, s, got)
+            if self.probe_every and self.done % self.probe_every == 0: self.probe(w, net, task, s)
+            self.watcher.step(phase.name)
+            if self.comp.save_every and (s + 1) % self.comp.save_every == 0 and s + 1 < steps: self.save(net, w, stage="steps", phase=k, step=s + 1, optim=opt, free=free)
+            obey(self, net, w, phase=k, step=s + 1, optim=opt, free=free)
     for n, p in net.model.named_parameters(): p.requires_grad_(n in free)
     net.refresh()
 
@@ -283,6 +339,7 @@ def steps(self:Run, task, phase:Phase) -> int:
 @patch
 def log(self:Run, w, net:Net, task, phase:Phase, s:int, got:dict):
     "A step in the record."
+    self.verify()
     loss, added = net.reduce(got["loss"].clone()).tolist()
     w.event("step", task=task.name, phase=phase.name, step=s, **{"global": self.done - 1}, loss=loss, added=added, lr=got["lr"], grad_norm=float(got["grad_norm"]), stats={k: float(v) for k, v in net.method.stats(net).items()})
     self.bar.set_postfix_str(f"{task.name} loss {loss:.3f}", refresh=False)
@@ -295,9 +352,14 @@ def shown(self:Run, net:Net) -> bool:
 @patch
 def probe(self:Run, w, net:Net, task, s:int):
     "Scores of every task seen so far on val, without touching the training."
+    self.verify()
     names = [t.name for t in self.data if t.n["val"] and (t.name in net.seen or self.plan is not self.data)]
-    got = net.ask([(n, i) for n in names for i in range(self.data.task(n).n["val"])], "val", self.shown(net))
-    w.event("probe", task=task.name, step=s, **{"global": self.done - 1}, scores={n: column_scores(self.data.task(n), [got[n, i] for i in range(self.data.task(n).n["val"])]) for n in names})
+    parts = {n: f.with_suffix(".part") for n, f in net.store_of(names, "val", self.shown(net)).items()}
+    got = net.ask([(n, i) for n in names for i in range(self.data.task(n).n["val"])], "val", self.shown(net), keep=parts)
+    scores = {n: column_scores(self.data.task(n), [got[n, i] for i in range(self.data.task(n).n["val"])]) for n in names}
+    w.event("probe", task=task.name, step=s, **{"global": self.done - 1}, scores=scores)
+    if not net.rank:
+        for part in parts.values(): forget(part)
     net.model.train()
 
 # %% ../nbs/06_train.ipynb #d990548d
@@ -464,7 +526,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
               "scorers": scored_by(scorers_of(self.data)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
-    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "cwd": self.cwd, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "behaviour": behaviour(versions_of(self.m), scorers_of(self.data)), "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
@@ -473,14 +535,16 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
 @patch
 def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, free=None):
     "Write a checkpoint: weights that are not the start's, memory, optimiser, place and length of the record."
-    spent = net.spent()
+    self.verify(); spent = net.spent()
+    tree, mem = ({}, {}) if net.rank else split_tree(net.method.mem); root = self.folder/"checkpoints"
+    held = {"weights": net.own(), "mem": mem, "optim": optim_tensors(optim) if optim else {}}
+    if said := net._agree("" if net.rank else self.overflown(net, tree, held)): raise CitError(said)
     if net.rank: return dist.barrier()
-    tree, mem = split_tree(net.method.mem); root = self.folder/"checkpoints"
     name = f"{self.t:03d}-" + {"trained": "y-trained", "end": "z-end"}.get(stage, f"{phase:02d}-{step:07d}")
     state = {"t": self.t, "stage": stage, "phase": phase, "step": step, "done": self.done, "events": w.n_events, "seen": net.seen, "observed": sorted(net.observed), "extra_forwards": spent,
              "trainable": sorted(free if free is not None else net.params), "mem": tree, "threads": torch.get_num_threads()}
     self._settle(net, adapter=stage == "end")
-    write_checkpoint(root, name, state, {"weights": net.own(), "mem": mem, "optim": optim_tensors(optim) if optim else {}})
+    write_checkpoint(root, name, state, held)
     prune(root)
     if net.world > 1: dist.barrier()
 

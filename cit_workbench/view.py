@@ -23,7 +23,7 @@ from IPython import get_ipython
 from PIL import Image
 
 from .analysis import _hues
-from .core import CitError, leaves
+from .core import CitError, leaves, placed
 from .record import Lines, Record, RecordWriter
 from .stream import get_stream
 
@@ -261,8 +261,9 @@ def nearest(frames:list, # Dicts with a step
     return min(frames, key=lambda f: abs(f["step"] - step), default=None)
 
 def stream_of(rec:Record): # A `Stream`
-    "The stream a run was made from."
-    return get_stream(rec.config["stream"], **rec.config["stream_args"])
+    "The stream a run was made from, wherever this process works."
+    fields = placed(rec.config, rec.run.get("cwd"))
+    return get_stream(fields["stream"], **fields["stream_args"])
 
 # %% ../nbs/11a_view.ipynb #3410ef28
 class View(W.VBox):

@@ -252,6 +252,7 @@ def look(self:Watcher, full:bool) -> tuple: # ({task: what a probe holds}, {task
 @patch
 def probe(self:Watcher, phase:str, full:bool):
     "One event, on the first process; what it took is no part of the time of training."
+    self.run.verify()
     tic, net = time.time(), self.net
     with traceless(net):
         stats = {k: float(v) for k, v in net.method.stats(net).items()}

@@ -1,13 +1,16 @@
 """Export the notebooks, clean them, write the table of methods and README.md; with --check, only say whether that would change anything."""
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
+from fastcore.basics import camel2snake
 
 root = Path(__file__).resolve().parents[1]
 mark = "<!-- The methods: written by `make sync`, from their classes. -->"
@@ -48,12 +51,66 @@ def name_kernel(path):
     write_nb(nb, path)
 
 
+def pages(at):
+    "The notebooks of the tree at `at`, without what JupyterLab or a run put beside them."
+    found = sorted(at.glob("nbs/**/*.ipynb"))
+    return [p for p in found if "runs" not in (parts := p.relative_to(at).parts) and not any(x.startswith(".") for x in parts)]
+
+
+def exported(nb):
+    "The sources of the cells that a notebook exports, and the module they go to (\"\" when it names none)."
+    codes = [c.source for c in nb.cells if c.cell_type == "code"]
+    module = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(codes), re.M)
+    cells = [s for s in codes if re.search(r"^#\|\s*exporti?\b", s, re.M)]
+    return cells, module[1] if module else ""
+
+
+def methods_in(cells):
+    "Names by which the classes of exported cells would be called as methods."
+    trees = [ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in s.splitlines())) for s in cells]
+    classes = [n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)]
+    return [camel2snake(c.name) for c in classes if any("Method" in ast.unparse(base) for base in c.bases)]
+
+
+def told(at, kind, sources):
+    "A sentence for each target that two notebooks share."
+    shared = {target: names for target, names in sources.items() if len(names) > 1}
+    return [f"{' and '.join(str(p.relative_to(at)) for p in names)} both write {kind} {target}: each needs its own"
+            for target, names in shared.items()]
+
+
+def collisions(at):
+    "What would make one notebook's export replace or hide another's, in sentences."
+    modules, methods, said = defaultdict(list), defaultdict(list), []
+    for path in pages(at):
+        cells, module = exported(read_nb(path))
+        if cells and not module: said.append(f"{path.relative_to(at)} exports cells, but names no module: it needs a `#| default_exp` line")
+        if not module: continue
+        modules[module.lower().replace(".", "/") + ".py"].append(path)  # some disks do not tell cases apart
+        if module.startswith("methods."):
+            for name in dict.fromkeys(methods_in(cells)): methods[name].append(path)
+    return [*said, *told(at, "module", modules), *told(at, "method", methods)], modules
+
+
+def drop_orphans(at, modules):
+    "Remove modules that were exported from notebooks which now write another one, or are gone."
+    package = at/"cit_workbench"
+    for path in sorted(package.glob("**/*.py")):
+        name = str(path.relative_to(package)).lower()
+        if path.name in ("__init__.py", "_modidx.py") or name in modules or not generated(path): continue
+        print(f"{path.relative_to(at)} goes: no notebook writes it any more")
+        path.unlink()
+
+
 def sync(at):
     "Bring the modules and README of the tree at `at` in line with its notebooks."
-    for path in at.glob("nbs/**/*.ipynb"):
-        if not {".ipynb_checkpoints", "runs"} & set(path.parts): name_kernel(path)
+    wrong, modules = collisions(at)
+    if wrong: sys.exit("Nothing was exported. " + "; ".join(wrong) + ".")
+    drop_orphans(at, modules)
+    for path in pages(at): name_kernel(path)
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # under which nbdev exports nothing
     for command in ("nbdev_export", "nbdev_clean"):
-        subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True)
+        subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True, env=env)
     list_methods(at)
     text = readme(read_nb(at/"nbs/index.ipynb"))
     (at/"README.md").write_text(text, encoding="utf-8")
