@@ -64,6 +64,7 @@ class Compute:
     four_bit: bool = False # Frozen weights in 4 bits (CUDA)
     checkpointing: bool = False # Compute activations again in the backward, to save memory
     image_mode: str|None = None # "plain" or "pad"; None: what the stream asks for
+    image_reading: str|None = None # "seen" (None means it, too): pictures upright, transparency on white; "published": EXIF ignored, alpha dropped
     workers: int = 2 # Threads that open images of the next step
     save_every: int = 0 # Steps between checkpoints inside a task, 0: at task ends only
 
@@ -117,11 +118,15 @@ class Run(Spec):
         for k in ("targets", "train"):
             try: re.compile(getattr(self.tuning, k) or "")
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
+    def computed(self) -> dict:
+        "The fields of `compute`; how pictures are read is among them only where it is not as seen, so that older runs keep their keys."
+        usual = self.comp.image_reading in (None, "seen")
+        return {k: v for k, v in asdict(self.comp).items() if k != "image_reading" or not usual}
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
         watch = {"watch": asdict(self.watching)} if self.watching.every else {}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": self.computed(), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #54786336
@@ -390,7 +395,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if self.opt.batch < self.opt.accum*world: raise CitError(f"optim: batch {self.opt.batch} is too small for {world} processes of {self.opt.accum} micro-batches each")
     there = self._as_before()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
-    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
+    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit, c.image_reading or "seen")
     self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
@@ -450,6 +455,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
+    if bb.image_reading != "seen": fields["image_reading"] = bb.image_reading
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
     return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
