@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors import SafetensorError
+from transformers.image_processing_backends import PilBackend
 
 from .adapt import Tune
 from .backbone import Out, at, get_backbone, start_hash
@@ -456,11 +457,12 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     if bb.image_reading != "seen": fields["image_reading"] = bb.image_reading
+    if not isinstance(bb.image_processor, PilBackend): fields["image_processor"] = type(bb.image_processor).__name__
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
     return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
-                  "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
+                  "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "image_processor": type(bb.image_processor).__name__, "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "pillow", "cit_workbench")}})
 
 # %% ../nbs/06_train.ipynb #19264f45
 @patch

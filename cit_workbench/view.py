@@ -11,7 +11,6 @@ __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounde
 import base64, html, io, threading, time
 from collections import defaultdict
 from copy import deepcopy
-from pathlib import Path
 
 import anywidget
 import ipywidgets as W
