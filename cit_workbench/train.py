@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from transformers.image_processing_backends import PilBackend
 
-from .adapt import Tune
+from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, digest, disk_error, plain, progress, read_json, rng
@@ -366,12 +366,17 @@ def _train(self:Run) -> Record:
 def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the stream is meant for
           ) -> tuple: # (optim, tuning)
     "Fill in what was left open: the testbed's recipe for the tiny starts, or the usual one for large models."
-    text = backbone.lm.config
-    tiny = text.hidden_size <= 512
+    tiny = backbone.lm.config.hidden_size <= 512
     o = toy["optim"] if tiny else {"lr": 2e-4, "steps": None}
-    most = toy["tune"]["targets"] if tiny and text.num_hidden_layers > 1 else tuning.layers
+    targets = tuning.targets or (tiny and _but_first(backbone.model)) or every_linear(backbone.model)
     return (replace(optim, lr=o["lr"] if optim.lr is None else optim.lr, steps=optim.steps or steps or o["steps"]),
-            replace(tuning, targets=tuning.targets or most))
+            replace(tuning, targets=targets))
+
+def _but_first(model) -> str|None: # Full-match regex
+    "The testbed's expression, where it names all linear layers of a language model but those of the first block."
+    later = [n for n in block_linears(model) if not re.search(r"\.layers\.0\.", n)]
+    named = toy["tune"]["targets"]
+    return named if later and all(re.fullmatch(named, n) for n in later) else None
 
 # %% ../nbs/06_train.ipynb #d721e209
 @patch
@@ -435,10 +440,19 @@ def _warn_of_change(folder, there:dict, now:dict):
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
     net.tick("start", "wrap")
+    left = [] if self._made(Tune, "tune").targets else left_out(net.model)
     if overrides(net.method, "wrap"): net.method.wrap(net).free(self.tuning.train)
     else: net.lora()
     if self.tuning.train and all(p.train is not None for p in net.method.phases(self.plan.tasks[0])):
         raise CitError(f"tune: field 'train' is {self.tuning.train!r}, but {net.method.name} names itself what each of its phases trains; leave the field out")
+    if net.rank == 0: _warn_of_left_out(net, left)
+
+def _warn_of_left_out(net:Net, left:list):
+    "Say what the run does not train or store as one might think."
+    inside = [n for n in net.own() if "language_model.layers." in n]
+    if left and inside: warnings.warn(f"LoRA leaves weights in the language model's blocks as they are, since they are no linear layers: {', '.join(left)}; `tune train=` can name them")
+    if net.peft is not None and (odd := net.unsaved()):
+        warnings.warn(f"no adapter is written at the tasks' ends: peft has no place for {odd[0]}, which is trained, too; the run's checkpoints hold everything")
 
 # %% ../nbs/06_train.ipynb #a6ecd53d
 def git_state() -> dict:
@@ -480,12 +494,26 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
     if net.world > 1: dist.barrier()
 
 @patch
+def unsaved(self:Net) -> list: # Names
+    "Trained parameters that are neither LoRA's nor whole parameters of the start model, so that an adapter cannot hold them."
+    return [n for n in self.own() if ".lora_" not in n and n not in self.names]
+
+@patch
+def _adapter(self:Run, net:Net, at:Path):
+    "What the task ended with, as an adapter for peft; the folder is whole or absent."
+    tmp = at.with_name(f".tmp-{at.name}")
+    beside = [p for n, p in net.own().items() if ".lora_" not in n]
+    save_adapter(net.peft, tmp, beside, net.task, str(net.backbone.dtype).removeprefix("torch."))
+    sync(*tmp.iterdir())
+    rename(tmp, at)
+
+@patch
 def _settle(self:Run, net:Net, adapter:bool):
     "The record reaches the disk before a checkpoint that counts on it."
-    at, answers = self.folder/"adapters"/net.task if adapter and net.peft is not None else None, self.folder/"answers"
+    whole = adapter and net.peft is not None and not net.unsaved()
+    at, answers = self.folder/"adapters"/net.task if whole else None, self.folder/"answers"
     try:
-        if at: net.peft.save_pretrained(tmp := at.with_name(f".tmp-{at.name}")); sync(*tmp.iterdir())
-        if at: rename(tmp, at)
+        if at: self._adapter(net, at)
         sync(self.folder/"events.jsonl", answers/str(self.t - 1), answers, self.folder)
     except (OSError, SafetensorError) as e: raise disk_error(at or self.folder, e) from e
 
