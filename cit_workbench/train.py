@@ -437,6 +437,11 @@ def _warn_of_change(folder, there:dict, now:dict):
 
 # %% ../nbs/06_train.ipynb #9aea132f
 @patch
+def unsaved(self:Net) -> list: # Names
+    "Trained parameters that are neither LoRA's nor whole parameters of the start model, so that an adapter cannot hold them."
+    return [n for n in self.own() if ".lora_" not in n and n not in self.names]
+
+@patch
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
     net.tick("start", "wrap")
@@ -492,11 +497,6 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
     write_checkpoint(root, name, state, {"weights": net.own(), "mem": mem, "optim": optim_tensors(optim) if optim else {}})
     prune(root)
     if net.world > 1: dist.barrier()
-
-@patch
-def unsaved(self:Net) -> list: # Names
-    "Trained parameters that are neither LoRA's nor whole parameters of the start model, so that an adapter cannot hold them."
-    return [n for n in self.own() if ".lora_" not in n and n not in self.names]
 
 @patch
 def _adapter(self:Run, net:Net, at:Path):
