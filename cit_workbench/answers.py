@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import CitError
+from .pictures import reading_of
 from .record import Record
 from .view import choice, grid, picture, stream_of
 
@@ -127,12 +128,20 @@ def _heads(self:Samples, cols:list) -> list: # HTML
     return [f"after {html.escape(self.recs[k].rows[t])}{of(k)}" for k, t, _ in cols]
 
 @patch
+def _shown(self:Samples, i:int) -> str: # HTML
+    "The picture of a question, or why there is none to be seen."
+    try: stream = self.stream
+    except CitError: return "<i>the stream is not here</i>"
+    reading = reading_of(self.recs[0].config)
+    try: return picture(stream.task(self.task.value).example("test", i).image, reading=reading)
+    except CitError as e: return f"<i>{html.escape(str(e))}</i>"
+
+@patch
 def _sample(self:Samples, i:int, # Question number
             cols:list) -> list: # HTML
     "A line of the table; columns are aligned by question."
     first = cols[0][2][i]
-    try: image = picture(self.stream.task(self.task.value).example("test", i).image)
-    except CitError: image = "<i>the stream is not here</i>"
+    image = self._shown(i)
     same = [next((a for a in answers if a["question_id"] == first["question_id"]), None) for *_, answers in cols]
     ask = html.escape(first["prompt"]).replace("\n", "<br>")
     target = html.escape(str(first["metadata"]["answer"]))

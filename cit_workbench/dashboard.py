@@ -6,20 +6,20 @@
 __all__ = ['Ask', 'runs_in', 'Workbench', 'Compare', 'Forgetting', 'Similarity', 'Spectra']
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
-import html, io, json
+import html, json
 from functools import partial
 from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
 
 from .compare_view import Compare
 from .core import CitError, cache_dir, expanded
 from .forgetting_view import Forgetting
 from .launcher import Form, method_classes, run_fields
 from .live import branch, places
+from .pictures import load_image, reading_of
 from .record import Record
 from .similarity_view import Similarity, collected_for
 from .spectra_view import Spectra
@@ -60,7 +60,7 @@ def show(self:Ask):
     if self.stream is None or self.task.value is None: return
     t = self.stream.task(self.task.value)
     ex = t.example("val", self.index.value % max(1, t.n["val"]))
-    self.image, self.text.value, self.picture.value = ex.image, ex.question, picture(ex.image, 140)
+    self.image, self.text.value, self.picture.value = ex.image, ex.question, picture(ex.image, 140, reading_of(self.rec.config))
     self.target.value, self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>', ""
 
 # %% ../nbs/11_dashboard.ipynb #e1489201
@@ -69,9 +69,10 @@ def uploaded(self:Ask):
     "An image of one's own, which has no target."
     if not self.upload.value: return
     file = self.upload.value[0]
-    try: im = Image.open(io.BytesIO(file["content"])).convert("RGB")
-    except OSError: raise CitError(f"{file['name']} is no image that can be read; allowed: PNG, JPEG, …") from None
-    self.image, self.target.value, self.answer.value = np.asarray(im), "", ""; self.picture.value = picture(self.image, 140)
+    reading = reading_of(self.rec.config) if self.rec else "seen"
+    self.image = np.asarray(load_image(bytes(file["content"]), reading, file["name"]))
+    self.target.value, self.answer.value = "", ""
+    self.picture.value = picture(self.image, 140)
     self.bench.say("")
 
 # %% ../nbs/11_dashboard.ipynb #3e5e58c1

@@ -60,6 +60,7 @@ def state_key(self:Net) -> str:
     tree, tensors = split_tree(self.method.mem)
     bb, m = self.backbone, self.method
     start = (bb.hash, bb.image_mode, str(bb.dtype), str(bb.device), torch.get_num_threads(), answered_by(m))
+    if bb.image_reading != "seen": start = (*start, bb.image_reading)
     if not own and not overrides(m, "route"): return digest(start)
     return digest(start, m.name, config_of(m), code_of(m), asdict(self.tuning), tree, *[x for n, a in own for x in (n, a)],
                   *[x for k, t in sorted(tensors.items()) for x in (k, t.float().numpy())])

@@ -16,9 +16,9 @@ import ast, builtins, codeop, dis, fcntl, inspect, io, json, linecache, os, re, 
 
 import numpy as np
 from fastcore.basics import camel2snake, patch
-from PIL import Image
 
 from .core import CitError, Ended, canonical, digest, end, expanded, heeding, here, hung_up, locked, placed, plain, read_json, shared, write_atomic
+from .pictures import load_image, reading_of
 from .record import Record, _file
 
 # %% ../nbs/06c_live.ipynb #acf965b5
@@ -569,13 +569,11 @@ def run_of(folder): # -> Run
     return made(asked, cwd, out=out)
 
 # %% ../nbs/06c_live.ipynb #62d7afde
-def _array(image) -> np.ndarray|None: # [H, W, 3] uint8
-    "An image as an array."
-    if image is None: return None
-    if isinstance(image, (str, Path)) and not Path(image).is_file(): raise CitError(f"image {image} does not exist")
-    try: im = image if isinstance(image, Image.Image) else Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-    except (OSError, TypeError, ValueError) as e: raise CitError(f"image cannot be read: {e}; allowed: an array [H, W, 3] of uint8, a PIL image, a path, None") from None
-    return np.asarray(im.convert("RGB"))
+def _array(image, # As `ask` takes it
+           reading:str="seen", # How the run reads its pictures
+          ) -> np.ndarray|None: # [H, W, 3] uint8
+    "An image as an array; raises `CitError` as `load_image` does."
+    return None if image is None else np.asarray(load_image(image, reading))
 
 # %% ../nbs/06c_live.ipynb #b789220a
 @patch
@@ -586,7 +584,7 @@ def ask(self:Record,
         here:bool=False, # Answer from the last checkpoint, in this process
        ) -> Reply:
     "Ask the model that is being trained; raises `CitError` when nobody answers."
-    image = _array(image)
+    image = _array(image, reading_of(self.config))
     if here: return _from_checkpoint(self.path, image, text)
     how = "`ask(image, text, here=True)` answers from its last checkpoint, in this process"
     if (now := self.state()) not in _living: raise CitError(f"{self.path} is {now} and nobody trains it: {how}")
@@ -610,7 +608,7 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
     run, threads = run_of(folder), torch.get_num_threads()
     try:
         run._as_before()
-        bb = get_backbone(run.backbone, run.comp.device, run.comp.dtype, run.comp.image_mode or run.data.image_mode, run.comp.four_bit)
+        bb = get_backbone(run.backbone, run.comp.device, run.comp.dtype, run.comp.image_mode or run.data.image_mode, run.comp.four_bit, run.comp.image_reading or "seen")
         run.opt, run.tuning = recipe(run.opt, run.tuning, bb, run.data.steps)
         net = Net(bb, run.data, fresh(run.m), run.seed, plan=run.plan, tuning=run.tuning)
         if not (state := run.load(net, _Quiet())): raise CitError(f"{folder} holds no checkpoint yet: there is nobody to ask")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModel, AutoTokenizer
 
-from .adapt import FusedLora, Tune, add_lora
+from .adapt import FusedLora, Tune, add_lora, in_tower, no_gradient
 from .backbone import Backbone, Batch, Out, at
 from .behaviour import as_before
 from .core import CitError, check_args, digest, one_of, rng, seed_of
@@ -259,6 +259,7 @@ class Net:
         self.plan, self.tuning = plan or stream, tuning
         self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
         self.start = {id(p) for p in self.model.parameters()}
+        self.names = {n for n, _ in self.model.named_parameters()} # Of the start model, as it was found
         self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False
         self.inside = False
         self.observed, self.extra_forwards, self.peft, self._feats, self._drawn, self._ready = set(), 0, None, {}, {}, {}
@@ -298,6 +299,8 @@ def free(self:Net,
     if train:
         hit = [p for n, p in self.model.named_parameters() if (id(p) in self.start or p.requires_grad) and re.fullmatch(train, n)]
         if not hit: raise CitError(f"tune: train {train!r} matches no parameter of the start model; names look like 'model.multi_modal_projector.linear_1.weight'")
+        if frozen := [n for n, p in self.model.named_parameters() if in_tower(n) and re.fullmatch(train, n)]:
+            raise CitError(f"tune: train {train!r} {no_gradient(frozen)}")
         if not all(p.is_floating_point() for p in hit): raise CitError(f"tune: train {train!r} names weights that are held in 4 bits, which cannot be trained")
         self.backbone.mixed = self.backbone.dtype != torch.float32
         for p in hit: p.data = p.data.float(); p.requires_grad_(True)

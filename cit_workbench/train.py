@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from safetensors import SafetensorError
+from transformers.image_processing_backends import PilBackend
 
-from .adapt import Tune
+from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Out, at, get_backbone, start_hash
 from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
@@ -65,6 +66,7 @@ class Compute:
     four_bit: bool = False # Frozen weights in 4 bits (CUDA)
     checkpointing: bool = False # Compute activations again in the backward, to save memory
     image_mode: str|None = None # "plain" or "pad"; None: what the stream asks for
+    image_reading: str|None = None # "seen" (None means it, too): pictures upright, transparency on white; "published": EXIF ignored, alpha dropped
     workers: int = 2 # Threads that open images of the next step
     save_every: int = 0 # Steps between checkpoints inside a task, 0: at task ends only
 
@@ -120,11 +122,15 @@ class Run(Spec):
         for k in ("targets", "train"):
             try: re.compile(getattr(self.tuning, k) or "")
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
+    def computed(self) -> dict:
+        "The fields of `compute`; how pictures are read is among them only where it is not as seen, so that older runs keep their keys."
+        usual = self.comp.image_reading in (None, "seen")
+        return {k: v for k, v in asdict(self.comp).items() if k != "image_reading" or not usual}
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")} | self.names
         watch = {"watch": asdict(self.watching)} if self.watching.every else {}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": self.computed(), **watch})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #54786336
@@ -435,12 +441,17 @@ def _train(self:Run) -> Record:
 def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the stream is meant for
           ) -> tuple: # (optim, tuning)
     "Fill in what was left open: the testbed's recipe for the tiny starts, or the usual one for large models."
-    text = backbone.lm.config
-    tiny = text.hidden_size <= 512
+    tiny = backbone.lm.config.hidden_size <= 512
     o = toy["optim"] if tiny else {"lr": 2e-4, "steps": None}
-    most = toy["tune"]["targets"] if tiny and text.num_hidden_layers > 1 else tuning.layers
+    targets = tuning.targets or (tiny and _but_first(backbone.model)) or every_linear(backbone.model)
     return (replace(optim, lr=o["lr"] if optim.lr is None else optim.lr, steps=optim.steps or steps or o["steps"]),
-            replace(tuning, targets=tuning.targets or most))
+            replace(tuning, targets=targets))
+
+def _but_first(model) -> str|None: # Full-match regex
+    "The testbed's expression, where it names all linear layers of a language model but those of the first block."
+    later = [n for n in block_linears(model) if not re.search(r"\.layers\.0\.", n)]
+    named = toy["tune"]["targets"]
+    return named if later and all(re.fullmatch(named, n) for n in later) else None
 
 # %% ../nbs/06_train.ipynb #d721e209
 @patch
@@ -465,7 +476,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if self.opt.batch < self.opt.accum*world: raise CitError(f"optim: batch {self.opt.batch} is too small for {world} processes of {self.opt.accum} micro-batches each")
     there = self._as_before()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
-    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
+    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit, c.image_reading or "seen")
     self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
@@ -501,13 +512,27 @@ def _warn_of_change(folder, there:dict, now:dict):
 
 # %% ../nbs/06_train.ipynb #9aea132f
 @patch
+def unsaved(self:Net) -> list: # Names
+    "Trained parameters that are neither LoRA's nor whole parameters of the start model, so that an adapter cannot hold them."
+    return [n for n in self.own() if ".lora_" not in n and n not in self.names]
+
+@patch
 def insert(self:Run, net:Net):
     "The method's own modules, or plain LoRA when it inserts none."
     net.tick("start", "wrap")
+    left = [] if self._made(Tune, "tune").targets else left_out(net.model)
     if overrides(net.method, "wrap"): net.method.wrap(net).free(self.tuning.train)
     else: net.lora()
     if self.tuning.train and all(p.train is not None for p in net.method.phases(self.plan.tasks[0])):
         raise CitError(f"tune: field 'train' is {self.tuning.train!r}, but {net.method.name} names itself what each of its phases trains; leave the field out")
+    if net.rank == 0: _warn_of_left_out(net, left)
+
+def _warn_of_left_out(net:Net, left:list):
+    "Say what the run does not train or store as one might think."
+    inside = [n for n in net.own() if "language_model.layers." in n]
+    if left and inside: warnings.warn(f"LoRA leaves weights in the language model's blocks as they are, since they are no linear layers: {', '.join(left)}; `tune train=` can name them")
+    if net.peft is not None and (odd := net.unsaved()):
+        warnings.warn(f"no adapter is written at the tasks' ends: peft has no place for {odd[0]}, which is trained, too; the run's checkpoints hold everything")
 
 # %% ../nbs/06_train.ipynb #a6ecd53d
 def git_state() -> dict:
@@ -525,11 +550,13 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
               "scorers": scored_by(scorers_of(self.data)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
+    if bb.image_reading != "seen": fields["image_reading"] = bb.image_reading
+    if not isinstance(bb.image_processor, PilBackend): fields["image_processor"] = type(bb.image_processor).__name__
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
     return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "cwd": self.cwd, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "behaviour": behaviour(versions_of(self.m), scorers_of(self.data)), "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
-                  "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
+                  "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "image_processor": type(bb.image_processor).__name__, "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "pillow", "cit_workbench")}})
 
 # %% ../nbs/06_train.ipynb #19264f45
 @patch
@@ -549,12 +576,21 @@ def save(self:Run, net:Net, w, stage:str, phase:int=0, step:int=0, optim=None, f
     if net.world > 1: dist.barrier()
 
 @patch
+def _adapter(self:Run, net:Net, at:Path):
+    "What the task ended with, as an adapter for peft; the folder is whole or absent."
+    tmp = at.with_name(f".tmp-{at.name}")
+    beside = [p for n, p in net.own().items() if ".lora_" not in n]
+    save_adapter(net.peft, tmp, beside, net.task, str(net.backbone.dtype).removeprefix("torch."))
+    sync(*tmp.iterdir())
+    rename(tmp, at)
+
+@patch
 def _settle(self:Run, net:Net, adapter:bool):
     "The record reaches the disk before a checkpoint that counts on it."
-    at, answers = self.folder/"adapters"/net.task if adapter and net.peft is not None else None, self.folder/"answers"
+    whole = adapter and net.peft is not None and not net.unsaved()
+    at, answers = self.folder/"adapters"/net.task if whole else None, self.folder/"answers"
     try:
-        if at: net.peft.save_pretrained(tmp := at.with_name(f".tmp-{at.name}")); sync(*tmp.iterdir())
-        if at: rename(tmp, at)
+        if at: self._adapter(net, at)
         sync(self.folder/"events.jsonl", answers/str(self.t - 1), answers, self.folder)
     except (OSError, SafetensorError) as e: raise disk_error(at or self.folder, e) from e
 

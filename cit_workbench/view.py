@@ -11,7 +11,6 @@ __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounde
 import base64, html, io, threading, time
 from collections import defaultdict
 from copy import deepcopy
-from pathlib import Path
 
 import anywidget
 import ipywidgets as W
@@ -20,10 +19,10 @@ import plotly.graph_objects as go
 import traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
-from PIL import Image
 
 from .analysis import _hues
 from .core import CitError, leaves, placed
+from .pictures import load_image
 from .record import Lines, Record, RecordWriter
 from .stream import get_stream
 
@@ -473,11 +472,14 @@ def bands(spans:list, # (task, first, last step)
 
 # %% ../nbs/11a_view.ipynb #7931a9b3
 def picture(image, # [height, width, 3] uint8, a path, or None
-            least:int=120) -> str: # Pixels of the shorter side on the page
-    "An image as HTML, small ones enlarged without blur."
+            least:int=120, # Pixels of the shorter side on the page
+            reading:str="seen", # As the run reads its pictures
+           ) -> str:
+    "Show an image as HTML, small ones enlarged without blur; raises `CitError` as `load_image` does."
     if image is None: return ""
-    im = Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else Image.fromarray(image)
-    im.thumbnail((320, 320)); buf = io.BytesIO(); im.save(buf, "PNG", optimize=True)
+    im, buf = load_image(image, reading), io.BytesIO()
+    im.thumbnail((320, 320))
+    im.save(buf, "PNG", optimize=True)
     data, look = base64.b64encode(buf.getvalue()).decode(), "image-rendering:pixelated;border-radius:3px"
     return f'<img src="data:image/png;base64,{data}" style="width:{max(least, im.width)}px;{look}">'
 
