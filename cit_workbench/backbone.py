@@ -122,6 +122,7 @@ class Chat:
         self.processor, self.tokenizer, self.image_id, self.name = processor, processor.tokenizer, image_id, name
         self.template = processor.chat_template or self.tokenizer.chat_template
         self._usable()
+        self.begin = self._begin()
         printed = {image: self._around(image) for image in (True, False)}
         self.cut = self._trimmed(*printed[False])
         self._know("\0".join(sum(map(list, printed.values()), [])), {image_id, *ends})
@@ -139,6 +140,12 @@ def _usable(self:Chat):
     if not self.template: raise CitError(f"backbone {self.name!r} has no chat template; looked for {_files}")
     if not self.tokenizer.is_fast:
         raise CitError(f"backbone {self.name!r} has a slow tokenizer ({type(self.tokenizer).__name__}); a tokenizer.json is needed")
+
+@patch
+def _begin(self:Chat) -> list:
+    "Ids that the tokenizer puts before a text."
+    bare, full = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+    return next(full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare)
 
 @patch
 def render(self:Chat,
@@ -227,16 +234,30 @@ def check(self:Chat,
     if self.control_ids & {*ids} or found[0] not in self.decode(ids):
         raise CitError(f"{text!r} holds {found[0]!r}: a control token of backbone {self.name!r}, whose tokenizer cannot write it in ordinary tokens")
 
+# %% ../nbs/02_backbone.ipynb #4a28777c
+@patch
+def at_most(self:Chat,
+            text:str, # Of the data
+           ) -> int:
+    "Tokens that a text takes at most: one for each byte, a blank before it, an end token."
+    rule = self.plain.normalizer
+    return len((text if rule is None else rule.normalize_str(text)).encode()) + 4
+
+@patch
+def length(self:Chat,
+           answer:str, # An answer or a choice
+          ) -> int:
+    "Tokens of an answer, its end token among them."
+    return len(self.encode("?", answer, False)[1])
+
 # %% ../nbs/02_backbone.ipynb #6bdc0d4b
 @patch
 def _turn(self:Chat, head:str, ask:str, gap:str, after:str) -> Turn:
     "A turn in private characters, cut after the token that ends the answer."
-    tok, mark = self.tokenizer, lambda text: self.control.sub(lambda found: self.private[found[0]], text)
-    bare, full = tok("a", add_special_tokens=False)["input_ids"], tok("a")["input_ids"]
-    begin = next(full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare)
-    if tok.bos_token is not None and head.startswith(tok.bos_token): begin = []
+    bos, mark = self.tokenizer.bos_token, lambda text: self.control.sub(lambda found: self.private[found[0]], text)
+    begun = bos is not None and head.startswith(bos)
     ends = re.search(_private, mark(after))
-    return Turn(begin, mark(head), mark(ask), gap, mark(after)[:ends.end()] if ends else "")
+    return Turn([] if begun else self.begin, mark(head), mark(ask), gap, mark(after)[:ends.end()] if ends else "")
 
 @patch
 def _end(self:Chat, ends:list) -> int:

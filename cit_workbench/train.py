@@ -393,6 +393,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit)
     self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
+    self.check_rows(net)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
     w = RecordWriter(self.folder).open(now := self.describe(net, asked)) if rank == 0 else _Quiet()
     if rank == 0: _warn_of_change(self.folder, there, now); sweep(self.folder)
@@ -407,6 +408,26 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if c.checkpointing: bb.model.gradient_checkpointing_enable({"use_reentrant": False})
     w.time("load", time.time() - tic)
     return net, w, state
+
+# %% ../nbs/06_train.ipynb #96cc8249
+@patch
+def check_rows(self:Run, net:Net):
+    "Raise `CitError` for a row to be drawn or asked that does not fit; warn of true answers that are longer than their room."
+    probed = self.probe_every or self.watching.every
+    asked = [(t.name, split) for t, role in self.data.roles() for split in ("test", "val") if split == "test" or (probed and role == "stream")]
+    for task in self.plan.tasks: net.check_rows(task.name, "train", self.drawn(net, task))
+    for name, split in asked:
+        n = self.data.task(name).n[split]
+        net.check_rows(name, split, range(n))
+        room, cut, longest = net.room(name, split)
+        if cut: warnings.warn(f"{cut} of {n} true {split} answers of task {name!r} do not fit into its room of {room} tokens (the longest needs {longest}): a model that says them is cut; max_new_tokens of its format says how much room there is")
+
+@patch
+def drawn(self:Run, net:Net, task) -> list:
+    "Training rows of a task that the run draws, in order."
+    steps, n = max(self.steps(task, p) for p in net.method.phases(task)), task.n["train"]
+    if steps*self.opt.batch >= n: return list(range(n))
+    return sorted({i for s in range(steps) for _, i in draw(self.seed, task, self.opt.batch, s)})
 
 # %% ../nbs/06_train.ipynb #2f9aec53
 @patch
