@@ -425,7 +425,7 @@ def check_rows(self:Run, net:Net):
 @patch
 def drawn(self:Run, net:Net, task) -> list:
     "Training rows of a task that the run draws, in order."
-    steps, n = max(self.steps(task, p) for p in net.method.phases(task)), task.n["train"]
+    steps, n = max((self.steps(task, p) for p in net.method.phases(task)), default=0), task.n["train"]
     if steps*self.opt.batch >= n: return list(range(n))
     return sorted({i for s in range(steps) for _, i in draw(self.seed, task, self.opt.batch, s)})
 
