@@ -625,6 +625,17 @@ def _answer(self:Backbone, b, max_new, choices):
     spoken = lambda ids: [*takewhile(lambda i: i not in self.stops, ids)]
     return [spoken(r) for r in torch.stack(out, 1).tolist()], lls
 
+# %% ../nbs/02_backbone.ipynb #94286199
+@patch
+def options(self:Backbone,
+            example, # An `Example`
+           ) -> list: # Token ids of each choice
+    "The choices of an example, with their end token where one begins another."
+    ended = [self.texts(example, choice)[1] for choice in example.choices]
+    inside = sorted({tuple(ids[:-1]) for ids in ended})
+    nested = any(b[:len(a)] == a for a, b in zip(inside, inside[1:])) or () in inside
+    return ended if nested else [ids[:-1] for ids in ended]
+
 # %% ../nbs/02_backbone.ipynb #5f00dce0
 def _tree(choices:list) -> dict: # {beginning: its place}
     "All proper beginnings of the choices of a row, shorter ones first."

@@ -126,7 +126,7 @@ def ask(self:Net,
     with whole(self.model):
         for c in progress(chunks[self.rank::self.world], "answering"):
             b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
-            choices = [[self.backbone.texts(e, x)[1] for x in e.choices] for e in b.examples]
+            choices = [self.backbone.options(e) for e in b.examples]
             ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
             for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
     return self._gather(lines)

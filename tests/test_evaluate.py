@@ -52,15 +52,15 @@ def test_mixed_batches_answer_like_tasks_alone(net):
 
 
 def brute(net, ref):
-    "Log-likelihood of each choice and its end, one unpadded sequence at a time, by the Hugging Face model alone."
+    "Log-likelihood of each choice, one unpadded sequence at a time, by the Hugging Face model alone."
     bb, e = net.backbone, net.stream.task(ref[0]).example("test", ref[1])
     pixels, out = bb.pixels([e.image]), []
     for c in e.choices:
         prompt, answer = bb.encode(e.question, c, True)
-        ids = torch.tensor([prompt + answer])
+        ids = torch.tensor([prompt + answer[:-1]])
         with torch.no_grad(): logits = net.model(input_ids=ids, attention_mask=ids*0 + 1, pixel_values=pixels).logits
         lp = logits[0, len(prompt) - 1:-1].log_softmax(-1)
-        out.append(lp.gather(1, torch.tensor(answer)[:, None]).sum())
+        out.append(lp.gather(1, torch.tensor(answer[:-1])[:, None]).sum())
     return torch.stack(out)
 
 
@@ -68,7 +68,7 @@ def test_forced_choice_is_likelihood(net):
     "Single-token choices, several tokens, of one length and of many, in one batch."
     b = net.rows(ROWS, "test", answers=False)
     enc = net.backbone.encode
-    choices = [[enc(e.question, c, True)[1] for c in e.choices] for e in b.examples]
+    choices = [[enc(e.question, c, True)[1][:-1] for c in e.choices] for e in b.examples]
     assert len({len(t) for cs in choices for t in cs} | {1}) > 2
     _, lls = net.answer(b, 2, choices)
     lines = net.ask(ROWS, "test")
@@ -82,7 +82,7 @@ def test_forced_choice_is_likelihood(net):
 
 def test_answers_do_not_depend_on_forced_choice(net):
     b = net.rows(ROWS[:24], "test", answers=False)
-    choices = [[net.backbone.encode(e.question, c, True)[1] for c in e.choices] for e in b.examples]
+    choices = [[net.backbone.encode(e.question, c, True)[1][:-1] for c in e.choices] for e in b.examples]
     assert net.answer(b, 12)[0] == net.answer(b, 12, choices)[0]
     assert net.answer(b, 12, [[] for _ in choices])[1] == [None]*24
 

@@ -136,12 +136,12 @@ def test_layer_route_forced_choice(routed):
     "Choices continue the prefill, so they take its routes."
     bb = routed.backbone
     b = routed.rows(REFS, "test", answers=False)
-    choices = [[bb.encode(e.question, c)[1] for c in e.choices] for e in b.examples]
+    choices = [[bb.encode(e.question, c)[1][:-1] for c in e.choices] for e in b.examples]
     _, lls = routed.answer(b, 1, choices)
     for e, ll in zip(b.examples, lls):
         whole = bb.collate([replace(e, answer=c) for c in e.choices])
         with at(whole), torch.no_grad(): out = routed.forward(whole)
-        each = out.logits.log_softmax(-1).gather(1, out.labels[:, None])[:, 0]
+        each = out.logits.log_softmax(-1).gather(1, out.labels[:, None])[:, 0]*(out.labels != bb.eos)
         want = torch.zeros(len(whole)).index_add(0, out.row, each)
         torch.testing.assert_close(ll, want, rtol=1e-4, atol=1e-4)
 

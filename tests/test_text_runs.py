@@ -14,7 +14,7 @@ from cit_workbench.backbone import at
 from cit_workbench.core import CitError
 from cit_workbench.live import answer_asks, reply_of
 from cit_workbench.method import Net, get_method
-from cit_workbench.stream import Example, Format, Stream, Task, _streams
+from cit_workbench.stream import Example, Format, Stream, Task, _streams, all_streams
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,25 @@ def test_a_choice_can_win_though_another_begins_with_it(twin, pair):
     lines = net.ask([("own", 0), ("own", 1)], "test")
     assert [line["text"] for line in lines.values()] == list(pair)
     assert [line["metadata"]["content"] for line in lines.values()] == [1., 1.]
+
+
+def test_the_end_counts_in_sets_in_which_a_choice_begins_another(twin):
+    bb, e = get_backbone(str(twin)), asked(1)[0]
+    for choices in (*PAIRS, ("", "yes"), ("",), ("cat", "dog", "cat foods"), ("cat", "cat"), ("cat", "CAT")):
+        ids = [bb.encode(e.question, c, e.image is not None)[1] for c in choices]
+        bare = [i[:-1] for i in ids]
+        nested = any(a != b and b[:len(a)] == a for a in bare for b in bare) or [] in bare
+        assert bb.options(replace(e, choices=choices)) == (ids if nested else bare)
+    assert bb.options(replace(e, choices=())) == []
+
+
+def test_no_choice_of_the_embedded_streams_begins_another():
+    "So the content scores of earlier records keep their meaning."
+    bb = get_backbone()
+    for name in all_streams():
+        for task, _ in get_stream(name).roles():
+            for e in (task.example("test", i) for i in range(8)):
+                assert bb.options(e) == [bb.encode(e.question, c)[1][:-1] for c in e.choices]
 
 
 def test_scores_of_choices_are_of_their_tokens_and_the_end(twin):
