@@ -132,14 +132,14 @@ class Chat:
         self._try()
 
 # %% ../nbs/02_backbone.ipynb #04f6a04e
-_files = "chat_template.jinja, chat_template.json, or a field chat_template in processor_config.json or tokenizer_config.json"
+_files = "chat_template.jinja, chat_template.json, processor_config.json, tokenizer_config.json"
 
 @patch
 def _usable(self:Chat):
     "Is there a template, and a tokenizer that can be asked where its tokens lie?"
-    if not self.template: raise CitError(f"backbone {self.name!r} has no chat template; looked for {_files}")
-    if not self.tokenizer.is_fast:
-        raise CitError(f"backbone {self.name!r} has a slow tokenizer ({type(self.tokenizer).__name__}); a tokenizer.json is needed")
+    who, kind = f"backbone {self.name!r}", type(self.tokenizer).__name__
+    if not self.template: raise CitError(f"{who} has no chat template; looked for {_files}")
+    if not self.tokenizer.is_fast: raise CitError(f"{who} has a slow tokenizer ({kind}); a tokenizer.json is needed")
 
 @patch
 def _begin(self:Chat) -> list:
@@ -154,9 +154,11 @@ def render(self:Chat,
            image:bool=True, # Is there a picture?
           ) -> str:
     "The text of a conversation; raises `CitError` with what the template says."
-    say = lambda role, text, pictures=0: {"role": role, "content": [{"type": "image"}]*pictures + [{"type": "text", "text": text}]}
-    turns = [say("user", question, int(image))] + ([] if answer is None else [say("assistant", answer)])
-    try: return self.processor.apply_chat_template(turns, chat_template=self.template, add_generation_prompt=answer is None)
+    written = lambda text: {"type": "text", "text": text}
+    turns = [{"role": "user", "content": [{"type": "image"}]*image + [written(question)]}]
+    if answer is not None: turns.append({"role": "assistant", "content": [written(answer)]})
+    ask = {"chat_template": self.template, "add_generation_prompt": answer is None}
+    try: return self.processor.apply_chat_template(turns, **ask)
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise CitError(f"the chat template of backbone {self.name!r} cannot be used: {why}") from e
@@ -166,12 +168,14 @@ def _around(self:Chat, image:bool) -> tuple: # (before the question, before an a
     "What is printed around the trial texts."
     asked, whole = self.render(_question, None, image), self.render(_question, _answer, image)
     who = f"the chat template of backbone {self.name!r}"
-    if asked.count(_question) != 1 or whole.count(_question) != 1: raise CitError(f"{who} does not show a question once and as it is")
+    if {asked.count(_question), whole.count(_question)} != {1}:
+        raise CitError(f"{who} does not show a question once and as it is")
     if whole.count(_answer) != 1: raise CitError(f"{who} does not show an answer once and as it is")
     (head, ask), (again, rest) = asked.split(_question), whole.split(_question)
     before, after = rest.split(_answer)
     if again != head or not before.startswith(ask) or before[len(ask):].strip():
-        raise CitError(f"{who} does not end where an answer begins: a prompt ends in {ask[-40:]!r}, an answer follows {before[-40:]!r}")
+        ends = f"a prompt ends in {ask[-40:]!r}, an answer follows {before[-40:]!r}"
+        raise CitError(f"{who} does not end where an answer begins: {ends}")
     return head, ask, before[len(ask):], after
 
 @patch
@@ -184,7 +188,7 @@ def _trimmed(self:Chat, head:str, ask:str, gap:str, after:str) -> tuple: # (of a
     of_question = [f for f in ways if asked == head + f(q) + ask]
     of_answer = [f for f in ways if whole == head + _question + ask + gap + f(a) + after]
     if not of_question or not of_answer:
-        raise CitError(f"the chat template of backbone {self.name!r} changes blanks around a text in a way that is not known here")
+        raise CitError(f"the chat template of backbone {self.name!r} changes blanks around a text in its own way")
     return of_question[0], of_answer[0]
 
 # %% ../nbs/02_backbone.ipynb #bfcf7288
@@ -201,7 +205,7 @@ def _know(self:Chat, printed:str, named:set):
         rules = {k: getattr(t, k) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         self.plain.add_tokens([AddedToken(word := self.private.get(t.content, t.content), **rules)])
         if word != t.content and back.model.id_to_token(self.plain.token_to_id(word)) is not None:
-            raise CitError(f"the words of the tokenizer of backbone {self.name!r} are numbered with gaps; they cannot be used")
+            raise CitError(f"the tokenizer of backbone {self.name!r} numbers its words with gaps; it cannot be used")
         self.true_id[self.plain.token_to_id(word)] = i
     longest = sorted(self.private, key=len, reverse=True)
     self.control = re.compile("|".join(map(re.escape, longest)) or "(?!)")
@@ -232,7 +236,8 @@ def check(self:Chat,
     if not (found := self.control.search(text)): return
     ids = self.ids(text)
     if self.control_ids & {*ids} or found[0] not in self.decode(ids):
-        raise CitError(f"{text!r} holds {found[0]!r}: a control token of backbone {self.name!r}, whose tokenizer cannot write it in ordinary tokens")
+        why = f"a control token of backbone {self.name!r}, whose tokenizer cannot write it in ordinary tokens"
+        raise CitError(f"{text!r} holds {found[0]!r}: {why}")
 
 # %% ../nbs/02_backbone.ipynb #4a28777c
 @patch
@@ -254,8 +259,8 @@ def length(self:Chat,
 @patch
 def _turn(self:Chat, head:str, ask:str, gap:str, after:str) -> Turn:
     "A turn in private characters, cut after the token that ends the answer."
-    bos, mark = self.tokenizer.bos_token, lambda text: self.control.sub(lambda found: self.private[found[0]], text)
-    begun = bos is not None and head.startswith(bos)
+    mark = lambda text: self.control.sub(lambda found: self.private[found[0]], text)
+    begun = self.tokenizer.bos_token is not None and head.startswith(self.tokenizer.bos_token)
     ends = re.search(_private, mark(after))
     return Turn([] if begun else self.begin, mark(head), mark(ask), gap, mark(after)[:ends.end()] if ends else "")
 
@@ -264,7 +269,9 @@ def _end(self:Chat, ends:list) -> int:
     "The token that ends an answer."
     if said := self.turns[True].end: return self.ids(said[-1])[0]
     if self.tokenizer.eos_token_id in ends: return self.tokenizer.eos_token_id
-    if not ends: raise CitError(f"backbone {self.name!r} has no end token: neither its template nor generation_config.json, config.json or its tokenizer names one")
+    if not ends:
+        places = "its chat template, generation_config.json, config.json and its tokenizer"
+        raise CitError(f"backbone {self.name!r} has no end token; looked for one in {places}")
     return ends[0]
 
 @patch
@@ -282,7 +289,8 @@ def encode(self:Chat,
     self.check(answer)
     whole = turn.begin + self.ids(asked + turn.gap + cut[1](answer) + turn.end)
     if whole[:len(prompt)] != prompt:
-        raise CitError(f"the tokenizer of backbone {self.name!r} merges the end of the prompt with the answer {answer!r}; this chat template cannot be used")
+        who = f"the tokenizer of backbone {self.name!r}"
+        raise CitError(f"{who} merges the end of the prompt with the answer {answer!r}")
     return prompt, whole[len(prompt):] + [self.end]*(not turn.end)
 
 @patch
@@ -291,17 +299,20 @@ def _try(self:Chat):
     rows = {image: self.encode("What is it?", "yes", image) for image in (True, False)}
     shown = {image: prompt.count(self.image_id) for image, (prompt, _) in rows.items()}
     if shown != {True: 1, False: 0} or any(self.image_id in answer for _, answer in rows.values()):
-        word = self.tokenizer.convert_ids_to_tokens(self.image_id)
-        raise CitError(f"the chat template of backbone {self.name!r} shows a picture {shown[True]} times as {word!r} (id {self.image_id}, as its config.json says), and {shown[False]} times where there is none; allowed: once, and not at all")
+        token = f"{self.tokenizer.convert_ids_to_tokens(self.image_id)!r}, id {self.image_id} of config.json"
+        times = f"{shown[True]} times, and {shown[False]} times where there is none"
+        who = f"the chat template of backbone {self.name!r}"
+        raise CitError(f"{who} shows a picture ({token}) {times}; allowed: once, and not at all")
 
 # %% ../nbs/02_backbone.ipynb #4fb2e136
 def end_ids(model, # A `LlavaForConditionalGeneration`
             tokenizer, # Its tokenizer
            ) -> list:
-    "Ids at which generation stops: those of the generation config, else of the config, else the tokenizer's."
+    "Find the ids at which generation stops: in the generation config, else in the config, else in the tokenizer."
     places = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
-    said = [e for p in places if (e := getattr(p, "eos_token_id", None)) is not None]
-    return [] if not said else [said[0]] if isinstance(said[0], int) else [*said[0]]
+    named = [e for p in places if (e := getattr(p, "eos_token_id", None)) is not None]
+    if not named: return []
+    return [named[0]] if isinstance(named[0], int) else [*named[0]]
 
 class Backbone:
     "A LLaVA model with its processor; every checkpoint, embedded or 7B, takes this same path."
@@ -315,7 +326,8 @@ class Backbone:
         self.model, self.processor, self.name, self.image_mode, self.hash = model.eval().requires_grad_(False), processor, name, image_mode, hash
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.lm, self.projector, self.head = model.model.language_model, model.model.multi_modal_projector, model.lm_head
-        self.image_id, self.limit = model.config.image_token_id, getattr(self.lm.config, "max_position_embeddings", None)
+        self.image_id = model.config.image_token_id
+        self.limit = getattr(self.lm.config, "max_position_embeddings", None)
         self.chat = Chat(processor, self.image_id, end_ids(model, self.tokenizer), name)
         self.eos, self.stops = self.chat.end, self.chat.stops
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos
@@ -465,12 +477,18 @@ def check_row(self:Backbone,
               ids:list, # Its token ids
               more:int=0, # Tokens that come later: a soft prompt, room for an answer
              ):
-    "Raise `CitError` for a row with too few or too many image tokens, or one that is longer than the model's positions."
+    "Raise `CitError` for a row with too few or too many image tokens, or with more tokens than positions."
     want, got = self.n_vis*(example.image is not None), ids.count(self.image_id)
     if got != want: raise CitError(f"{example.id} holds {got} image tokens, but its pictures have {want} features")
-    if self.limit and len(ids) + more > self.limit:
-        later = f", {more} of them for a soft prompt or an answer" if more else ""
-        raise CitError(f"{example.id} needs {len(ids) + more} tokens{later}, but {self.name} was made for {self.limit} (max_position_embeddings); shorten it or leave it out")
+    self._check_length(example, len(ids) + more, more)
+
+@patch
+def _check_length(self:Backbone, example, n:int, more:int):
+    "Raise `CitError` for a row of `n` tokens, if they are too many; `more` of them are not its own."
+    if not self.limit or n <= self.limit: return
+    whose = f", {more} of them for a soft prompt or an answer" if more else ""
+    made = f"{self.name} was made for {self.limit} (max_position_embeddings)"
+    raise CitError(f"{example.id} needs {n} tokens{whose}, but {made}; shorten it or leave it out")
 
 # %% ../nbs/02_backbone.ipynb #2469a23d
 @patch
@@ -486,8 +504,9 @@ def collate(self:Backbone,
     rows = [(p + a, [-100]*len(p) + a) if answers else (p, [-100]*len(p)) for p, a in pairs]
     if feats is None and any(e.image is not None for e in examples):
         feats = self.tower(self.pixels([e.image for e in examples if e.image is not None]))
-    if (given := 0 if feats is None else len(feats)) != (shown := sum(e.image is not None for e in examples)):
-        raise CitError(f"features of {given} pictures are given for {shown} pictures, the first row is {examples[0].id}")
+    given, shown = 0 if feats is None else len(feats), sum(e.image is not None for e in examples)
+    if given != shown:
+        raise CitError(f"features of {given} pictures are given for {shown}; the first row is {examples[0].id}")
     T = max(len(r) for r, _ in rows)
     pad = (lambda r, v: r + [v]*(T - len(r))) if answers else (lambda r, v: [v]*(T - len(r)) + r)
     t = lambda rs, v: torch.tensor([pad(r, v) for r in rs], device=self.device)
@@ -545,9 +564,7 @@ def embed(self:Backbone,
     if b.feats is not None: e = e.masked_scatter((b.ids == self.image_id)[..., None], self.projector(b.feats.to(self.projector.linear_1.weight.dtype)).to(e.dtype))
     if b.prefix is None: return e, mask, labels
     (B, T), P, first = b.ids.shape, b.prefix.shape[1], mask.argmax(1, keepdim=True)
-    if self.limit and T + P > self.limit:
-        e, ids = max(zip(b.examples, b.mask.sum(1).tolist()), key=lambda row: row[1])
-        self.check_row(e, [self.image_id]*self.n_vis*(e.image is not None) + [self.pad]*(ids - self.n_vis*(e.image is not None)), P)
+    if self.limit and T + P > self.limit: self._check_length(b.examples[int(mask.sum(1).argmax())], T + P, P)
     col = torch.arange(T, device=e.device)[None]
     to = (col + P*(col > first)); soft = first + 1 + torch.arange(P, device=e.device)[None]
     def widen(x, v): return x.new_full((B, T + P), v).scatter(1, to, x)

@@ -97,10 +97,10 @@ def check_rows(self:Net,
     around = max(len(bb.encode("", "", image)[0]) for image in (True, False)) + more
     for i in rows:
         e = self.example(name, split, i)
-        marked = [t for t in (e.question, e.answer, *e.choices) if bb.chat.control.search(t)]
-        size = sum(map(bb.chat.at_most, (e.question, e.answer) if learn else (e.question,)))
-        if not marked and (not bb.limit or around + size <= bb.limit): continue
-        for said in e.choices: bb.texts(e, said)
+        said = (e.question, e.answer) if learn else (e.question,)
+        marked = any(map(bb.chat.control.search, (e.question, e.answer, *e.choices)))
+        if not marked and (not bb.limit or around + sum(map(bb.chat.at_most, said)) <= bb.limit): continue
+        for choice in e.choices: bb.texts(e, choice)
         prompt, answer = bb.texts(e, e.answer)
         bb.check_row(e, prompt + answer if learn else prompt, more)
 

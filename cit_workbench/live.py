@@ -110,7 +110,8 @@ def reply_of(net, image, text:str) -> str:
     from cit_workbench.stream import Example
     was, clock = (net.extra_forwards, {*net.observed}), net.clock
     net.model.eval()
-    asked, room = Example("ask", image, text, ""), max(t.format.max_new_tokens for t, _ in net.stream.roles())
+    asked = Example("ask", image, text, "")
+    room = max(t.format.max_new_tokens for t, _ in net.stream.roles())
     net.backbone.check_row(asked, net.backbone.texts(asked)[0], room + net.method.soft)
     batch = net.backbone.collate([asked], answers=False, split="val")
     with whole(net.model): ids, _ = net.answer(batch, room)

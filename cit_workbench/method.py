@@ -577,8 +577,8 @@ def features(self:Net,
         return v.new_zeros(len(batch), v.shape[1]).index_copy(0, has.nonzero()[:, 0].to(v.device), v)
     if what == "embedding":
         chat, table = self.backbone.chat, self.backbone.lm.embed_tokens
-        ids = [torch.tensor(chat.begin + chat.ids(e.question), device=self.backbone.device) for e in batch.examples]
-        return torch.stack([table(i).float().mean(0) for i in ids])
+        ids = [torch.tensor(chat.begin + chat.ids(e.question)) for e in batch.examples]
+        return torch.stack([table(i.to(self.backbone.device)).float().mean(0) for i in ids])
     return torch.tensor(np.stack([hashed(e.question if what == "instruction" else e.answer) for e in batch.examples]), dtype=torch.float32, device=self.backbone.device)
 
 # %% ../nbs/05_method.ipynb #11f3b2e7

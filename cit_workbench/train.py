@@ -412,20 +412,23 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
 # %% ../nbs/06_train.ipynb #96cc8249
 @patch
 def check_rows(self:Run, net:Net):
-    "Raise `CitError` for a row to be drawn or asked that does not fit; warn of true answers that are longer than their room."
-    probed = self.probe_every or self.watching.every
-    asked = [(t.name, split) for t, role in self.data.roles() for split in ("test", "val") if split == "test" or (probed and role == "stream")]
+    "Raise `CitError` for a row that does not fit; warn of true answers that are longer than their room."
+    asked = [(t, "test") for t, _ in self.data.roles()]
+    if self.probe_every or self.watching.every: asked += [(t, "val") for t in self.data]
     for task in self.plan.tasks: net.check_rows(task.name, "train", self.drawn(net, task))
-    for name, split in asked:
-        n = self.data.task(name).n[split]
-        net.check_rows(name, split, range(n))
-        room, cut, longest = net.room(name, split)
-        if cut: warnings.warn(f"{cut} of {n} true {split} answers of task {name!r} do not fit into its room of {room} tokens (the longest needs {longest}): a model that says them is cut; max_new_tokens of its format says how much room there is")
+    for task, split in asked:
+        net.check_rows(task.name, split, range(task.n[split]))
+        room, cut, longest = net.room(task.name, split)
+        if cut and net.rank == 0: warnings.warn(_cut.format(cut, task.n[split], split, task.name, room, longest))
+
+_cut = ("{} of {} true {} answers of task {!r} do not fit into its room of {} tokens (the longest needs {}): "
+        "a model that says them is cut; max_new_tokens of the task's format says how much room there is")
 
 @patch
 def drawn(self:Run, net:Net, task) -> list:
     "Training rows of a task that the run draws, in order."
-    steps, n = max((self.steps(task, p) for p in net.method.phases(task)), default=0), task.n["train"]
+    n = task.n["train"]
+    steps = max((self.steps(task, phase) for phase in net.method.phases(task)), default=0)
     if steps*self.opt.batch >= n: return list(range(n))
     return sorted({i for s in range(steps) for _, i in draw(self.seed, task, self.opt.batch, s)})
 

@@ -11,11 +11,14 @@ from cit_workbench.starts import make_tokenizer
 
 TEXT = "for c in m['content'] if c['type'] == 'text'"
 IMAGES = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
-VICUNA = ("A chat between a human and an assistant. {% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
-          + IMAGES + "{% " + TEXT + " %}{{ c['text'] }}{% endfor %}{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}"
+VICUNA = ("A chat between a human and an assistant. {% for m in messages %}"
+          "{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}" + IMAGES
+          + "{% " + TEXT + " %}{{ c['text'] }}{% endfor %}"
+          "{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}"
           "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
-          "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + IMAGES + "{% " + TEXT + " %}{{ c['text'] }}{% endfor %}"
+          "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + IMAGES
+          + "{% " + TEXT + " %}{{ c['text'] }}{% endfor %}"
           "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n" + IMAGES
           + "{% " + TEXT + " %}{{ c['text'] | trim }}{% endfor %}<|eot_id|>{% endfor %}"

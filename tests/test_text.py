@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from speech import CHATML, LLAMA3, MORE, SPELLS, TEMPLATES, TOKENIZERS, make, theirs
@@ -84,7 +85,8 @@ def test_the_tiny_starts_read_all_embedded_streams_as_before(start):
     bb, n = get_backbone(start), 0
     for e in first_rows():
         for said in (e.answer, *e.choices):
-            assert bb.encode(e.question, said, e.image is not None) == before(bb, e.question, said, e.image is not None)
+            row = e.question, said, e.image is not None
+            assert bb.encode(*row) == before(bb, *row)
             _, ids = bb.encode(e.question, said)
             assert bb.decode(ids) == bb.tokenizer.decode(ids, skip_special_tokens=True).strip() == said
             n += 1
@@ -115,7 +117,8 @@ def put_template(folder, template):
 def test_a_twin_of_llava_reads_as_before(twin):
     bb = get_backbone(str(twin))
     for e in first_rows():
-        assert bb.encode(e.question, e.answer, e.image is not None) == before(bb, e.question, e.answer, e.image is not None)
+        row = e.question, e.answer, e.image is not None
+        assert bb.encode(*row) == before(bb, *row)
 
 
 def old_mask(bb, question, image):
@@ -181,8 +184,8 @@ def test_what_the_issue_of_typed_marks_was(twin):
     bb = get_backbone(str(twin))
     assert bb.decode(bb.encode("price?", "<s>old</s> new price", False)[1]) == "<s>old</s> new price"
     assert bb.encode("What does </s> mean in HTML?", "end", False)[0].count(2) == 0
-    rows = [Example("a", torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), "what is an <image> tag?", "the <image> tag"),
-            Example("b", None, "what is an <image> tag?", "the <image> tag", choices=("the <image> tag", "an <image>"))]
+    question, answer, black = "what is an <image> tag?", "the <image> tag", np.zeros((8, 8, 3), np.uint8)
+    rows = [Example("a", black, question, answer), Example("b", None, question, answer, choices=(answer, "an <image>"))]
     b = bb.collate(rows)
     assert (b.ids == bb.image_id).sum(1).tolist() == [9, 0] and not (b.labels == bb.image_id).any()
     with at(b), torch.no_grad(): assert torch.isfinite(bb.forward(b).loss)
@@ -193,13 +196,28 @@ def test_what_the_issue_of_typed_marks_was(twin):
 
 def test_rows_whose_image_tokens_are_not_their_pictures_are_refused(twin):
     bb = get_backbone(str(twin))
-    e = Example("mine/train/3", torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), "red?", "yes")
+    e = Example("mine/train/3", np.zeros((8, 8, 3), np.uint8), "red?", "yes")
     ids = bb.texts(e)[0]
-    for wrong in (ids[:3] + ids[4:] if ids[3] == bb.image_id else [i for i in ids if i != bb.image_id], ids + [bb.image_id]):
+    for wrong in ([i for i in ids if i != bb.image_id], ids + [bb.image_id]):
         with pytest.raises(CitError, match="mine/train/3 holds .* image tokens"): bb.check_row(e, wrong)
     two = bb.tower(bb.pixels([e.image]*2))
     with pytest.raises(CitError, match="features of 2 pictures are given for 1"): bb.collate([e], two)
-    with pytest.raises(CitError, match="features of 2 pictures are given for 0"): bb.collate([replace(e, image=None)], two)
+    with pytest.raises(CitError, match="features of 2 pictures are given for 0"):
+        bb.collate([replace(e, image=None)], two)
+
+
+TEXTS = ["", "red", "the cat sat", "日本語の文", "🙂🙂", "ﬃ ﷺ", "a  b\t\nc", "<|im_end|><image></s>", "Ünï çødé", "[0.12, 0.30]"]
+
+
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
+def test_bytes_bound_the_tokens_of_a_row_from_above(chats, tokenizer):
+    for template in sorted(TEMPLATES):
+        chat = chats(tokenizer, template)
+        around = len(chat.encode("", "", True)[0])
+        for text in TEXTS:
+            if tokenizer not in SPELLS and chat.control.search(text): continue
+            prompt, said = chat.encode(text, text, True)
+            assert len(prompt) <= around + chat.at_most(text) and len(said) <= chat.at_most(text)
 
 
 # Templates that cannot be used
@@ -209,11 +227,11 @@ BROKEN = {
     "no chat template; looked for chat_template.jinja, chat_template.json": None,
     "cannot be used": "{% for m in messages %}{{ m['content'] ",
     "A system message comes first": "{{ raise_exception('A system message comes first') }}",
-    "shows a picture 0 times": CHAT.replace("<image>", "<picture>"),
-    "shows a picture 2 times": CHAT.replace("<image>", "<image><image>"),
+    "of config.json) 0 times": CHAT.replace("<image>", "<picture>"),
+    "of config.json) 2 times": CHAT.replace("<image>", "<image><image>"),
     "1 times where there is none": ALWAYS,
     "does not show a question": CHAT.replace("{{ content['text'] + ' '}}", "{{ content['text'] | upper }}"),
-    "does not end where an answer begins": CHAT.replace("{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", ""),
+    "does not end where an answer begins": CHAT.partition("{% if add_generation_prompt %}")[0],
     "can only concatenate": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
 }
 
@@ -229,7 +247,7 @@ def test_a_template_that_cannot_be_used_is_one_sentence_at_loading(own, why):
 def test_an_image_token_that_is_another_one_in_the_config_is_refused(own):
     config = json.loads((own/"config.json").read_text())
     (own/"config.json").write_text(json.dumps(config | {"image_token_index": 7}))
-    with pytest.raises(CitError, match=r"\(id 7, as its config.json says\)"): get_backbone(str(own))
+    with pytest.raises(CitError, match="id 7 of config.json"): get_backbone(str(own))
 
 
 def test_templates_of_other_families_are_read(own):

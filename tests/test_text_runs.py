@@ -32,7 +32,8 @@ def asked(n=12):
     "Rows with and without pictures."
     noise = np.random.default_rng(0)
     picture = lambda i: noise.integers(0, 255, (42, 42, 3), np.uint8) if i % 3 else None
-    return [Example(f"x/test/{i}", picture(i), f"Is the {w} object red?", "yes") for i, w in enumerate("abcdefghijkl"[:n])]
+    question = lambda i: f"Is the {'abcdefghijkl'[i]} object red?"
+    return [Example(f"x/test/{i}", picture(i), question(i), "yes") for i in range(n)]
 
 
 # Where an answer ends
@@ -115,12 +116,14 @@ def stream_of(rows, room=8):
     "One task whose rows are the same in every split."
     fmt = Format("word", ".*", room)
     n = {s: len(rows) for s in ("train", "val", "test")}
-    return Stream("own", [Task("own", fmt, "none", "words", n, lambda split, i: replace(rows[i], id=f"own/{split}/{i}"))])
+    make = lambda split, i: replace(rows[i], id=f"own/{split}/{i}")
+    return Stream("own", [Task("own", fmt, "none", "words", n, make)])
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "|".join(p))
 def test_a_choice_can_win_though_another_begins_with_it(twin, pair):
-    rows = [Example(f"own/test/{i}", None, f"Which of these is {w}?", pair[i % 2], choices=pair) for i, w in enumerate(["red", "blue"])]
+    which = ["Which of these is red?", "Which of these is blue?"]
+    rows = [Example(f"own/test/{i}", None, which[i], pair[i], choices=pair) for i in range(2)]
     net = Net(taught(twin, rows), stream_of(rows))
     lines = net.ask([("own", 0), ("own", 1)], "test")
     assert [line["text"] for line in lines.values()] == list(pair)
@@ -150,7 +153,8 @@ def test_scores_of_choices_are_of_their_tokens_and_the_end(twin):
     bb = get_backbone(str(twin))
     many = ("cat", "cat food", "cat foods", "", "c", "dog", "CAT", "cat")
     rows = [replace(e, choices=many if i % 2 else ("yes", "no")) for i, e in enumerate(asked(4))]
-    with at(bb.collate(rows, answers=False)) as b: _, lls = bb.answer(b, 1, [[bb.texts(e, c)[1] for c in e.choices] for e in rows])
+    ids = [[bb.texts(e, c)[1] for c in e.choices] for e in rows]
+    with at(bb.collate(rows, answers=False)) as b: _, lls = bb.answer(b, 1, ids)
     for e, ll in zip(rows, lls):
         for choice, got in zip(e.choices, ll):
             one = bb.collate([replace(e, answer=choice)])
@@ -165,8 +169,9 @@ def words(n): return "red "*n
 
 def task(name, question, answer="red", n=40, room=4, choices=()):
     "A task of rows that are all short but the last one of each split."
-    make = lambda split, i: Example(f"{name}/{split}/{i}", np.zeros((48, 48, 3), np.uint8), *(
-        (question.get(split, "red"), answer) if i == n - 1 else ("red", "red")), choices=choices)
+    def make(split, i):
+        asked, said = (question.get(split, "red"), answer) if i == n - 1 else ("red", "red")
+        return Example(f"{name}/{split}/{i}", np.zeros((48, 48, 3), np.uint8), asked, said, choices=choices)
     return Task(name, Format("word", ".*", room), "none", "words", dict.fromkeys(("train", "val", "test"), n), make)
 
 
@@ -179,14 +184,15 @@ def given():
 
 
 def run(tmp_path, method="finetune", **fields):
-    base = {"stream": "given", "optim": {"steps": 2, "batch": 40, "lr": 1e-3}, "out": str(tmp_path/"run"), "compute": {"threads": 1}}
-    return Run(method, **{**base, **fields})
+    base = {"stream": "given", "optim": {"steps": 2, "batch": 40, "lr": 1e-3}, "compute": {"threads": 1}}
+    return Run(method, **{**base, "out": str(tmp_path/"run"), **fields})
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_row_longer_than_the_positions_is_found_before_training(given, tmp_path, split):
     given(question={split: words(600)})
-    with pytest.raises(CitError, match=f"long/{split}/39 needs 6.. tokens.*tiny-instruct was made for 512"): run(tmp_path).train()
+    said = f"long/{split}/39 needs 6.. tokens.*tiny-instruct was made for 512"
+    with pytest.raises(CitError, match=said): run(tmp_path).train()
     assert not (tmp_path/"run").exists()
 
 
@@ -216,24 +222,29 @@ def test_the_last_row_that_fits_and_the_first_that_does_not(given, tmp_path, spl
             with pytest.raises(CitError, match=f"long/{split}/39 needs 513 tokens"): run(tmp_path/str(n)).open()
 
 
-@pytest.mark.parametrize("method,args,soft", [("finetune_part", {"part": "prompt", "length": 20}, 20), ("l2p", {"top": 4, "length": 5}, 20),
-                                              ("fwd_prompt", {"top": 2, "length": 5, "variant": "residual"}, 10)])
+SOFT = [("finetune_part", {"part": "prompt", "length": 20}, 20), ("l2p", {"top": 4, "length": 5}, 20),
+        ("fwd_prompt", {"top": 2, "length": 5, "variant": "residual"}, 10)]
+
+
+@pytest.mark.parametrize("method,args,soft", SOFT)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_soft_prompt_counts(given, tmp_path, method, args, soft, split):
     bb, m = get_backbone(), get_method(method, **args)
     around = len(bb.encode("", "")[0]) + (2 if split == "train" else 4)
     assert m.soft == soft and (get_method("er") + m).soft == soft
     given(question={split: words(513 - around - soft).strip()})
-    with pytest.raises(CitError, match=f"long/{split}/39 needs 513 tokens, .* for a soft prompt"): run(tmp_path, method, method_args=args).open()
+    with pytest.raises(CitError, match=f"long/{split}/39 needs 513 tokens, .* for a soft prompt"):
+        run(tmp_path, method, method_args=args).open()
     run(tmp_path/"plain").open()
 
 
 def test_a_soft_prompt_that_nobody_announced_is_found_at_its_batch():
     bb = get_backbone()
-    rows = [Example("a/train/0", None, "red", "red"), Example("a/train/1", np.zeros((48, 48, 3), np.uint8), words(480), "red")]
+    rows = [Example("a/train/0", None, "red", "red"), Example("a/train/1", None, words(495), "red")]
     b = bb.collate(rows)
     soft = torch.zeros(2, 20, bb.lm.config.hidden_size)
-    with pytest.raises(CitError, match="a/train/1 needs 5.. tokens, 20 of them"), at(replace(b, prefix=soft)) as b: bb.forward(b)
+    with pytest.raises(CitError, match="a/train/1 needs 5.. tokens, 20 of them"), at(replace(b, prefix=soft)) as b:
+        bb.forward(b)
 
 
 def test_what_is_typed_is_looked_at(tmp_path):
@@ -268,12 +279,14 @@ def test_few_rows_are_tokenised_before_training(given, monkeypatch):
 
 def test_room_is_what_the_longest_true_answer_needs(twin):
     bb = get_backbone(str(twin))
-    for answer in ("A very long title of a book by nobody at all", "日本語のとても長い答え", "[0.123456, 0.234567, 0.345678, 0.456789]"):
+    title, box = "A very long title of a book by nobody at all", "[0.123456, 0.234567, 0.345678, 0.456789]"
+    for answer in (title, "日本語のとても長い答え", box):
         rows = [Example("own/test/0", None, "Which title?", "cat"), Example("own/test/1", None, "What is it?", answer)]
         need = len(bb.encode("q?", answer, False)[1])
         net = Net(bb, stream_of(rows, need//2))
-        assert need//2 < net.room("own", "test")[0] == need and net.room("own", "test")[1:] == (0, need)
-        net.answer = lambda b, most, choices: ([bb.texts(e, e.answer)[1][:most] for e in b.examples], [None]*len(b))
+        assert net.room("own", "test") == (need, 0, need) and need > need//2
+        perfect = lambda b, most: [bb.texts(e, e.answer)[1][:most] for e in b.examples]
+        net.answer = lambda b, most, choices: (perfect(b, most), [None]*len(b))
         lines = net.ask([("own", 0), ("own", 1)], "test")
         assert [line["metadata"]["formatted"] for line in lines.values()] == [1., 1.]
 
@@ -283,7 +296,8 @@ def test_room_of_choices_and_the_line_for_answers_that_do_not_fit(given, tmp_pat
     net = Net(get_backbone(), get_stream("given"))
     assert net.room("plain", "test")[:2] == (4, 0)
     assert net.room("long", "test") == (16, 1, 31)
-    with pytest.warns(UserWarning, match="1 of 40 true test answers of task 'long' do not fit into its room of 16 tokens .the longest needs 31"):
+    said = "1 of 40 true test answers of task 'long' do not fit into its room of 16 tokens .the longest needs 31"
+    with pytest.warns(UserWarning, match=said):
         run(tmp_path).open()
     given(question={}, room=4, choices=("red", words(9).strip()))
     assert Net(get_backbone(), get_stream("given")).room("long", "test")[:2] == (10, 0)
