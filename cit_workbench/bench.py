@@ -260,7 +260,7 @@ def answers(size:int, # Questions per call of the peer
     @torch.no_grad()
     def generate(t, rs):
         b = written(proc, [net.example(n, "test", i) for n, i in rs], answers=False)
-        out = model.generate(**b, do_sample=False, max_new_tokens=t.format.max_new_tokens, pad_token_id=bb.pad, eos_token_id=bb.eos)
+        out = model.generate(**b, do_sample=False, max_new_tokens=t.format.max_new_tokens, pad_token_id=bb.pad, eos_token_id=[*bb.stops])
         return [s.strip() for s in proc.tokenizer.batch_decode(out[:, b["input_ids"].shape[1]:], skip_special_tokens=True)]
     def ours(n):
         if cold: net._feats.clear()

@@ -65,6 +65,45 @@ def state_key(self:Net) -> str:
     return digest(start, m.name, config_of(m), code_of(m), asdict(self.tuning), tree, *[x for n, a in own for x in (n, a)],
                   *[x for k, t in sorted(tensors.items()) for x in (k, t.float().numpy())])
 
+# %% ../nbs/07_evaluate.ipynb #15fb3ad7
+@patch
+def room(self:Net,
+         name:str, # A task
+         split:str, # Whose answers
+        ) -> tuple: # (tokens for an answer and its end, answers that need more, tokens that the longest needs)
+    "Room for the answers of a task by the checkpoint's tokenizer."
+    known, key = vars(self).setdefault("_rooms", {}), (name, split)
+    if key in known: return known[key]
+    task, chat = self.find(name), self.backbone.chat
+    said = [self.example(name, split, i) for i in range(task.n[split])]
+    texts = {t for e in said for t in (e.answer, *e.choices)}
+    least = task.format.max_new_tokens
+    need = {t: chat.length(t) for t in texts if chat.at_most(t) > least}
+    longest = max(need.values(), default=0)
+    room = max(least, min(longest, 4*least))
+    known[key] = room, sum(need.get(e.answer, 0) > room for e in said), longest
+    return known[key]
+
+# %% ../nbs/07_evaluate.ipynb #3a44235d
+@patch
+def check_rows(self:Net,
+               name:str, # A task
+               split:str, # "train": with answers; "val", "test": with room for them
+               rows:list, # Indices
+              ):
+    "Raise `CitError` that names the first row which cannot be written or is too long."
+    bb, learn, soft = self.backbone, split == "train", self.method.soft
+    more = soft if learn else soft + self.room(name, split)[0]
+    around = max(len(bb.encode("", "", image)[0]) for image in (True, False)) + more
+    for i in rows:
+        e = self.example(name, split, i)
+        said = (e.question, e.answer) if learn else (e.question,)
+        marked = any(map(bb.chat.control.search, (e.question, e.answer, *e.choices)))
+        if not marked and (not bb.limit or around + sum(map(bb.chat.at_most, said)) <= bb.limit): continue
+        for choice in e.choices: bb.texts(e, choice)
+        prompt, answer = bb.texts(e, e.answer)
+        bb.check_row(e, prompt + answer if learn else prompt, more)
+
 # %% ../nbs/07_evaluate.ipynb #cdbb3ba5
 @patch
 def ask(self:Net,
@@ -79,7 +118,9 @@ def ask(self:Net,
     if not items: return {}
     tasks = {n: self.stream.task(n) for n, _ in items}
     ex = {r: tasks[r[0]].example(split, r[1]) for r in items}
-    room = {r: (tasks[r[0]].format.max_new_tokens, len(self.backbone.encode(e.question, None, e.image is not None)[0])) for r, e in ex.items()}
+    prompts = {r: self.backbone.texts(e)[0] for r, e in ex.items()}
+    room = {r: (self.room(r[0], split)[0], len(prompts[r])) for r in ex}
+    for r, e in ex.items(): self.backbone.check_row(e, prompts[r], room[r][0])
     items, lines = sorted(items, key=lambda r: (*room[r], r)), {}
     size = max(1, min(128, tokens//max(n for _, n in room.values())))
     chunks = [items[i:i+size] for i in range(0, len(items), size)]
@@ -91,7 +132,7 @@ def ask(self:Net,
                 lines |= {r: kept[r] for r in c}
                 continue
             b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
-            choices = [[self.backbone.encode(e.question, x, e.image is not None)[1][:-1] for x in e.choices] for e in b.examples]
+            choices = [self.backbone.options(e) for e in b.examples]
             ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
             unclear += sum(ll is not None and bool(ll.isnan().any()) for ll in lls)
             for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
@@ -245,17 +286,14 @@ def content_tokens(bb, # A `Backbone`
                    question:str, # The instruction
                    image:bool=True, # Is there an image?
                   ) -> list: # One bool per prompt token of `bb.encode`
-    "Which prompt tokens are the question's own; raises `CitError` where the template or tokenizer cannot tell."
-    def text(q):
-        content = [{"type": "image"}]*image + [{"type": "text", "text": q}]
-        return bb.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    own, mark = question.strip(), "\N{SNOWMAN}\N{COMET}"
-    if not bb.tokenizer.is_fast: raise CitError(f"the tokenizer of {bb.name} does not say where its tokens stand in the text; a fast one is needed")
-    start = text(mark).find(mark)
-    if not text(question)[start:].startswith(own): raise CitError(f"the chat template of {bb.name} does not hold the question as it is; its tokens cannot be found")
-    got = bb.tokenizer(text(question), return_offsets_mapping=True)
-    inside = [a < b and a < start + len(own) and b > start for a, b in got["offset_mapping"]]
-    return [m for t, m in zip(got["input_ids"], inside) for m in [m]*(bb.n_vis if t == bb.image_id else 1)]
+    "Which prompt tokens are the question's own."
+    chat, own = bb.chat, question.strip()
+    turn, shown = chat.turns[image], chat.cut[0](question)
+    start = len(turn.head) + shown.index(own)
+    got = chat.plain.encode(turn.head + shown + turn.ask, add_special_tokens=False)
+    inside = [False]*len(turn.begin) + [a < b and a < start + len(own) and b > start for a, b in got.offsets]
+    ids = turn.begin + [chat.true_id.get(i, i) for i in got.ids]
+    return [m for t, m in zip(ids, inside) for m in [m]*(bb.n_vis if t == bb.image_id else 1)]
 
 # %% ../nbs/07_evaluate.ipynb #ff184499
 @patch

@@ -111,8 +111,11 @@ def reply_of(net, image, text:str) -> str:
     from cit_workbench.stream import Example
     was, clock = (net.extra_forwards, {*net.observed}), net.clock
     net.model.eval()
-    batch = net.backbone.collate([Example("ask", image, text, "")], answers=False, split="val")
-    with whole(net.model): ids, _ = net.answer(batch, max(t.format.max_new_tokens for t, _ in net.stream.roles()))
+    asked = Example("ask", image, text, "")
+    room = max(t.format.max_new_tokens for t, _ in net.stream.roles())
+    net.backbone.check_row(asked, net.backbone.texts(asked)[0], room + net.method.soft)
+    batch = net.backbone.collate([asked], answers=False, split="val")
+    with whole(net.model): ids, _ = net.answer(batch, room)
     (net.extra_forwards, net.observed), net.clock = was, clock
     return net.backbone.decode(ids[0])
 

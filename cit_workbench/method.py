@@ -57,6 +57,7 @@ class Method:
     strength: ClassVar[str|None] = None # Field that at 0 switches the method off
     leaks: ClassVar[set] = set() # What it is told: total_T, task_id_at_test, template_id_at_test, batch_selection, old_data, pretrain_data, val_of_old_tasks
     needs: ClassVar[set] = set() # "old" and/or "task_grad"
+    soft: ClassVar[int] = 0 # Tokens of the longest soft prompt that `route` puts before a row
     paper: ClassVar[str] = "" # Where it is from
     version: ClassVar[int] = 1 # Raised when the method computes something else than before
     later: ClassVar[dict] = {} # Fields that were added later: the value that means what was computed before
@@ -106,6 +107,8 @@ class Chain(Method):
     def leaks(self): return set().union(*(m.leaks for m in self.chain))
     @property
     def needs(self): return set().union(*(m.needs for m in self.chain))
+    @property
+    def soft(self): return sum(m.soft for m in self.chain)
     def phases(self, task):
         own = [m.phases(task) for m in self.chain if overrides(m, "phases")]
         if len(own) > 1: raise CitError(f"more than one method of {self.name} defines `phases`; at most one may")
@@ -624,7 +627,10 @@ def features(self:Net,
         if batch.feats is None: return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
         v, has = batch.feats.float().mean(1), torch.tensor([e.image is not None for e in batch.examples])
         return v.new_zeros(len(batch), v.shape[1]).index_copy(0, has.nonzero()[:, 0].to(v.device), v)
-    if what == "embedding": return torch.stack([self.backbone.lm.embed_tokens(torch.tensor(self.backbone.tokenizer(e.question)["input_ids"], device=self.backbone.device)).float().mean(0) for e in batch.examples])
+    if what == "embedding":
+        chat, table = self.backbone.chat, self.backbone.lm.embed_tokens
+        ids = [torch.tensor(chat.begin + chat.ids(e.question)) for e in batch.examples]
+        return torch.stack([table(i.to(self.backbone.device)).float().mean(0) for i in ids])
     return torch.tensor(np.stack([hashed(e.question if what == "instruction" else e.answer) for e in batch.examples]), dtype=torch.float32, device=self.backbone.device)
 
 # %% ../nbs/05_method.ipynb #11f3b2e7

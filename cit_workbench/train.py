@@ -479,6 +479,7 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit, c.image_reading or "seen")
     self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
+    self.check_rows(net)
     if self.plan is not self.data: net.observed |= {"total_T"} | ({"old_data"} if len(self.plan.tasks) < len(self.data.tasks) else set())
     w = RecordWriter(self.folder).open(now := self.describe(net, asked)) if rank == 0 else _Quiet()
     if rank == 0: _warn_of_change(self.folder, there, now); sweep(self.folder)
@@ -493,6 +494,29 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if c.checkpointing: bb.model.gradient_checkpointing_enable({"use_reentrant": False})
     w.time("load", time.time() - tic)
     return net, w, state
+
+# %% ../nbs/06_train.ipynb #96cc8249
+@patch
+def check_rows(self:Run, net:Net):
+    "Raise `CitError` for a row that does not fit; warn of true answers that are longer than their room."
+    asked = [(t, "test") for t, _ in self.data.roles()]
+    if self.probe_every or self.watching.every: asked += [(t, "val") for t in self.data]
+    for task in self.plan.tasks: net.check_rows(task.name, "train", self.drawn(net, task))
+    for task, split in asked:
+        net.check_rows(task.name, split, range(task.n[split]))
+        room, cut, longest = net.room(task.name, split)
+        if cut and net.rank == 0: warnings.warn(_cut.format(cut, task.n[split], split, task.name, room, longest))
+
+_cut = ("{} of {} true {} answers of task {!r} do not fit into its room of {} tokens (the longest needs {}): "
+        "a model that says them is cut; max_new_tokens of the task's format says how much room there is")
+
+@patch
+def drawn(self:Run, net:Net, task) -> list:
+    "Training rows of a task that the run draws, in order."
+    n = task.n["train"]
+    steps = max((self.steps(task, phase) for phase in net.method.phases(task)), default=0)
+    if steps*self.opt.batch >= n: return list(range(n))
+    return sorted({i for s in range(steps) for _, i in draw(self.seed, task, self.opt.batch, s)})
 
 # %% ../nbs/06_train.ipynb #2f9aec53
 @patch

@@ -209,11 +209,11 @@ def answers(self:Watcher, names:list, # Tasks
     "Greedy answers and forced choice on the probe rows, and the states that the prompts give."
     bb, tasks = self.net.backbone, {n: self.run.data.task(n) for n in names}
     b = self.batch(names, answers=False)
-    choices = [[bb.encode(e.question, c, e.image is not None)[1][:-1] for c in e.choices] for e in b.examples]
+    choices = [bb.options(e) for e in b.examples]
     long = {n for (n, _), cs in zip(b.refs, choices) if max(map(len, cs), default=1) > 1}
     if 0 < len(long) < len(names): return self.answers([n for n in names if n not in long]) | self.answers([n for n in names if n in long])
     if len(names) > 1 and b.ids.numel() > _most: return self.answers(names[::2]) | self.answers(names[1::2])
-    room, lines = [tasks[n].format.max_new_tokens for n, _ in b.refs], {n: [] for n in names}
+    room, lines = [self.net.room(n, "val")[0] for n, _ in b.refs], {n: [] for n in names}
     with whole(self.net.model), listening(bb.lm) as heard: ids, lls = self.net.answer(b, max(room), choices)
     for (n, _), e, m, i, ll in zip(b.refs, b.examples, room, ids, lls or [None]*len(ids)): lines[n].append(score_line(tasks[n], e, bb.decode(i[:m]), ll))
     scores = {n: column_scores(tasks[n], ls) for n, ls in lines.items()}

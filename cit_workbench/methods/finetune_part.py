@@ -26,6 +26,10 @@ class FinetunePart(Method):
         one_of("part of method 'finetune_part'", self.part, ("projector", "prompt", "o_proj"))
         if self.length < 1: raise CitError(f"method 'finetune_part': length is {self.length}; allowed: 1 and above")
 
+# %% ../../nbs/methods/finetune_part.ipynb #a723478c
+@patch(as_prop=True)
+def soft(self:FinetunePart): return self.length if self.part == "prompt" else 0
+
 # %% ../../nbs/methods/finetune_part.ipynb #760c168c
 @patch
 def wrap(self:FinetunePart, net):

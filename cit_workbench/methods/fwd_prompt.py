@@ -64,6 +64,10 @@ def common(pre:torch.Tensor, old:torch.Tensor) -> torch.Tensor:
     _, s, W = torch.linalg.svd(old.T @ pre, full_matrices=True)
     return pre @ W[int((s > 1e-7).sum()):].T
 
+# %% ../../nbs/methods/fwd_prompt.ipynb #144c2e84
+@patch(as_prop=True)
+def soft(self:FwdPrompt): return self.top*self.length
+
 # %% ../../nbs/methods/fwd_prompt.ipynb #c4f0636f
 @patch
 def grow(self:FwdPrompt, net, *values):

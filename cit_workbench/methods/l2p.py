@@ -36,6 +36,10 @@ class L2P(Method):
         if self.pull < 0: raise CitError(f"method 'l2p': pull is {self.pull}; allowed: 0 and above")
         if not self.lr > 0: raise CitError(f"method 'l2p': lr is {self.lr}; allowed: above 0")
 
+# %% ../../nbs/methods/l2p.ipynb #49ecc801
+@patch(as_prop=True)
+def soft(self:L2P): return self.top*self.length
+
 # %% ../../nbs/methods/l2p.ipynb #8cd1678c
 @patch
 def wrap(self:L2P, net):
