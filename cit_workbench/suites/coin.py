@@ -426,11 +426,12 @@ def _caption(answers:list) -> str: # Regular expression
     return body + (r"\." if ends == {"."} else f"[{_stops}]")
 
 def make_format(scorer:str, # A name in `scorers`
-                answers:list, # The true answers, all references included
+                answers:list, # True answers of the test file, all references included
+                more:list=(), # Other answers that need room: of validation rows, of closed sets
                ) -> Format:
     "Make the format that goes with a scorer."
     rule = scorer.split(",")[0]
-    room = partial(room_for, answers)
+    room = partial(room_for, [*answers, *more])
     if rule == "letter": return Format("letter", "[A-Za-z]", room(16), "accuracy", scorer)
     if rule == "box": return Format("box", rf"\[?{_number}(,{_number}){{3}}\]?", room(48), "box", scorer)
     if rule == "words": return Format("caption", _caption(answers), room(64), "caption", scorer)
@@ -605,16 +606,22 @@ def _seen_in(path:str) -> str:
     from cit_workbench.backbone import load_image
     return digest(np.asarray(load_image(path)))
 
+def _stored(file:Path) -> dict: # {path: [stamp, digest]}
+    "What a file of the cache folder knows; nothing, unless it is whole."
+    try: said, _, body = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError): return {}
+    return json.loads(body) if said == digest(body) else {}
+
 def _kept(name:str, paths:list, f:Callable, desc:str) -> dict: # {path: digest}
     "Call `f` on files whose stamp is not the one that the cache folder knows."
     file, stamps = cache_dir()/"pictures"/f"{name}.json", {p: _stamp(p) for p in paths}
-    try: known = json.loads(file.read_bytes())
-    except (OSError, ValueError): known = {}
+    known = _stored(file)
     old = {p: known[p][1] for p in paths if p in known and known[p][0] == stamps[p] is not None}
     new = [p for p in paths if p not in old]
     out = old | dict(zip(new, in_threads(f, new, desc)))
     if new:
-        try: write_atomic(file, json.dumps(known | {p: [stamps[p], out[p]] for p in new if stamps[p]}))
+        body = json.dumps(known | {p: [stamps[p], out[p]] for p in new if stamps[p]})
+        try: write_atomic(file, f"{digest(body)}\n{body}")
         except CitError as e: warnings.warn(f"images are read again the next time ({e}); $CIT_CACHE names another folder")
     return out
 
@@ -747,7 +754,7 @@ def guessed_task(files:Files, # What was read
     if a.released and f"{rule}, as released" in scorers: rule = f"{rule}, as released"
     one_of(f"scorer of task {files.name!r}", rule, scorers)
     choices = [c for r in test for c in r.more.get("choices", ())]
-    fmt = make_format(rule, answers + files.truths("val") + choices)
+    fmt = make_format(rule, answers, files.truths("val") + choices)
     if fmt.kind == "box": check_boxes(files)
     _say_what_is_cut(files, fmt)
     files.letters = fmt.name == "letter" and all(r.answer in listed(r.question) for r in test)
