@@ -376,12 +376,24 @@ def recipe(optim:Optim, tuning:Tune, backbone, steps:int|None=None, # What the s
 def _note_broken(self:Run, error:CitError):
     "Write down the images that an error names and that cannot be opened, with what their files hold."
     if not (self.folder/"run.json").is_file(): return
-    found = {t.name: t.pictures.broken_in(str(error), t.n) for t, _ in self.data.roles() if t.pictures}
-    if not any(found.values()): return
+    tasks = [t for t, _ in self.data.roles() if t.pictures]
+    named = {t.name: t.pictures.broken_in(str(error), t.n) for t in tasks}
+    if not any(named.values()): return
+    file = self._write_broken(named)
+    every = {t.name: t.pictures.broken(t.n) for t in tasks}
+    self._write_broken(every)
+    more = [image for name, images in every.items() for image in images if image not in named[name]]
+    if more: warnings.warn(f"{len(more)} more images cannot be opened ({', '.join(more[:4])}); all are listed in {file}")
+
+@patch
+def _write_broken(self:Run, found:dict, # {task: {image: what its file holds}}
+                 ) -> Path:
+    "Keep what is known of broken images, as long as the run is on the same data."
     file, data = self.folder/"broken.json", read_json(self.folder/"run.json", "run file")["hashes"]["data"]
     before = read_json(file, "file of broken images") if file.is_file() else {}
-    if before.get("data") == data: found = {name: before["images"].get(name, {}) | more for name, more in found.items()}
-    write_atomic(file, json.dumps({"data": data, "images": found}, indent=1) + "\n")
+    kept = before["images"] if before.get("data") == data else {}
+    images = {name: kept.get(name, {}) | found.get(name, {}) for name in {*kept, *found}}
+    return write_atomic(file, json.dumps({"data": data, "images": images}, indent=1, sort_keys=True) + "\n")
 
 @patch
 def _mended(self:Run, there:dict, # Content of run.json

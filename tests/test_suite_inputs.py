@@ -405,6 +405,37 @@ def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatc
     with pytest.raises(CitError, match="holds a run on other data"): Run(out=str(tmp_path/"run"), **fields).train()
 
 
+def test_the_steps_before_a_broken_picture_are_kept_and_all_broken_ones_are_named(tmp_path, twin, monkeypatch):
+    import cit_workbench.method as method
+    from cit_workbench.train import draw
+    monkeypatch.setattr(method, "_room", 0)
+    own = make_coin(tmp_path/"CoIN", tasks=("VQAv2",), n_train=10, n_test=2)
+    stream = get_stream(f"coin:{own}", n_val=0, turns="first")
+    order = [draw(0, stream.tasks[0], 1, step)[0][1] for step in range(8)]
+    pics = [own/"cl_dataset"/"COCO2014"/"val2014"/f"COCO_val2014_{order[step]:012}.jpg" for step in (5, 7)]
+    whole = [p.read_bytes() for p in pics]
+    for p in pics: p.write_bytes(p.read_bytes()[:200])
+    run = lambda: Run(backbone=twin, stream=f"coin:{own}", stream_args={"n_val": 0, "turns": "first"}, out=str(tmp_path/"run"),
+                      optim={"steps": 8, "batch": 1}, compute={"save_every": 2, "workers": 0})
+    steps, one_step = [], Run.one_step
+    monkeypatch.setattr(Run, "one_step", lambda self, *args: steps.append(0) or one_step(self, *args))
+    with pytest.warns(UserWarning, match=f"1 more images cannot be opened .*{pics[1].name}.*broken.json"):
+        with pytest.raises(CitError, match=pics[0].name): run().train()
+    assert len(steps) == 6  # The sixth met the picture
+    pics[0].write_bytes(whole[0])
+    with pytest.raises(CitError, match=pics[1].name): run().train()
+    pics[1].write_bytes(whole[1])
+    steps.clear()
+    assert run().train().finished and len(steps) == 2
+    for p in pics: p.write_bytes(p.read_bytes()[:200])
+    (tmp_path/"run"/"broken.json").unlink()
+    shutil.rmtree(tmp_path/"run")
+    with pytest.raises(CitError, match=pics[0].name): run().train()
+    for p, b in zip(pics, whole): p.write_bytes(b)  # Both at once, although the error named one
+    steps.clear()
+    assert run().train().finished and len(steps) == 4
+
+
 def test_embedded_streams_have_the_digests_of_the_lock():
     locked = read_lock()["streams"]
     assert locked and all(content(get_stream(name)) == locked[name] for name in all_streams())

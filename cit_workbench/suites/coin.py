@@ -633,9 +633,15 @@ def _by_image(files:Files, images:list, f:Callable, desc:str) -> dict: # {image:
     return {image: got[p] for image, p in paths.items()}
 
 # %% ../../nbs/suites/coin.ipynb #bb93c432
+def _opens(path:str) -> bool:
+    "Can a file be opened as an image?"
+    try: _seen_in(path)
+    except CitError: return False
+    return True
+
 class Pictures:
     "What the picture files of a task hold."
-    def __init__(self, files:Files): self.files, self.known = files, dict(files.seen)
+    def __init__(self, files:Files): self.files, self.known, self.digests = files, dict(files.seen), {}
 
     def images(self, n:dict # Rows in use per split
               ) -> list: # One image or None per row
@@ -646,24 +652,34 @@ class Pictures:
                instead:dict|None=None, # {image: what its file held before}
               ) -> str:
         "A name for what all images in use hold; a file is read once in the life of this object."
+        key = None if instead else tuple(n.items())
+        if key in self.digests: return self.digests[key]
         images = self.images(n)
         new = [i for i in dict.fromkeys(images) if i is not None and i not in self.known]
         if new: self.known |= _by_image(self.files, new, _bytes_of, "reading the images")
         held = self.known | (instead or {})
-        return digest([None if i is None else held[i] for i in images])
+        found = digest([None if i is None else held[i] for i in images])
+        if key: self.digests[key] = found
+        return found
 
     def broken_in(self, text:str, # An error message
                   n:dict, # Rows in use per split
                  ) -> dict: # {image: what its file holds}
         "The images that a message names and that indeed cannot be opened."
+        named = {i: p for i, p in self.paths(n).items() if p in text}
+        return {i: self.known[i] for i, p in named.items() if not _opens(p)}
+
+    def broken(self, n:dict, # Rows in use per split
+              ) -> dict: # {image: what its file holds}
+        "All images that cannot be opened."
+        paths = self.paths(n)
+        opened = in_threads(_opens, [*paths.values()], f"looking for more broken images of {self.files.name}")
+        return {i: self.known[i] for i, whole in zip(paths, opened) if not whole}
+
+    def paths(self, n:dict) -> dict: # {image: path}
+        "The files of the images in use; what they hold is known then."
         self.digest(n)
-        out = {}
-        for image in dict.fromkeys(i for i in self.images(n) if i is not None):
-            path = find_image(self.files.roots, image)
-            if path not in text: continue
-            try: _seen_in(path)
-            except CitError: out[image] = self.known[image]
-        return out
+        return {i: find_image(self.files.roots, i) for i in dict.fromkeys(self.images(n)) if i is not None}
 
 def open_all(files:Files) -> dict: # {image: digest of what is seen}
     "Open every image; raises `CitError` naming the first that is broken."
