@@ -269,13 +269,15 @@ def test_training_boxes_in_another_space_are_counted(own, tmp_path):
 def letters(n): return " ".join(["unabridged", "history", "of", "everything"]*n)[:n]
 
 
-@pytest.mark.parametrize("answer", [letters(233), letters(100), "一"*40, "一"*12, "棕色", "cat", "[0.123456789, 0.2, 0.3, 0.4]"])
+@pytest.mark.parametrize("answer", [letters(233), letters(100), "一"*40, "一"*12, "棕色", "cat", "[0.123456789, 0.2, 0.3, 0.4]",
+                                    "two  blanks", "a line\nbreak", "[0.1 0.2 0.3 0.4]", "[1e-05,.2,0.3,1]"])
 @pytest.mark.parametrize("rule", ["equal", "ocrvqa", "contains", "words", "letter", "box"])
 def test_a_true_answer_always_fits_and_is_well_formed(twin, rule, answer):
     from cit_workbench import get_backbone
     fmt = coin.make_format(rule, [answer]*4)
     assert fmt.max_new_tokens >= len(get_backbone(twin).encode("q?", answer, False)[1])
     assert fmt.valid(answer) or rule in ("letter", "box")
+    assert rule != "box" or fmt.valid(answer) == coin.is_box(answer)
 
 
 def test_the_form_of_the_usual_answers_is_what_it_was():

@@ -414,7 +414,8 @@ def _phrase(answers:list) -> str: # Regular expression
     n = max(2, *(len(a.split()) for a in answers))
     dense = any(count_words(a) > len(a.split()) for a in answers)
     most = rf"(?=[\s\S]{{1,{max(4, *map(len, answers))}}}\Z)" if dense else ""
-    return rf"{most}\S+( \S+){{0,{n - 1}}}"
+    gap = r"\s+" if any(re.search(r"\s\s|[^\S ]", a) for a in answers) else " "
+    return rf"{most}\S+({gap}\S+){{0,{n - 1}}}"
 
 def _caption(answers:list) -> str: # Regular expression
     "At least five words, or as few as the shortest true captions have, and a full stop where they end so."
@@ -433,7 +434,7 @@ def make_format(scorer:str, # A name in `scorers`
     rule = scorer.split(",")[0]
     room = partial(room_for, [*answers, *more])
     if rule == "letter": return Format("letter", "[A-Za-z]", room(16), "accuracy", scorer)
-    if rule == "box": return Format("box", rf"\[?{_number}(,{_number}){{3}}\]?", room(48), "box", scorer)
+    if rule == "box": return Format("box", rf"\[?{_number}((,|\s){_number}){{3}}\]?", room(48), "box", scorer)
     if rule == "words": return Format("caption", _caption(answers), room(64), "caption", scorer)
     return Format("phrase", _phrase(answers), room(32), "accuracy", scorer)
 
