@@ -7,17 +7,19 @@ __all__ = ['Picture', 'heat', 'curves', 'kinds', 'losses', 'stats_plot', 'costs'
            'one_task', 'matrices', 'likeness', 'spectra', 'figures']
 
 # %% ../nbs/10_analysis.ipynb #ac5dc3f2
-import io
+import io, warnings
 from collections import defaultdict
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
-from matplotlib import colormaps, style
+from matplotlib import colormaps, font_manager, style
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, MaxNLocator
 from PIL import Image
 
 from .core import CitError, digest, expanded, one_of, read_json, write_atomic
@@ -47,6 +49,50 @@ def _palette() -> Image.Image:
     out = Image.new("P", (1, 1)); out.putpalette(sum(blend + blues + greys, []))
     return out
 
+# %% ../nbs/10_analysis.ipynb #f302d28d
+@cache
+def _glyphs(file:str) -> frozenset: # Of code points
+    "The characters that a font file can draw; none where it cannot be read."
+    try: return frozenset(font_manager.get_font(file).get_charmap())
+    except (OSError, RuntimeError): return frozenset()
+
+@cache
+def _fonts_for(lacking:frozenset, # Code points that our font lacks
+              ) -> tuple: # (names of installed fonts that have them, code points that no font has)
+    "Choose fonts, the one with most of what is lacking first."
+    plain = [f for f in font_manager.fontManager.ttflist if f.style == "normal" and "Last Resort" not in f.name] # Boxes
+    names = []
+    while lacking and plain:
+        best = max(plain, key=lambda f: (len(lacking & _glyphs(f.fname)), f.weight == 400, f.name))
+        if not lacking & _glyphs(best.fname): break
+        names.append(best.name)
+        lacking -= _glyphs(best.fname)
+    return tuple(names), lacking
+
+def _texts(figure:Figure) -> list: # Strings
+    "All that is written in a figure, labels of ticks included."
+    makers = [a.get_major_formatter() for ax in figure.axes for a in (ax.xaxis, ax.yaxis)]
+    ticks = [str(s) for m in makers if isinstance(m, FixedFormatter) for s in m.seq]
+    return [*dict.fromkeys([t.get_text() for t in figure.findobj(Text)] + ticks)]
+
+_told = set() # Texts of which it was said that no font has them
+
+def _find_fonts(figure:Figure) -> bool: # Can everything be drawn?
+    "Put fonts behind ours that have what it lacks; warn once of each text that no font can draw."
+    ours = _style["font.family"]
+    have = _glyphs(font_manager.findfont(ours))
+    lacking = frozenset(ord(c) for t in _texts(figure) for c in t if not c.isspace()) - have
+    names, none = _fonts_for(lacking)
+    if names:
+        for text in figure.findobj(Text): text.set_fontfamily([ours, *names])
+        for ax in figure.axes: ax.tick_params(labelfontfamily=[ours, *names])
+    odd = [t for t in _texts(figure) if none & {*map(ord, t)}]
+    if new := [t for t in odd if t not in _told]:
+        _told.update(new)
+        warnings.warn(f"{', '.join(map(repr, new[:4]))} is drawn with boxes: neither {ours} nor an installed font has "
+                      f"{''.join(map(chr, sorted(none)))[:20]!r}; a font that has, such as Noto Sans CJK, is found once it is installed")
+    return not odd
+
 # %% ../nbs/10_analysis.ipynb #4e8cd779
 class Picture:
     "A matplotlib figure (`figure`) that shows itself and saves reproducibly."
@@ -61,7 +107,9 @@ class Picture:
             ) -> bytes:
         "The picture as a file's content."
         buf = io.BytesIO(); one_of("format", format, _meta)
-        with _house(): self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
+        with _house(), warnings.catch_warnings():
+            if not _find_fonts(self.figure): warnings.filterwarnings("ignore", "Glyph .* missing from") # Said in one sentence
+            self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
         return buf.getvalue()
 
     def _repr_png_(self) -> bytes:

@@ -476,7 +476,7 @@ def get_backbone(
 
 # %% ../nbs/02_backbone.ipynb #47001f32
 @patch
-def encode(self:Backbone,
+def encode(self:Backbone, # noqa: F811
            question:str, # The instruction, template line included
            answer:str|None=None, # The answer to learn
            image:bool=True, # Is there an image?
@@ -499,7 +499,7 @@ def texts(self:Backbone,
     except CitError as e: raise CitError(f"{example.id}: {e}") from None
 
 @patch
-def decode(self:Backbone,
+def decode(self:Backbone, # noqa: F811
            ids:list, # Of generated tokens
           ) -> str:
     "Text of generated ids, control tokens dropped."

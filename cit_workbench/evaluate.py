@@ -44,7 +44,7 @@ def column_scores(task, # A `Task`
     get = lambda k: [l["metadata"][k] for l in lines if l["metadata"][k] is not None]
     mean = lambda v: 100*sum(v)/len(v) if v else None
     out = {k: mean(get(k)) for k in ("formatted", "valid", "content")} | {"n": len(lines)}
-    return out | ({"cider": cider([l["text"] for l in lines], [l["metadata"].get("references", l["metadata"]["answer"]) for l in lines])} if task.format.kind == "caption" else {})
+    return out | ({"cider": cider([l["text"] for l in lines], [l["metadata"].get("references") or l["metadata"]["answer"] for l in lines])} if task.format.kind == "caption" else {})
 
 # %% ../nbs/07_evaluate.ipynb #c8311d3c
 def answered_by(method:Method) -> dict:
@@ -270,7 +270,6 @@ def found(self:Net,
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 

@@ -6,11 +6,12 @@
 __all__ = ['average_accuracy', 'learning_accuracy', 'mean_average_accuracy', 'backward_transfer', 'forgetting',
            'forward_transfer', 'intransigence', 'learning_transfer', 'mean_instruction_following', 'ap_norm',
            'order_means', 'Interval', 't_interval', 'Paired', 'paired', 'holm', 'Equivalence', 'tost', 'caption_words',
-           'cider_scores', 'cider']
+           'count_words', 'cider_scores', 'cider']
 
 # %% ../nbs/08_metrics.ipynb #2806d0f3
-import math, re
+import math, re, unicodedata
 from collections import Counter
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -215,14 +216,33 @@ def tost(a, b, # {order: value} each, or two arrays in the same order
     return Equivalence(p, "equivalent" if p < 1 - level else "not shown")
 
 # %% ../nbs/08_metrics.ipynb #b2fe0b6a
+_unspaced = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+             "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff") # Thai, Lao, Burmese, Khmer, kana, Han
+
+@cache
+def _word_pattern() -> str:
+    "Match a word with its marks (accents, vowel signs), or one character of a script without blanks."
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+    letters = rf"(?:(?![{_unspaced}])[^\W_][{marks}]*)+"
+    return rf"(?=[{_unspaced}])[^\W_][{marks}]*|{letters}(?:'{letters})*"
+
 def caption_words(text:str) -> list: # Lower-case words without punctuation
     "The words of a caption."
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*" if text.isascii() else _word_pattern(), text.lower())
 
 def _grams(text:str, n:int) -> Counter:
     "Counts of the 1- to n-grams of a caption."
     w = caption_words(text)
     return Counter(tuple(w[i:i+k]) for k in range(1, n+1) for i in range(len(w)-k+1))
+
+# %% ../nbs/08_metrics.ipynb #7c489b8d
+def count_words(text:str) -> int:
+    "Count what stands between blanks; in scripts without blanks, two characters as one word."
+    if text.isascii(): return len(text.split())
+    dense = [w for w in caption_words(text) if re.match(f"[{_unspaced}]", w)]
+    if not dense: return len(text.split())
+    rest = re.sub(f"[{_unspaced}]", " ", text).split()
+    return sum(1 for w in rest if caption_words(w)) + math.ceil(len(dense)/2)
 
 # %% ../nbs/08_metrics.ipynb #46724c59
 def _tfidf(counts:Counter, # n-gram counts of one caption

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['scorers', 'scorer_versions', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_names', 'places', 'grid_cells',
-           'count_words', 'code_words', 'palette', 'formats', 'templates', 'catalogue', 'shapes', 'Example', 'exact',
-           'slots', 'iou', 'boxed', 'Format', 'scorer_version', 'scorers_of', 'Task', 'Stream', 'register',
-           'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw', 'scatter', 'two_digits', 'Ask', 'skill',
-           'color', 'shape', 'shape_at', 'count', 'count_few', 'locate', 'read', 'read_one', 'parity', 'verify',
-           'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption', 'looks', 'region', 'point', 'in_format',
-           'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
+           'count_words', 'code_words', 'palette', 'formats', 'templates', 'catalogue', 'shapes', 'Example', 'scorer',
+           'scorer_version', 'exact', 'slots', 'iou', 'box_in', 'boxed', 'Format', 'scorers_of', 'Task', 'Stream',
+           'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw', 'scatter', 'two_digits', 'Ask',
+           'skill', 'color', 'shape', 'shape_at', 'count', 'count_few', 'locate', 'read', 'read_one', 'parity',
+           'verify', 'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption', 'looks', 'region', 'point',
+           'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
 import random, re
@@ -35,11 +35,31 @@ class Example:
     choices:tuple = () # Closed set for forced choice; contains `answer`
     meta:dict = field(default_factory=dict) # What was drawn; the slots of a caption
 
+# %% ../nbs/01_stream.ipynb #65b1114b
+scorers, scorer_versions = {}, {}
+
+def scorer(name:str, # As in `Format.scorer`
+           version:int=1, # Raised whenever the scorer gives other numbers than before
+          ) -> Callable:
+    "Decorator: register a function (format, example, text) → score from 0 to 1."
+    def put(rule:Callable) -> Callable:
+        scorers[name], scorer_versions[name] = rule, version
+        return rule
+    return put
+
+def scorer_version(name:str) -> int:
+    "Return the version of a scorer; 1 for one that was put into `scorers` without a version."
+    return scorer_versions.get(one_of("scorer", name, scorers), 1)
+
+
+
 # %% ../nbs/01_stream.ipynb #1bec92fe
+@scorer("accuracy")
 def exact(fmt, ex, text):
     "1 when the text is the answer."
     return float(text.strip() == ex.answer)
 
+@scorer("caption")
 def slots(fmt, ex, text):
     "Share of the caption's slots that are right; 0 when the sentence is not well formed."
     m = re.fullmatch(fmt.pattern, text.strip())
@@ -53,14 +73,21 @@ def iou(a, b) -> float:
     area = sum((c[2]-c[0]) * (c[3]-c[1]) for c in (a, b)) - w*h
     return w*h / area if area > 0 else 0.
 
+def box_in(text:str) -> list: # [x0, y0, x1, y1], or []
+    "Read a text that is a box and nothing else: four numbers, in brackets or bare, with commas or blanks between them."
+    said = text.strip().removesuffix(".")
+    if said[:1] + said[-1:] in ("[]", "()"): said = said[1:-1]
+    parts = re.split(r"\s*,\s*|\s+", said.strip())
+    number = r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+    return [float(p) for p in parts] if len(parts) == 4 and all(re.fullmatch(number, p, re.I) for p in parts) else []
+
+@scorer("box", version=2)
 def boxed(fmt, ex, text):
-    "1 when the box overlaps the true box by more than a half."
-    a, b = (list(map(float, re.findall(r"-?\d*\.?\d+", t))) for t in (text, ex.answer))
-    return float(len(a) == len(b) == 4 and iou(a, b) > 0.5)
+    "1 when the text is a box that overlaps the true box by more than a half."
+    said, true = box_in(text), box_in(ex.answer)
+    return float(bool(said and true) and iou(said, true) > .5)
 
 # %% ../nbs/01_stream.ipynb #9567a17f
-scorers = {"accuracy": exact, "caption": slots, "box": boxed}
-
 @dataclass(frozen=True)
 class Format:
     "How an answer must look, and how it is scored."
@@ -79,13 +106,6 @@ class Format:
         return re.fullmatch(self.pattern, text.strip()) is not None
 
 # %% ../nbs/01_stream.ipynb #66394b78
-scorer_versions = {} # {name in `scorers`: version}; a scorer that is not named here has version 1
-
-def scorer_version(name:str, # A name in `scorers`
-                  ) -> int: # From 1
-    "Return the version of a scorer."
-    return scorer_versions.get(one_of("scorer", name, scorers), 1)
-
 def scorers_of(stream, # A `Stream`
               ) -> dict: # {name in `scorers`: version}
     "Return the scorers that the columns of a stream use."
@@ -104,6 +124,7 @@ class Task:
     make:Callable = field(repr=False) # (split, index) -> Example
     chance:float = 0. # Formatted score of blind guessing, percent
     source:dict = field(default_factory=dict, repr=False) # What `make` depends on
+    pictures:object = field(default=None, repr=False) # Knows what the picture files hold; None where `make` draws them
 
     def __len__(self): return self.n["train"]
 
@@ -113,11 +134,13 @@ class Task:
             raise CitError(f"task {self.name!r} has {self.n[split]} {split} examples; there is no index {i}")
         return self.make(split, i)
 
-    def digest(self) -> str:
-        "A name for the content: the settings and the first examples of each split."
+    def digest(self, instead:dict|None=None, # {task: {image: what its file held before}}
+              ) -> str:
+        "A name for the content: the settings, the first examples of each split, and all files of pictures."
         shown = [self.example(s, i) for s in self.n for i in range(min(4, self.n[s]))]
         parts = [p for e in shown for p in (e.question, e.answer, e.choices, "file" if isinstance(e.image, str) else e.image)]
-        return digest(self.name, asdict(self.format), self.n, self.source, *parts)
+        files = [self.pictures.digest(self.n, (instead or {}).get(self.name))] if self.pictures else []
+        return digest(self.name, asdict(self.format), self.n, self.source, *parts, *files)
 
 # %% ../nbs/01_stream.ipynb #1785474e
 def _row(role, t): return f"| {t.name} | {role} | {t.domain} · {t.skill} · {t.format.name} | {len(t)} | {t.chance:.0f} |"
@@ -144,9 +167,10 @@ class Stream:
         by = {t.name: t for t, _ in self.roles()}
         return by[one_of("task", name, by)]
 
-    def digest(self) -> str:
+    def digest(self, instead:dict|None=None, # {task: {image: what its file held before}}
+              ) -> str:
         "A name for the content of all tasks, order included."
-        return digest(self.name, [(r, t.digest()) for t, r in self.roles()])
+        return digest(self.name, [(r, t.digest(instead)) for t, r in self.roles()])
 
     def _repr_markdown_(self):
         head = ["| task | role | domain · skill · format | train | chance % |", "|---|---|---|---|---|"]

@@ -9,7 +9,7 @@ __all__ = ['Optim', 'Tuned', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'alone', 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import math, os, platform, re, subprocess, time, warnings
+import json, math, os, platform, re, subprocess, time, warnings
 from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Out, at, get_backbone, start_hash
 from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, plain, progress, read_json, rng
+from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, plain, progress, read_json, rng, write_atomic
 from .evaluate import column_scores, forget
 from .live import attended, gentle, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
@@ -415,7 +415,11 @@ class _Quiet:
 def train(self:Run) -> Record: # Finished, or unfinished when somebody stopped it
     "Train, blocking; resumes if the run folder holds an unfinished run of the same configuration."
     if (done := self._finished()): return done
-    with alone(self.folder), attended(self): return self._train()
+    try:
+        with alone(self.folder), attended(self): return self._train()
+    except CitError as error:
+        self._note_broken(error)
+        raise
     return Record(self.folder) if self.control.first else None
 
 @patch
@@ -455,11 +459,53 @@ def _but_first(model) -> str|None: # Full-match regex
 
 # %% ../nbs/06_train.ipynb #d721e209
 @patch
+def _note_broken(self:Run, error:CitError):
+    "Write down the images that an error names and that cannot be opened, with what their files hold."
+    if not (self.folder/"run.json").is_file(): return
+    tasks = [t for t, _ in self.data.roles() if t.pictures]
+    named = {t.name: t.pictures.broken_in(str(error), t.n) for t in tasks}
+    if not any(named.values()): return
+    file = self._write_broken(named)
+    every = {t.name: t.pictures.broken(t.n) for t in tasks}
+    self._write_broken(every)
+    more = [image for name, images in every.items() for image in images if image not in named[name]]
+    if more: warnings.warn(f"{len(more)} more images cannot be opened ({', '.join(more[:4])}); all are listed in {file}")
+
+@patch
+def _write_broken(self:Run, found:dict, # {task: {image: what its file holds}}
+                 ) -> Path:
+    "Keep what is known of broken images, as long as the run is on the same data."
+    file, data = self.folder/"broken.json", read_json(self.folder/"run.json", "run file")["hashes"]["data"]
+    before = read_json(file, "file of broken images") if file.is_file() else {}
+    kept = before["images"] if before.get("data") == data else {}
+    images = {name: kept.get(name, {}) | found.get(name, {}) for name in {*kept, *found}}
+    return write_atomic(file, json.dumps({"data": data, "images": images}, indent=1, sort_keys=True) + "\n")
+
+@patch
+def _mended(self:Run, there:dict, # Content of run.json
+           ) -> bool:
+    "Are the data those that the run began with, but for images that it named as broken? Then run.json names the new data."
+    file, had = self.folder/"broken.json", there.get("hashes", {}).get("data")
+    if not file.is_file(): return False
+    noted = read_json(file, "file of broken images")
+    if noted.get("data") != had or self.data.digest(noted.get("images")) != had: return False
+    if "protocol_fields" in there:
+        there["protocol_fields"]["data"] = content(self.data)
+        there["protocol"] = digest(there["protocol_fields"])
+    there["hashes"]["data"] = self.data.digest()
+    write_atomic(self.folder/"run.json", json.dumps(there, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return True
+
+
+
+# %% ../nbs/06_train.ipynb #223e8a4e
+@patch
 def _finished(self:Run):
     "The record, if the folder holds this very run, finished; raises `CitError` if it holds another."
     if not (self.folder/"run.json").is_file(): return None
     there = read_json(self.folder/"run.json", "run file")
     now = {"weights": start_hash(self.backbone, self.comp.four_bit), "data": self.data.digest()}
+    if self._mended(there): there = read_json(self.folder/"run.json", "run file")
     had = {k: there.get("hashes", {}).get(k) for k in now}
     for name, a, b in differences(there.get("asked"), self.config())[:1]:
         raise CitError(f"{self.folder} holds a run of another configuration: {name} is {a!r} there and {b!r} here; choose another `out` folder or delete that one")

@@ -3,12 +3,12 @@ import ast
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import golden
 import pytest
-from tiny import SPEC, tiny
+from tiny import tiny
 
 from cit_workbench import behaviour as module
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised

@@ -106,9 +106,9 @@ def rescored(task, questions, lines):
             found = re.findall(r"\b(\w)\b", said)
             letter = said if said in list("ABCDE") else found[0].upper() if found else "FAILED"
             right += letter == q["answer"]
-        elif task == "ImageNet": right += said != "" and (q["answer"] in said or said in q["answer"])
+        elif task == "ImageNet": right += q["answer"] in re.findall(r"\w+", said.lower())
         elif task == "Grounding":
-            n = [float(x) for x in re.findall(r"\d*\.?\d+", said)]
+            n = [float(x) for x in re.findall(r"\d*\.?\d+", said)] if re.fullmatch(r"\[?[\d., ]+\]?", said) else []
             right += len(n) == 4 and iou(n, json.loads(q["answer_bbox"])) > .5
         else: right += said.upper() == q["answer"].upper()
     return 100*right/len(lines)
