@@ -186,6 +186,7 @@ def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, *
 # %% ../nbs/00_core.ipynb #2865a00f
 def expanded(path) -> Path: # As a person writes it
     "A path with `~` as the home folder; raises `CitError` for a user without one."
+    if not str(path).startswith("~"): return Path(path) # ./~ is a folder of that name
     try: return Path(path).expanduser()
     except RuntimeError: raise CitError(f"{path} begins with the home folder of a user who has none here; write it out, or ./{path} for a folder of that name") from None
 

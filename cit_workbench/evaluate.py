@@ -65,6 +65,27 @@ def state_key(self:Net) -> str:
     return digest(start, m.name, config_of(m), code_of(m), asdict(self.tuning), tree, *[x for n, a in own for x in (n, a)],
                   *[x for k, t in sorted(tensors.items()) for x in (k, t.float().numpy())])
 
+# %% ../nbs/07_evaluate.ipynb #a1e0a7f8
+def _put_down_more(keep:dict, # {task name: file}
+                   lines:dict, # {(task name, index): scored line} of a batch
+                  ):
+    "Append the lines of a batch to the files of their tasks; one that cannot be written costs time, never a run."
+    for name in {n for n, _ in lines} & {*keep}:
+        rows = [canonical([i, line]).encode() for (n, i), line in lines.items() if n == name]
+        text = b"\n" + b"".join(digest(row).encode() + b" " + row + b"\n" for row in rows) # What a kill tore ends here
+        try:
+            keep[name].parent.mkdir(parents=True, exist_ok=True)
+            with open(keep[name], "ab") as f: f.write(text)
+        except OSError as e: warnings.warn(f"answers are not kept while they are given ({e}); $CIT_CACHE names another folder")
+
+def _put_down(file) -> dict: # {index: line}
+    "Read the lines that are whole."
+    found = {}
+    for text in file.read_bytes().split(b"\n") if file.is_file() else []:
+        said, _, row = text.partition(b" ")
+        if said == digest(row).encode(): found.update([json.loads(row)])
+    return found
+
 # %% ../nbs/07_evaluate.ipynb #15fb3ad7
 @patch
 def room(self:Net,
@@ -147,27 +168,6 @@ def _gather(self:Net, lines:dict) -> dict:
     if self.world == 1: return lines
     every = [None]*self.world; dist.all_gather_object(every, lines)
     return {k: v for d in every for k, v in d.items()}
-
-# %% ../nbs/07_evaluate.ipynb #a1e0a7f8
-def _put_down_more(keep:dict, # {task name: file}
-                   lines:dict, # {(task name, index): scored line} of a batch
-                  ):
-    "Append the lines of a batch to the files of their tasks; one that cannot be written costs time, never a run."
-    for name in {n for n, _ in lines} & {*keep}:
-        rows = [canonical([i, line]).encode() for (n, i), line in lines.items() if n == name]
-        text = b"\n" + b"".join(digest(row).encode() + b" " + row + b"\n" for row in rows) # What a kill tore ends here
-        try:
-            keep[name].parent.mkdir(parents=True, exist_ok=True)
-            with open(keep[name], "ab") as f: f.write(text)
-        except OSError as e: warnings.warn(f"answers are not kept while they are given ({e}); $CIT_CACHE names another folder")
-
-def _put_down(file) -> dict: # {index: line}
-    "Read the lines that are whole."
-    found = {}
-    for text in file.read_bytes().split(b"\n") if file.is_file() else []:
-        said, _, row = text.partition(b" ")
-        if said == digest(row).encode(): found.update([json.loads(row)])
-    return found
 
 # %% ../nbs/07_evaluate.ipynb #3f363430
 @patch

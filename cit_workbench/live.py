@@ -356,7 +356,7 @@ def made(fields:dict, # Of `Run`, as they were recorded
     found = placed(fields, cwd)
     try: run = Run(**found, **more)
     except CitError as e:
-        names = [v for k, v in fields.items() if k in ("stream", "backbone") and str(v) in str(e)]
+        names = [v for k, v in fields.items() if k in ("stream", "backbone") and str(v).rpartition(":")[2] in str(e)]
         if not names or not cwd or cwd == here(): raise
         raise CitError(f"{e}; the run was started in {cwd}, and {names[0]!r} is not there either: put it back, or go on from where it is") from e
     run.cwd, run.names = cwd or run.cwd, {k: fields[k] for k in found if found[k] != fields[k]}

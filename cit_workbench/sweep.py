@@ -274,10 +274,14 @@ def _still(fd:int, path:Path) -> bool:
     try: return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError: return False
 
+def _written(cell:Cell) -> bool:
+    "Does a process write the run folder of a cell?"
+    from cit_workbench.live import alive
+    return cell.out.is_dir() and alive(cell.out)
+
 @contextmanager
 def held(cell:Cell): # Yields whether this process may execute it now
     "Hold a cell that nobody else is at; the lock goes with the process that holds it."
-    from cit_workbench.live import alive
     path = cell.out.with_suffix(".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +292,7 @@ def held(cell:Cell): # Yields whether this process may execute it now
         return
     try:
         mine = locked(fd, fcntl.LOCK_EX) and _still(fd, path)
-        yield mine and not (cell.out.is_dir() and alive(cell.out))
+        yield mine and not _written(cell)
         if mine: path.unlink(missing_ok=True)
     finally: os.close(fd)
 
@@ -351,7 +355,7 @@ def execute_held(cell:Cell) -> Cell|None: # None: somebody else is at it
     with held(cell) as free:
         if not free: return None
         if not cell.finished: execute(cell)
-    taken = cell.error and cell.out.is_dir() and alive(cell.out) # While the page began
+    taken = cell.error and _written(cell) # Somebody else began to train it while the page began
     return None if taken else cell
 
 def execute_all(cells:list, # Cells to execute

@@ -164,7 +164,7 @@ Run.unread = None # Task, step and numbers of the last step, until `verify` look
 def what_to_lower(self:Run) -> str:
     "What a person can change when numbers overflow."
     strengths = [(p.name, p.strength, getattr(p, p.strength)) for p in parts(self.m) if p.strength]
-    ways = [f"lower optim lr ({self.opt.lr:g})", *(f"{field} of {name} ({value:g})" for name, field, value in strengths)]
+    ways = [f"lower optim lr ({self.opt.lr})", *(f"{field} of {name} ({value})" for name, field, value in strengths)]
     if not self.opt.clip: ways.append("set optim clip (0 now)")
     if self.comp.dtype == "float16": ways.append("take another compute dtype than float16")
     return " or ".join(ways) + ", with another `out` folder; what was recorded before is kept"
