@@ -26,11 +26,12 @@ from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Out, at, get_backbone, start_hash
 from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, plain, progress, read_json, rng, write_atomic
+from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, one_of, plain, progress, read_json, rng, write_atomic
 from .evaluate import column_scores, forget
 from .live import attended, gentle, hold, launch, obey, run_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, parts, versions_of
+from .pictures import readings
 from .record import Record, RecordWriter, differences
 from .stream import get_stream, scorers_of
 from .testbed import content, lock_of, recipe as toy
@@ -81,7 +82,7 @@ class Spec:
     backbone: str = "tiny-instruct" # An embedded start, a checkpoint folder, or a hub id in the local cache
     tune: dict = field(default_factory=dict) # r, alpha, targets, train, dropout
     optim: dict = field(default_factory=dict) # lr, steps, batch, accum, warmup, clip, weight_decay
-    compute: dict = field(default_factory=dict) # device, dtype, threads, four_bit, checkpointing, image_mode, save_every
+    compute: dict = field(default_factory=dict) # device, dtype, threads, four_bit, checkpointing, image_mode, image_reading, save_every
     order: list|None = None # Task names in training order
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
@@ -119,6 +120,7 @@ class Run(Spec):
             for k, n in least.items():
                 if (v := getattr(o, k)) is not None and v < n: raise CitError(f"{what}: field {k!r} is {v}, but must be at least {n}")
         if self.opt.lr is not None and not self.opt.lr > 0: raise CitError(f"optim: field 'lr' is {self.opt.lr}, but must be above 0")
+        one_of("value of compute field 'image_reading'", self.comp.image_reading or "seen", readings)
         for k in ("targets", "train"):
             try: re.compile(getattr(self.tuning, k) or "")
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None

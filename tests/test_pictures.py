@@ -4,6 +4,8 @@ import json
 import struct
 import warnings
 import zlib
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,3 +259,59 @@ def test_answers_of_one_reading_are_not_taken_for_the_other(twin, tmp_path):
 def test_an_unknown_reading_is_refused(twin):
     with pytest.raises(CitError, match="unknown image_reading 'raw'; allowed: published, seen"):
         get_backbone(twin, image_reading="raw")
+
+
+# What the dashboard does with them
+
+class Desk:
+    "What `Ask` needs of a workbench."
+    rec = None
+    def safely(self, f):
+        try: f()
+        except CitError as e: self.note = str(e)
+    def later(self, f, text): self.safely(f)
+    def say(self, text): self.note = text
+
+
+def uploads(content):
+    from cit_workbench.dashboard import Ask
+    desk = Desk()
+    asking = Ask(desk)
+    asking.upload.value = [{"name": "own.png", "type": "image/png", "size": 0, "last_modified": datetime.now(), "content": content}]
+    return asking, desk
+
+
+def test_an_upload_is_shown_and_asked_about_as_it_is_seen(tmp_path):
+    Image.fromarray(letters()).save(tmp_path/"a.png", exif=exif_of(6))
+    asking, desk = uploads((tmp_path/"a.png").read_bytes())
+    np.testing.assert_array_equal(asking.image, np.asarray(load_image(tmp_path/"a.png")))
+    assert desk.note == "" and asking.picture.value == picture(tmp_path/"a.png", 140)
+
+
+@pytest.mark.parametrize("content, says", [(b"red", "image own.png cannot be read"), (b"", "own.png cannot be read"),
+                                           (png(14_000, 14_000), "own.png has more than 178,956,970 pixels")])
+def test_an_upload_that_is_no_picture_is_named_in_the_line_of_the_dashboard(content, says):
+    asking, desk = uploads(content)
+    assert says in desk.note and asking.image is None
+
+
+def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
+    from cit_workbench.answers import Samples
+    (tmp_path/"a.png").write_bytes(png(14_000, 14_000))
+    example = SimpleNamespace(image=str(tmp_path/"a.png"))
+    stream = SimpleNamespace(task=lambda name: SimpleNamespace(example=lambda split, i: example))
+    about = SimpleNamespace(stream=stream, task=SimpleNamespace(value="t"), recs=[SimpleNamespace(config={})])
+    assert "a.png has more than" in Samples._shown(about, 0)
+
+
+def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkeypatch):
+    from cit_workbench import live
+    from cit_workbench.view import toy_run
+    Image.fromarray(letters()).save(tmp_path/"a.png")
+    asked = []
+    monkeypatch.setattr(live, "_from_checkpoint", lambda folder, image, text: asked.append(image))
+    for reading, most in ((None, 255), ("published", 0)):
+        rec = toy_run(tmp_path/str(reading))
+        rec._run = rec.run | {"config": {**rec.run["config"], "compute": {"image_reading": reading}}}
+        rec.ask(str(tmp_path/"a.png"), "What?", here=True)
+        assert asked[-1].max() == most
