@@ -89,8 +89,9 @@ def _find_fonts(figure:Figure) -> bool: # Can everything be drawn?
     odd = [t for t in _texts(figure) if none & {*map(ord, t)}]
     if new := [t for t in odd if t not in _told]:
         _told.update(new)
-        warnings.warn(f"{', '.join(map(repr, new[:4]))} is drawn with boxes: neither {ours} nor an installed font has "
-                      f"{''.join(map(chr, sorted(none)))[:20]!r}; a font that has, such as Noto Sans CJK, is found once it is installed")
+        said, chars = ", ".join(map(repr, new[:4])), "".join(map(chr, sorted(none)))[:20]
+        warnings.warn(f"{said} is drawn with boxes: neither {ours} nor an installed font has {chars!r}; "
+                      "a font that has, such as Noto Sans CJK, is found once it is installed")
     return not odd
 
 # %% ../nbs/10_analysis.ipynb #4e8cd779
@@ -108,7 +109,7 @@ class Picture:
         "The picture as a file's content."
         buf = io.BytesIO(); one_of("format", format, _meta)
         with _house(), warnings.catch_warnings():
-            if not _find_fonts(self.figure): warnings.filterwarnings("ignore", "Glyph .* missing from") # Said in one sentence
+            if not _find_fonts(self.figure): warnings.filterwarnings("ignore", "Glyph .* missing from") # It was said
             self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
         return buf.getvalue()
 

@@ -471,7 +471,8 @@ def _note_broken(self:Run, error:CitError):
     every = {t.name: t.pictures.broken(t.n) for t in tasks}
     self._write_broken(every)
     more = [image for name, images in every.items() for image in images if image not in named[name]]
-    if more: warnings.warn(f"{len(more)} more images cannot be opened ({', '.join(more[:4])}); all are listed in {file}")
+    if more:
+        warnings.warn(f"{len(more)} more images cannot be opened ({', '.join(more[:4])}); all are listed in {file}")
 
 @patch
 def _write_broken(self:Run, found:dict, # {task: {image: what its file holds}}
@@ -486,7 +487,7 @@ def _write_broken(self:Run, found:dict, # {task: {image: what its file holds}}
 @patch
 def _mended(self:Run, there:dict, # Content of run.json
            ) -> bool:
-    "Are the data those that the run began with, but for images that it named as broken? Then run.json names the new data."
+    "Are the data those that the run began with, but for images it named as broken? Then run.json names the new data."
     file, had = self.folder/"broken.json", there.get("hashes", {}).get("data")
     if not file.is_file(): return False
     noted = read_json(file, "file of broken images")

@@ -119,7 +119,8 @@ def _picture(rec:dict, at:tuple) -> str|None:
     paths = [p for t in texts if isinstance(t, str) for p in _inline.findall(t)]
     if rec.get("image") is not None: paths.append(rec["image"])
     if len({*map(str, paths)}) > 1:
-        raise CitError(f"{at[0]}: record {at[1]} names several pictures, {paths[0]} and {paths[-1]}; one at most is shown")
+        raise CitError(f"{at[0]}: record {at[1]} names several pictures, {paths[0]} and {paths[-1]}; "
+                       "one at most is shown")
     return paths[0] if paths else None
 
 # %% ../../nbs/suites/coin.ipynb #e0d49e6b
@@ -252,7 +253,8 @@ def _same_ids(rows:list, # Of a test file
     for i, r in enumerate(rows):
         if str(r.id) in first: break
         first[str(r.id)] = i
-    return f"{shared} of {len(rows)} records share their id with another (first: {r.id!r}, records {first[str(r.id)]} and {i})"
+    two = f"first: {r.id!r}, records {first[str(r.id)]} and {i}"
+    return f"{shared} of {len(rows)} records share their id with another ({two})"
 
 def read_rows(path, # A train or test file
               split:str="train", # "train": conversations come first; "test": `text` and `answer` do
@@ -336,7 +338,7 @@ scorer("places365", 2)(_any_of(names))
 # %% ../../nbs/suites/coin.ipynb #61656a8e
 @scorer("box, as released")
 def _released_box(fmt, ex, text):
-    "1 when the text without brackets and without its first and last character overlaps the true box by more than a half."
+    "1 when what is left between the first and the last character overlaps the true box by more than a half."
     cut, true = text.strip().replace("[", "").replace("]", "")[1:-1], box_in(ex.answer)
     try: said = [float(x) for x in cut.split(",")]
     except ValueError: return 0.
@@ -344,13 +346,14 @@ def _released_box(fmt, ex, text):
 
 # %% ../../nbs/suites/coin.ipynb #ab494420
 _numerals = dict(zip("zero one two three four five six seven eight nine ten none".split(), [*map(str, range(11)), "0"]))
-_contracted = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-    when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_contracted = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
+    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+    you'd've you'll you're you've""".split()
 _short = {w[:i] + w[i+1:]: w for w in _contracted for i, c in enumerate(w) if c == "'"} | {"somebody'd": "somebodyd"}
 
 def normalise_answer(text:str) -> str:
@@ -623,7 +626,8 @@ def _kept(name:str, paths:list, f:Callable, desc:str) -> dict: # {path: digest}
     if new:
         body = json.dumps(known | {p: [stamps[p], out[p]] for p in new if stamps[p]})
         try: write_atomic(file, f"{digest(body)}\n{body}")
-        except CitError as e: warnings.warn(f"images are read again the next time ({e}); $CIT_CACHE names another folder")
+        except CitError as e:
+            warnings.warn(f"images are read again the next time ({e}); $CIT_CACHE names another folder")
     return out
 
 def _by_image(files:Files, images:list, f:Callable, desc:str) -> dict: # {image: digest}
@@ -717,7 +721,8 @@ def _annotated(path:Path) -> dict: # {id: answers}
         raise CitError(f"{need}: {type(e).__name__} {e}") from None
     for id, answers in ((_plain(id), answers) for id, answers in pairs):
         if not isinstance(answers, list): raise CitError(f"{need}: answers of question {id} are {_said(answers)}")
-        if by.setdefault(id, answers) != answers: raise CitError(f"{path} answers question {id} twice, and not the same")
+        if by.setdefault(id, answers) != answers:
+            raise CitError(f"{path} answers question {id} twice, and not the same")
     return {id: [str(a) for a in answers] for id, answers in by.items()}
 
 def ten_answers(files:Files) -> bool: # Has any question its ten?
@@ -743,12 +748,14 @@ def check_boxes(files:Files):
     for i, r in enumerate(files.rows["test"]):
         if odd := next((a for a in r.more.get("references") or [r.answer] if not is_box(a)), None):
             hint = f"scorers={{{files.name!r}: 'equal'}} compares the answers as text"
-            raise CitError(f"task {files.name!r} is scored by boxes, and the answer of test row {i} (id {r.id!r}) is {odd[:60]!r}, "
-                           f"but must be {_a_box}; {hint}")
+            which = f"the answer of test row {i} (id {r.id!r}) is {odd[:60]!r}, but must be {_a_box}"
+            raise CitError(f"task {files.name!r} is scored by boxes, and {which}; {hint}")
     learned = files.rows["train"] + files.rows["val"]
     odd = [r for r in learned if not is_box(r.answer)]
-    if odd: warnings.warn(f"task {files.name!r}: {len(odd)} of {len(learned)} training answers are no box inside the square "
-                          f"(first: id {odd[0].id!r}, {odd[0].answer[:60]!r}), while its test answers are")
+    if not odd: return
+    count = f"{len(odd)} of {len(learned)} training answers are no box inside the square"
+    first = f"first: id {odd[0].id!r}, {odd[0].answer[:60]!r}"
+    warnings.warn(f"task {files.name!r}: {count} ({first}), while its test answers are")
 
 def _say_what_is_cut(files:Files, fmt:Format):
     "Warn of true answers that may not fit, or cannot fit, into the room of a format."
@@ -807,7 +814,8 @@ def load(folder:str, # Of the suite
     tasks = [read(n) for n in progress(_names(a.tasks, found, root), f"reading {root.name}")]
     boxed = [t.name for t in tasks if t.format.kind == "box"]
     if boxed and a.image_mode == "plain":
-        warnings.warn(f"boxes of {', '.join(boxed)} are parts of the square that image_mode='pad' makes; 'plain' shows another")
+        warnings.warn(f"boxes of {', '.join(boxed)} are parts of the square that image_mode='pad' makes; "
+                      "'plain' shows another")
     return Stream(f"coin:{root.name}", tasks, image_mode=a.image_mode or "pad")
 
 # %% ../../nbs/suites/coin.ipynb #8bb39ff0
