@@ -20,7 +20,7 @@ COLUMNS = {"content": 1}
 
 ROOMS = {
     "data": ["core", "stream", "suites/*"],
-    "models": ["backbone", "adapt"],
+    "models": ["pictures", "loading", "backbone", "adapt"],
     "contract": ["method", "memory"],
     "training": ["train", "testbed"],
     "scoring": ["evaluate", "metrics"],
@@ -120,7 +120,8 @@ def raised(then:dict, # What a result was made by
     "Say which versions have changed between two behaviours."
     said = []
     for kind in kinds:
-        old, new = then.get(kind, {}), now.get(kind, {})
+        if kind not in then: continue
+        old, new = then[kind], now.get(kind, {})
         said += [f"{name} {old.get(name, 'unknown')} → {new[name]}" for name in new if old.get(name) != new[name]]
     code = then.get("source", "") != now.get("source", "") and "rooms" in kinds
     return said + ["uncommitted code"]*code
@@ -128,10 +129,9 @@ def raised(then:dict, # What a result was made by
 # %% ../nbs/00a_behaviour.ipynb #23e43fc9
 _before_versions = "0727940224c235b5" # What records called their scorers
 
-def scored_by(scorers:dict, # {name: version}
-             ) -> str: # "scoring 1", and the scorers whose version is above 1
-    "Name what made the scores of a run: runs in one block of a table share it."
-    return ", ".join([f"scoring {VERSIONS['scoring']}", *(f"{name} {v}" for name, v in scorers.items() if v > 1)])
+def scored_by() -> str: # "scoring 1"
+    "Name what made the scores of a run: runs in one block of a table share it. A table names scorers that are older."
+    return f"scoring {VERSIONS['scoring']}"
 
 def scorers_said(text:str, # The field `scorers` of a record's protocol
                 ) -> str:

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from .behaviour import COLUMNS, VERSIONS, admitted, raised, scorers_said
 from .core import CitError, append_jsonl, canonical, digest, expanded, leaves, one_of, plain, read_json, write_atomic
+from .stream import all_scorers
 from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
                                    order_means, paired, t_interval, tost)
@@ -689,12 +690,17 @@ def _notes(rows:list, singles:set) -> list:
 def _older(records:list) -> list: # Sentences
     "Say which runs, and which of their columns, were made by earlier versions."
     said = []
-    for name, now in COLUMNS.items():
-        then = [r.run.get("behaviour", {}).get("columns", {}).get(name, 1) for r in records]
-        if old := [v for v in then if v < now]:
+    known = [r.run.get("behaviour", {}) for r in records]
+    columns = {name: [made_by.get("columns", {}).get(name, 1) for made_by in known] for name in COLUMNS}
+    used = {name for made_by in known for name in made_by.get("scorers", {})}
+    today = COLUMNS | ({name: v for name, v in all_scorers().items() if name in used} if used else {})
+    scored = {name: [made_by["scorers"][name] for made_by in known if name in made_by.get("scorers", {})] for name in today if name in used}
+    for name, then in (columns | scored).items():
+        if old := [v for v in then if v < today[name]]:
             which = f"{len(old)} of {len(then)} runs" if len(old) < len(then) else "all runs"
-            said.append(f"{name}: version {min(old)} in {which}, today's is {now}.")
-    made = [(r, raised(made_by, {**made_by, "rooms": VERSIONS})) for r in records if (made_by := r.run.get("behaviour"))]
+            what = f"scores by {name!r}" if name in scored else name
+            said.append(f"{what}: version {min(old)} in {which}, today's is {today[name]}.")
+    made = [(r, raised(made_by, {**made_by, "rooms": VERSIONS})) for r, made_by in zip(records, known)]
     why = defaultdict(list)
     for r, changes in made:
         if changes: why["; ".join(changes)].append(str(r.config.get("method")))

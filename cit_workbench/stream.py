@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['scorers', 'scorer_versions', 'size', 'cell_px', 'shape_names', 'color_names', 'domain_names', 'places', 'grid_cells',
            'count_words', 'code_words', 'palette', 'formats', 'templates', 'catalogue', 'shapes', 'Example', 'scorer',
-           'scorer_version', 'exact', 'slots', 'iou', 'box_in', 'boxed', 'Format', 'scorers_of', 'Task', 'Stream',
-           'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw', 'scatter', 'two_digits', 'Ask',
-           'skill', 'color', 'shape', 'shape_at', 'count', 'count_few', 'locate', 'read', 'read_one', 'parity',
+           'scorer_version', 'exact', 'slots', 'iou', 'box_in', 'boxed', 'Format', 'scorers_of', 'all_scorers', 'Task',
+           'Stream', 'register', 'all_streams', 'get_stream', 'hue', 'Draw', 'Thing', 'draw', 'scatter', 'two_digits',
+           'Ask', 'skill', 'color', 'shape', 'shape_at', 'count', 'count_few', 'locate', 'read', 'read_one', 'parity',
            'verify', 'colors', 'bars', 'compare', 'framed_color', 'describe', 'caption', 'looks', 'region', 'point',
            'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from .core import CitError, check_args, digest, one_of
+from .core import CitError, assets, check_args, digest, one_of
 
 # %% ../nbs/01_stream.ipynb #24bd46a8
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,11 @@ def scorers_of(stream, # A `Stream`
     "Return the scorers that the columns of a stream use."
     used = {task.format.scorer or task.format.kind for task, _ in stream.roles()}
     return {name: scorer_version(name) for name in sorted(used)}
+
+def all_scorers() -> dict: # {name in `scorers`: version}
+    "Return every scorer of the package, those of the suites included."
+    for suite in sorted(assets().parent.glob("suites/[a-z]*.py")): import_module(f"cit_workbench.suites.{suite.stem}")
+    return {name: scorer_version(name) for name in sorted(scorers)}
 
 # %% ../nbs/01_stream.ipynb #7007e1a0
 @dataclass(frozen=True)

@@ -621,7 +621,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     "run.json: configuration, versions, hashes and the protocol, by which tables put like with like."
     bb, o = net.backbone, asdict(self.opt)
     fields = {"start": bb.hash, "image_mode": bb.image_mode, "data": content(self.data), "dtype": str(bb.dtype), "decoding": "greedy",
-              "scorers": scored_by(scorers_of(self.data)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
+              "scorers": scored_by(), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     if bb.image_reading != "seen": fields["image_reading"] = bb.image_reading
     if not isinstance(bb.image_processor, PilBackend): fields["image_processor"] = type(bb.image_processor).__name__

@@ -3,11 +3,9 @@
 `python tests/golden.py` says what has changed; with `--write` it writes the file anew, and refuses where figures have changed but no version
 was raised.
 """
-import importlib
 import json
 import math
 import os
-import pkgutil
 import platform
 import sys
 import tempfile
@@ -20,12 +18,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch
 from tiny import CHAINS, MORE, TASKS, train
 
-import cit_workbench.suites
 from cit_workbench.behaviour import COLUMNS, VERSIONS
 from cit_workbench.core import canonical, digest
 from cit_workbench.launcher import fields_of
 from cit_workbench.method import all_methods, method_class
-from cit_workbench.stream import Example, get_stream, scorer_version, scorers
+from cit_workbench.stream import Example, all_scorers, get_stream, scorers
 
 FILE = Path(__file__).with_name("golden.json")
 SMALL = {"stream_args": {"tasks": TASKS[:2], "n_train": 32, "n_test": 4}, "optim": {"lr": 2e-2}}
@@ -82,17 +79,10 @@ def scored(name:str) -> list:
     return [[one(example, text) for text in [*TEXTS, example.answer, example.answer.upper()]] for example in examples()]
 
 
-def all_scorers() -> list:
-    "Return the names of all scorers, those of the suites included."
-    for module in pkgutil.iter_modules(cit_workbench.suites.__path__):
-        importlib.import_module(f"cit_workbench.suites.{module.name}")
-    return sorted(scorers)
-
-
 def versions() -> dict:
     "Return the versions that may be raised."
     return {"rooms": VERSIONS, "columns": COLUMNS, "methods": {name: method_class(name).version for name in all_methods()},
-            "scorers": {name: scorer_version(name) for name in all_scorers()}}
+            "scorers": all_scorers()}
 
 
 def computed(names=None) -> dict:

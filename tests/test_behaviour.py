@@ -8,7 +8,6 @@ from pathlib import Path
 
 import golden
 import pytest
-from tiny import tiny
 
 from cit_workbench import behaviour as module
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
@@ -191,13 +190,10 @@ def test_records_from_before_versions_share_a_block_with_new_ones(finished, tmp_
     assert {k for k in new} == {k for k in now["protocol_fields"]}
 
 
-def test_another_version_of_a_scorer_is_another_protocol(tmp_path, monkeypatch):
-    run = tiny(tmp_path/"a")
-    net, *_ = run.open()
-    before = run.describe(net, run.config())
-    monkeypatch.setitem(scorer_versions, "accuracy", 3)
-    after = run.describe(net, run.config())
-    assert after["protocol_fields"]["scorers"] == "scoring 1, accuracy 3" and after["protocol"] != before["protocol"]
+def test_tables_name_scores_of_an_older_scorer(finished, monkeypatch):
+    runs = [finished("finetune").rec, finished("er").rec]
+    monkeypatch.setitem(scorer_versions, "accuracy", scorer_versions["accuracy"] + 1)
+    assert "scores by 'accuracy': version 1 in all runs, today's is 2." in table(runs).notes
 
 
 def test_tables_name_a_column_of_an_older_version(finished, monkeypatch):
