@@ -70,8 +70,8 @@ def counted(run, right) -> list:
     net, out = run.net, []
     for k, t in enumerate(TASKS):
         n = net.stream.task(t).n["test"]
-        b = net.rows([(t, i) for i in range(n)], "test", answers=False, task=[None]*n)
-        out.append(100*torch.stack([right(net, net.method.route(net, b), j, k) for j in range(n)]).float().mean().item())
+        b = net.method.route(net, net.rows([(t, i) for i in range(n)], "test", answers=False, task=[None]*n))
+        out.append(100*torch.stack([right(net, b, j, k) for j in range(n)]).float().mean().item())
     return out
 
 
