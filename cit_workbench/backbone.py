@@ -123,6 +123,7 @@ class Chat:
         self.processor, self.tokenizer, self.image_id, self.name = processor, processor.tokenizer, image_id, name
         self.template = processor.chat_template or self.tokenizer.chat_template
         self._usable()
+        self._shows_pictures()
         self.begin = self._begin()
         printed = {image: self._around(image) for image in (True, False)}
         self.cut = self._trimmed(*printed[False])
@@ -130,7 +131,7 @@ class Chat:
         self.turns = {image: self._turn(*parts) for image, parts in printed.items()}
         self.end = self._end(ends)
         self.stops = sorted({*ends, self.end})
-        self._try()
+        for image in (True, False): self.encode("What is it?", "yes", image)
 
 # %% ../nbs/02_backbone.ipynb #04f6a04e
 _files = "chat_template.jinja, chat_template.json, processor_config.json, tokenizer_config.json"
@@ -163,6 +164,17 @@ def render(self:Chat,
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise CitError(f"the chat template of backbone {self.name!r} cannot be used: {why}") from e
+
+@patch
+def _shows_pictures(self:Chat):
+    "A prompt with a picture holds one image token, a prompt without holds none."
+    ids = {image: self.tokenizer(self.render(_question, None, image))["input_ids"] for image in (True, False)}
+    shown = {image: ids[image].count(self.image_id) for image in ids}
+    if shown == {True: 1, False: 0}: return
+    token = f"{self.tokenizer.convert_ids_to_tokens(self.image_id)!r}, id {self.image_id} of config.json"
+    times = f"{shown[True]} times, and {shown[False]} times where there is none"
+    who = f"the chat template of backbone {self.name!r}"
+    raise CitError(f"{who} shows a picture ({token}) {times}; allowed: once, and not at all")
 
 @patch
 def _around(self:Chat, image:bool) -> tuple: # (before the question, before an answer, blanks, after an answer)
@@ -293,17 +305,6 @@ def encode(self:Chat,
         who = f"the tokenizer of backbone {self.name!r}"
         raise CitError(f"{who} merges the end of the prompt with the answer {answer!r}")
     return prompt, whole[len(prompt):] + [self.end]*(not turn.end)
-
-@patch
-def _try(self:Chat):
-    "A row with a picture holds one image token, one without it none, and no answer holds any."
-    rows = {image: self.encode("What is it?", "yes", image) for image in (True, False)}
-    shown = {image: prompt.count(self.image_id) for image, (prompt, _) in rows.items()}
-    if shown != {True: 1, False: 0} or any(self.image_id in answer for _, answer in rows.values()):
-        token = f"{self.tokenizer.convert_ids_to_tokens(self.image_id)!r}, id {self.image_id} of config.json"
-        times = f"{shown[True]} times, and {shown[False]} times where there is none"
-        who = f"the chat template of backbone {self.name!r}"
-        raise CitError(f"{who} shows a picture ({token}) {times}; allowed: once, and not at all")
 
 # %% ../nbs/02_backbone.ipynb #4fb2e136
 def end_ids(model, # A `LlavaForConditionalGeneration`

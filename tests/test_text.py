@@ -232,6 +232,9 @@ BROKEN = {
     "1 times where there is none": ALWAYS,
     "does not show a question": CHAT.replace("{{ content['text'] + ' '}}", "{{ content['text'] | upper }}"),
     "does not end where an answer begins": CHAT.partition("{% if add_generation_prompt %}")[0],
+    "of config.json) 0 times, and 0": "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] if c['type'] == "
+                                      "'text' %}{{ c['text'] }}{% endfor %} {% endfor %}"
+                                      "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     "can only concatenate": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
 }
 
