@@ -53,7 +53,7 @@ def every_linear(model:nn.Module) -> str: # Full-match regex
     return rf".*language_model\.layers\.\d+\.({'|'.join(sorted(tails))})"
 
 def left_out(model:nn.Module) -> list: # Names within a block
-    "Matrices in the blocks of the language model that are no linear layers: fused experts, for one; LoRA leaves them as they are."
+    "Matrices in the blocks of the language model that are no linear layers, such as fused experts: LoRA skips them."
     inside = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
     names = [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) not in inside and _block.fullmatch(n)]
     return [*dict.fromkeys(_block.fullmatch(n)[1] for n in names)]
@@ -122,8 +122,9 @@ def in_tower(name:str) -> bool:
 
 def no_gradient(names:list) -> str: # The end of a sentence
     "Say what is wrong with names in the vision tower."
-    return (f"names {len(names)} parts of the vision tower (the first is {names[0]}), which is computed without gradient: "
-            "they would never change; leave them out, for example by (?!.*vision_tower) at the beginning")
+    return (f"names {len(names)} parts of the vision tower (the first is {names[0]}), "
+            "which is computed without gradient: they would never change; "
+            "leave them out, for example by (?!.*vision_tower) at the beginning")
 
 # %% ../nbs/03_adapt.ipynb #cdd2bb56
 def seeded(key:tuple, # What the draws are for
@@ -137,7 +138,7 @@ def seeded(key:tuple, # What the draws are for
 def matched(model:nn.Module, # Any model
             targets:str, # Full-match regex over names of linear layers
            ) -> list: # (name, layer) pairs
-    "The linear layers that `targets` names; raises `CitError` for none, and for those that are computed without gradient."
+    "The linear layers that `targets` names; raises `CitError` for none, and for layers without gradient."
     all_ = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     hit = [(n, m) for n, m in all_ if re.fullmatch(targets, n)]
     if not hit:
@@ -154,7 +155,8 @@ def add_lora(model:nn.Module, # A Hugging Face model, changed in place
     targets = tune.targets or every_linear(model)
     matched(model, targets)
     if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
-    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=targets, lora_dropout=tune.dropout, task_type="CAUSAL_LM")
+    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=targets, lora_dropout=tune.dropout,
+                     task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return fused(seeded(key, lambda: get_peft_model(model, cfg)))
@@ -190,7 +192,8 @@ def add_modules(folder:Path, # An adapter as peft saved it
     weights, about = folder/"adapter_model.safetensors", folder/"adapter_config.json"
     tensors = load_file(weights)
     for name, m in modules.items():
-        tensors |= {f"base_model.model.{name}.{k}": v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}
+        own = {k: v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}
+        tensors |= {f"base_model.model.{name}.{k}": v for k, v in own.items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     config = read_json(about, "adapter") | {"modules_to_save": sorted(modules)}
     about.write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -324,7 +324,7 @@ class Backbone:
         name:str="given", # How records call it
         image_mode:str="plain", # "plain": as the processor does it; "pad": to a square first, as LLaVA-1.5 and CoIN do
         hash:str="", # Digest of the stored weights
-        image_reading:str="seen", # "seen": pictures upright, transparency on white; "published": as LLaVA's and CoIN's code reads them
+        image_reading:str="seen", # How pictures are opened: "seen" or "published"
     ):
         self.image_reading = image_reading
         self.model, self.processor, self.name, self.image_mode, self.hash = model.eval().requires_grad_(False), processor, name, image_mode, hash
@@ -388,20 +388,23 @@ def _language_fits(model) -> str|None:
     lm = model.model.language_model
     lacks = [part for part in ("embed_tokens", "layers", "norm") if not hasattr(lm, part)]
     if not lacks: return None
-    return f"its language model {lm.config.model_type} ({type(lm).__name__}) has no {' and no '.join(lacks)}; supported: {_as_llama}"
+    found = f"{lm.config.model_type} ({type(lm).__name__})"
+    return f"its language model {found} has no {' and no '.join(lacks)}; supported: {_as_llama}"
 
 def _tower_fits(model) -> str|None:
     "What the vision tower does otherwise; None where it gives features of one length per picture."
     config, tower = model.config, model.model.vision_tower
     kind, size = config.vision_config.model_type, getattr(config.vision_config, "image_size", None)
-    wanted = f"its vision tower {kind} does not give one row of features per picture; supported: towers built as CLIP's and SigLIP's are"
+    wanted = (f"its vision tower {kind} does not give one row of features per picture; "
+              "supported: towers built as CLIP's and SigLIP's are")
     try: states = tower(torch.zeros(2, 3, size, size, device="meta"), output_hidden_states=True).hidden_states
     except Exception: return wanted # What a tower raises that takes other inputs is its own affair
     if not states or any(s.ndim != 3 or len(s) != 2 for s in states): return wanted
     chosen, n = config.vision_feature_layer, len(states)
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     if any(l not in range(-n, n) for l in chosen):
-        return f"vision_feature_layer is {config.vision_feature_layer}, but its vision tower {kind} has {n - 1} layers; allowed: {-n} to {n - 1}"
+        return (f"vision_feature_layer is {config.vision_feature_layer}, but its vision tower {kind} has {n - 1} "
+                f"layers; allowed: {-n} to {n - 1}")
     return None
 
 def _tried(name:str, # As `get_backbone` takes it
@@ -434,8 +437,9 @@ def _prepared(name:str, processor, config):
     got = processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
     side = config.vision_config.image_size
     if list(got.shape) == [1, 3, side, side]: return
-    raise CitError(f"backbone {name!r} cannot be used: its {type(processor.image_processor).__name__} makes one picture "
-                   f"{list(got.shape)}, but its vision tower takes [1, 3, {side}, {side}]")
+    kind = type(processor.image_processor).__name__
+    raise CitError(f"backbone {name!r} cannot be used: its {kind} makes one picture {list(got.shape)}, "
+                   f"but its vision tower takes [1, 3, {side}, {side}]")
 
 # %% ../nbs/02_backbone.ipynb #ba6c4d25
 def get_backbone(
@@ -465,12 +469,14 @@ def get_backbone(
     try:
         proc = _processor(where)
         _prepared(name, proc, AutoConfig.from_pretrained(where, local_files_only=True))
-        model, info = LlavaForConditionalGeneration.from_pretrained(where, dtype=getattr(torch, dtype), local_files_only=True,
-                                                                    trust_remote_code=False, output_loading_info=True, **kw)
+        kw |= dict(dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False)
+        model, info = LlavaForConditionalGeneration.from_pretrained(where, output_loading_info=True, **kw)
     except CitError: raise
     except Exception as e: raise _unreadable(name, e) from e
     if lost := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})): raise CitError(f"backbone {name!r} is not a whole LLaVA checkpoint: {len(lost)} weights are missing or of another shape, the first is {lost[0]}")
-    if more := sorted(info["unexpected_keys"]): raise CitError(f"backbone {name!r} is not LLaVA alone: it holds {len(more)} weights that {type(model).__name__} has no place for, the first is {more[0]}")
+    if more := sorted(info["unexpected_keys"]):
+        raise CitError(f"backbone {name!r} is not LLaVA alone: it holds {len(more)} weights that "
+                       f"{type(model).__name__} has no place for, the first is {more[0]}")
     model.name_or_path = model.config._name_or_path = lasting_name(name)
     if not four_bit: model = model.to(device)
     return Backbone(model, proc, name, image_mode, start_hash(name, four_bit), image_reading)

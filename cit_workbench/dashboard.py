@@ -60,7 +60,8 @@ def show(self:Ask):
     if self.stream is None or self.task.value is None: return
     t = self.stream.task(self.task.value)
     ex = t.example("val", self.index.value % max(1, t.n["val"]))
-    self.image, self.text.value, self.picture.value = ex.image, ex.question, picture(ex.image, 140, reading_of(self.rec.config))
+    self.image, self.text.value = ex.image, ex.question
+    self.picture.value = picture(ex.image, 140, reading_of(self.rec.config))
     self.target.value, self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>', ""
 
 # %% ../nbs/11_dashboard.ipynb #e1489201

@@ -611,7 +611,8 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
     run, threads = run_of(folder), torch.get_num_threads()
     try:
         run._as_before()
-        bb = get_backbone(run.backbone, run.comp.device, run.comp.dtype, run.comp.image_mode or run.data.image_mode, run.comp.four_bit, run.comp.image_reading or "seen")
+        bb = get_backbone(run.backbone, run.comp.device, run.comp.dtype, run.comp.image_mode or run.data.image_mode,
+                          run.comp.four_bit, run.comp.image_reading or "seen")
         run.opt, run.tuning = recipe(run.opt, run.tuning, bb, run.data.steps)
         net = Net(bb, run.data, fresh(run.m), run.seed, plan=run.plan, tuning=run.tuning)
         if not (state := run.load(net, _Quiet())): raise CitError(f"{folder} holds no checkpoint yet: there is nobody to ask")

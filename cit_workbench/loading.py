@@ -40,11 +40,14 @@ def _where(name:str) -> str:
     if p.is_dir():
         if why := _no_checkpoint(p): raise CitError(f"backbone folder {p} {why}")
         return str(p.absolute())
-    if p.is_file(): raise CitError(f"backbone {name!r} is a file; name the folder of a LLaVA checkpoint in the Hugging Face format")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        try: return snapshot_download(name, local_files_only=True)
-        except (OSError, ValueError): raise CitError(f"backbone {name!r} is neither a folder nor in the local cache; nothing is fetched here: download it first, or name a folder") from None
-    raise CitError(f"unknown backbone {name!r}; allowed: {', '.join(all_backbones())}, a folder that holds a LLaVA checkpoint, or a hub id org/name that is already in the local cache")
+    if p.is_file(): raise CitError(f"backbone {name!r} is a file; name the folder that holds it: {_wanted}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CitError(f"unknown backbone {name!r}; allowed: {', '.join(all_backbones())}, a folder that holds a LLaVA "
+                       "checkpoint, or a hub id org/name that is already in the local cache")
+    try: return snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        raise CitError(f"backbone {name!r} is neither a folder nor in the local cache; nothing is fetched here: "
+                       "download it first, or name a folder") from None
 
 def lasting_name(name:str, # As `get_backbone` takes it
                 ) -> str: # An absolute path, or a hub id
@@ -60,7 +63,8 @@ def family(config:dict, # config.json
     inner = lambda key: config[key].get("model_type") if isinstance(config.get(key), dict) else None
     said = {"model_type": config.get("model_type"), "architectures": config.get("architectures"),
             "language model": inner("text_config"), "vision tower": inner("vision_config")}
-    return ", ".join(f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in said.items() if v) or "no model type"
+    flat = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in said.items()}
+    return ", ".join(f"{k} {v}" for k, v in flat.items() if v) or "no model type"
 
 def _original(config:dict) -> bool:
     "Is it LLaVA as its authors store it, with the sizes of the language model at the top?"
@@ -71,16 +75,23 @@ def _unfit(config:dict) -> str|None: # The end of a sentence
     "What keeps a configuration from being loaded; None where nothing does."
     supported = f"supported: model_type llava, architecture {_class}"
     if _original(config):
-        return f"in the original layout; {_class}'s layout is needed, which convert_llava_weights_to_hf.py of transformers' repository writes"
+        return (f"in the original layout; {_class}'s layout is needed, which convert_llava_weights_to_hf.py "
+                "of transformers' repository writes")
     if config.get("model_type") != "llava": return supported
-    if (named := config.get("architectures")) and _class not in named: return f"whose architectures do not fit model_type llava; {supported}"
+    if _class not in (config.get("architectures") or [_class]):
+        return f"whose architectures do not fit model_type llava; {supported}"
+    full = "weights of 16 or 32 bits are needed"
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict): return f"without {part}, so its sizes are not known; {supported}"
-        if "quantization_config" in config[part]: return f"whose weights are quantised ({part}: quantization_config); weights of 16 or 32 bits are needed"
+        if "quantization_config" in config[part]:
+            return f"whose weights are quantised ({part}: quantization_config); {full}"
     if "quantization_config" in config:
         how = (config["quantization_config"] or {}).get("quant_method")
-        return f"whose weights are quantised (quantization_config: {how}); weights of 16 or 32 bits are needed, and `compute four_bit=true` holds them in 4"
-    if "auto_map" in config: return "that asks for Python code from its folder (auto_map), and such code is never run; take auto_map out of config.json where the model is plain LLaVA"
+        hint = "`compute four_bit=true` holds them in 4"
+        return f"whose weights are quantised (quantization_config: {how}); {full}, {hint}"
+    if "auto_map" in config:
+        return ("that asks for Python code from its folder (auto_map), and such code is never run; "
+                "take auto_map out of config.json where the model is plain LLaVA")
     return None
 
 def judge(name:str, # As `get_backbone` takes it
@@ -88,7 +99,8 @@ def judge(name:str, # As `get_backbone` takes it
     "Find a start model and read its configuration; raises `CitError` that says what was found and what is supported."
     where = _where(name)
     config = read_json(Path(where)/"config.json", "configuration")
-    if not isinstance(config, dict): raise CitError(f"configuration {where}/config.json is {type(config).__name__}, but must be a table")
+    if not isinstance(config, dict):
+        raise CitError(f"configuration {where}/config.json is {type(config).__name__}, but must be a table")
     if why := _unfit(config): raise CitError(f"backbone {name!r} is a model ({family(config)}) {why}")
     return where
 
@@ -99,7 +111,8 @@ def file_digest(path:Path) -> str: # Hex digits
     kept = cache_dir()/"files"/digest(str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
     if kept.is_file() and len(known := kept.read_text()) == 64: return known
     found = hashlib.sha256()
-    with open(path, "rb") as f, progress(desc=f"reading {path.name}", total=s.st_size, unit="B", unit_scale=True) as bar:
+    bar = progress(desc=f"reading {path.name}", total=s.st_size, unit="B", unit_scale=True)
+    with open(path, "rb") as f, bar:
         while part := f.read(1 << 24):
             found.update(part)
             bar.update(len(part))
@@ -118,7 +131,7 @@ def _content(folder:Path) -> list: # Paths
 def start_hash(name:str, # As `get_backbone` takes it
                four_bit:bool=False, # Held in 4 bits
               ) -> str:
-    "Digest of a checkpoint's whole content: weights, configurations, tokenizer, template; raises `CitError` as `judge` does."
+    "Digest of a checkpoint: all weights, configurations, tokenizer, template; raises `CitError` as `judge` does."
     folder, parts = Path(judge(name)), [four_bit]
     for f in _content(folder):
         size = f.stat().st_size

@@ -67,7 +67,7 @@ class Compute:
     four_bit: bool = False # Frozen weights in 4 bits (CUDA)
     checkpointing: bool = False # Compute activations again in the backward, to save memory
     image_mode: str|None = None # "plain" or "pad"; None: what the stream asks for
-    image_reading: str|None = None # "seen" (None means it, too): pictures upright, transparency on white; "published": EXIF ignored, alpha dropped
+    image_reading: str|None = None # "seen" (as None): upright, on white; "published": EXIF, alpha ignored
     workers: int = 2 # Threads that open images of the next step
     save_every: int = 0 # Steps between checkpoints inside a task, 0: at task ends only
 
@@ -82,7 +82,7 @@ class Spec:
     backbone: str = "tiny-instruct" # An embedded start, a checkpoint folder, or a hub id in the local cache
     tune: dict = field(default_factory=dict) # r, alpha, targets, train, dropout
     optim: dict = field(default_factory=dict) # lr, steps, batch, accum, warmup, clip, weight_decay
-    compute: dict = field(default_factory=dict) # device, dtype, threads, four_bit, checkpointing, image_mode, image_reading, save_every
+    compute: dict = field(default_factory=dict) # device, dtype, threads, four_bit, image_mode, image_reading, …
     order: list|None = None # Task names in training order
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
@@ -125,7 +125,7 @@ class Run(Spec):
             try: re.compile(getattr(self.tuning, k) or "")
             except re.error as e: raise CitError(f"tune: field {k!r} is {getattr(self.tuning, k)!r}, which is not a regular expression: {e}") from None
     def computed(self) -> dict:
-        "The fields of `compute`; how pictures are read is among them only where it is not as seen, so that older runs keep their keys."
+        "The fields of `compute`; `image_reading` only where it is not the usual one: older runs keep their keys."
         usual = self.comp.image_reading in (None, "seen")
         return {k: v for k, v in asdict(self.comp).items() if k != "image_reading" or not usual}
     def config(self) -> dict:
@@ -525,7 +525,8 @@ def open(self:Run) -> tuple: # (net, record writer, state of the last checkpoint
     if self.opt.batch < self.opt.accum*world: raise CitError(f"optim: batch {self.opt.batch} is too small for {world} processes of {self.opt.accum} micro-batches each")
     there = self._as_before()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
-    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit, c.image_reading or "seen")
+    bb = get_backbone(self.backbone, device, c.dtype, c.image_mode or self.data.image_mode, c.four_bit,
+                      c.image_reading or "seen")
     self.opt, self.tuning = recipe(self.opt, self.tuning, bb, self.data.steps)
     net = Net(bb, self.data, fresh(self.m), self.seed, rank, world, self.plan, self.tuning)
     self.check_rows(net)
@@ -586,7 +587,7 @@ def _warn_of_change(folder, there:dict, now:dict):
 # %% ../nbs/06_train.ipynb #9aea132f
 @patch
 def unsaved(self:Net) -> list: # Names
-    "Trained parameters that are neither LoRA's nor whole parameters of the start model, so that an adapter cannot hold them."
+    "Trained parameters that are neither LoRA's nor the start model's, so that an adapter cannot hold them."
     return [n for n in self.own() if ".lora_" not in n and n not in self.names]
 
 @patch
@@ -603,9 +604,12 @@ def insert(self:Run, net:Net):
 def _warn_of_left_out(net:Net, left:list):
     "Say what the run does not train or store as one might think."
     inside = [n for n in net.own() if "language_model.layers." in n]
-    if left and inside: warnings.warn(f"LoRA leaves weights in the language model's blocks as they are, since they are no linear layers: {', '.join(left)}; `tune train=` can name them")
+    if left and inside:
+        warnings.warn("LoRA leaves weights in the language model's blocks as they are, "
+                      f"since they are no linear layers: {', '.join(left)}; `tune train=` can name them")
     if net.peft is not None and (odd := net.unsaved()):
-        warnings.warn(f"no adapter is written at the tasks' ends: peft has no place for {odd[0]}, which is trained, too; the run's checkpoints hold everything")
+        warnings.warn(f"no adapter is written at the tasks' ends: peft has no place for {odd[0]}, "
+                      "which is trained, too; the run's checkpoints hold everything")
 
 # %% ../nbs/06_train.ipynb #a6ecd53d
 def git_state() -> dict:

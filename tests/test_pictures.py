@@ -70,7 +70,8 @@ def test_the_model_gets_the_turned_photo_unless_the_run_reads_as_published(bb, t
 
 def test_a_damaged_exif_block_does_not_keep_a_picture_from_opening(tmp_path):
     good = exif_of(6).tobytes()
-    for i, bad in enumerate([b"", b"Exif\0\0", b"Exif\0\0nonsense", good[:12], good[:-4], good.replace(b"\x12\x01", b"\x00\x01")]):
+    damaged = [b"", b"Exif\0\0", b"Exif\0\0nonsense", good[:12], good[:-4], good.replace(b"\x12\x01", b"\x00\x01")]
+    for i, bad in enumerate(damaged):
         path = tmp_path/f"{i}.jpg"
         Image.fromarray(noise()).save(path, exif=bad)
         assert sorted(load_image(path).size) == [40, 64]
@@ -108,7 +109,8 @@ def test_what_shines_through_is_white(kind, tmp_path):
         flat = Image.new("RGB", (40, 20), (1, 2, 3))
         flat.paste((0, 0, 0), (5, 5, 15, 15))
         flat.save(path, "PNG", transparency=(1, 2, 3))
-    given = {"PA": lambda: with_alpha(Image.new("P", (40, 20)), letters()[..., 3]), "RGBa": lambda: image.convert("RGBa"),
+    given = {"PA": lambda: with_alpha(Image.new("P", (40, 20)), letters()[..., 3]),
+             "RGBa": lambda: image.convert("RGBa"),
              "array": letters, "grey array": lambda: letters()[..., [0, 3]]}.get(kind, lambda: path)()
     seen = np.asarray(load_image(given))
     assert seen.shape == (20, 40, 3) and (seen[0] == 255).all() and (seen[5:15, 5:15] == 0).all()
@@ -201,7 +203,10 @@ def test_whatever_pillow_raises_becomes_one_sentence(error, tmp_path, monkeypatc
     with pytest.raises(CitError, match=r"a\.png cannot be read: \S"): load_image(tmp_path/"a.png")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "TGA", "PCX", "AVIF", "JPEG2000"])
+KINDS = ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "TGA", "PCX", "AVIF", "JPEG2000"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_opens_or_is_named(kind, tmp_path):
     "Bytes are changed and cut all over the file: never another exception than `CitError`."
     buf, rng = io.BytesIO(), np.random.default_rng(0)
@@ -277,7 +282,8 @@ def uploads(content):
     from cit_workbench.dashboard import Ask
     desk = Desk()
     asking = Ask(desk)
-    asking.upload.value = [{"name": "own.png", "type": "image/png", "size": 0, "last_modified": datetime.now(), "content": content}]
+    asking.upload.value = [{"name": "own.png", "type": "image/png", "size": 0, "last_modified": datetime.now(),
+                            "content": content}]
     return asking, desk
 
 
