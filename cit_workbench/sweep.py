@@ -91,7 +91,8 @@ def check_injected():
     shell = get_ipython()
     try: _compared(shell.user_ns.get("In", []) if shell else [])
     except CitError as e:
-        e._render_traceback_ = lambda: [f"CitError: {e}"] # What a notebook shows of it
+        said = f"CitError: {e}"
+        e._render_traceback_ = lambda: [said] # What a notebook shows of it
         raise
 
 def _compared(cells:list): # Sources of the cells that ran: parameters, those of papermill, the one that asks
@@ -315,6 +316,7 @@ def execute_all(cells:list, # Cells to execute
                 workers:int=1, # How many at a time
                ):
     "Yield cells as they finish."
+    import papermill # noqa: F401 (before the threads that use it begin)
     todo, done = queue.SimpleQueue(), queue.SimpleQueue()
     for c in cells: todo.put(c)
     def work():
