@@ -142,7 +142,14 @@ def _sample(self:Samples, i:int, # Question number
     "A line of the table; columns are aligned by question."
     first = cols[0][2][i]
     image = self._shown(i)
-    same = [next((a for a in answers if a["question_id"] == first["question_id"]), None) for *_, answers in cols]
+    same = [_at(answers, i, first) for *_, answers in cols]
     ask = html.escape(first["prompt"]).replace("\n", "<br>")
     target = html.escape(str(first["metadata"]["answer"]))
     return [image, f'<div style="max-width:320px">{ask}</div>', target, *map(verdict, same)]
+
+def _at(answers:list, i:int, # Number of the question
+        asked:dict, # A result line of that question
+       ) -> dict|None: # None: this run asked something else there, or less
+    "Find the answer to a question by its place, since ids may repeat."
+    question = lambda a: (a["prompt"], a["metadata"]["answer"])
+    return answers[i] if i < len(answers) and question(answers[i]) == question(asked) else None

@@ -8,6 +8,7 @@ __all__ = ['Ask', 'runs_in', 'Workbench', 'Compare', 'Forgetting', 'Similarity',
 # %% ../nbs/11_dashboard.ipynb #a2545a19
 import html, json
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import ipywidgets as W
@@ -83,7 +84,7 @@ def ask(self:Ask):
     rec = self.bench.rec
     if rec is None: raise CitError("no run is chosen: there is nobody to ask")
     here = rec.state() not in ("loading", "running", "paused")
-    got = rec.ask(self.image, self.text.value, here=here)
+    got = (rec.ask_apart if here else rec.ask)(self.image, self.text.value)
     when = html.escape(f"the last checkpoint, {got.task}" if here else f"{got.task}, step {got.step}")
     said = f'<b style="font-size:15px">{html.escape(got.text)}</b>'
     self.answer.value = f'{said}<br><span style="opacity:.7">answered by {when}</span>'
@@ -136,18 +137,38 @@ def _wire(self:Workbench):
     self.run.observe(lambda _: self.safely(self.choose), "value")
     self.tabs.observe(lambda _: self.safely(self.reveal), "selected_index")
     for k, b in self.buttons.items(): b.on_click(lambda _, k=k: self.later(partial(self.act, k)))
-    self.go.on_click(lambda _: self.later(self.start, "starting …"))
-    self.fork.on_click(lambda _: self.later(self.split, "branching …"))
-    self.later(self._load, "loading the methods …")
+    self.go.on_click(lambda _: self.begin(self.form, self.start, "starting …"))
+    self.fork.on_click(lambda _: self.begin(self.branch, self.split, "branching …"))
+    self.loading = self._load()
+    self.soon(self.loading, "loading the methods …")
     self.safely(self.reveal)
 
 @patch
+def begin(self:Workbench, form:Form, f, # Launches what the form says
+          said:str):
+    "Read the notebook's classes in this thread, which may parse, then call `f` in one of its own."
+    def work():
+        form.read_source()
+        self.later(f, said)
+    self.safely(work)
+
+# %% ../nbs/11_dashboard.ipynb #2976836e
+@patch
 def _load(self:Workbench):
-    "Fill the forms, which loads torch."
+    "Import what the forms and a launch need, library by library, and fill the forms."
+    for library in ("pandas", "torch", "peft", "cit_workbench.train"):
+        import_module(library)
+        yield
     package, known = self.classes(), run_fields()
+    yield
     self.safely(lambda: [form.fill(package, known) for form in (self.form, self.branch)])
     self.go.disabled = self.fork.disabled = False
     self.say("")
+
+@patch
+def load(self:Workbench):
+    "Load the methods now, for code that goes on with them."
+    for _ in self.loading: pass
 
 # %% ../nbs/11_dashboard.ipynb #33c17636
 @patch

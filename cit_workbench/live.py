@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alive', 'hold', 'command', 'Control', 'Reply', 'answer_asks', 'reply_of', 'Stopped', 'obey', 'gentle', 'turn',
-           'attended', 'asked_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source', 'rebuilt',
-           'run_of', 'places', 'branch', 'take_over', 'welcome']
+           'attended', 'asked_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source', 'read_ahead',
+           'rebuilt', 'run_of', 'answer_apart', 'places', 'branch', 'take_over', 'welcome']
 
 # %% ../nbs/06c_live.ipynb #01682ce0
 from contextlib import contextmanager
@@ -396,15 +396,19 @@ def start(folder:Path, # A run folder
         prepare()
         _needs_method(folder)
         Control(folder).say("queued" if asked_of(folder).get("compute", {}).get("device", "cpu") != "cpu" else "loading")
-        env = os.environ | {"CIT_QUIET": "1", "PYTHONIOENCODING": "utf-8:replace", "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))}
         code = "import sys; from cit_workbench.live import child; child(*sys.argv[1:])"
         with open(folder/"log.txt", "ab") as log:
-            p = subprocess.Popen([sys.executable, "-c", code, str(folder), str(fd), str(time.time_ns())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[fd], env=env)
+            p = subprocess.Popen([sys.executable, "-c", code, str(folder), str(fd), str(time.time_ns())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[fd], env=_child_env())
     finally: os.close(fd)
     _started[:] = [p, *(q for q in _started if q.poll() is None)]
     return Record(folder)
 
 _started = []
+
+def _child_env() -> dict:
+    "The environment of a process that finds what this one finds, and draws no progress bars."
+    paths = dict.fromkeys(p or os.getcwd() for p in sys.path)
+    return os.environ | {"CIT_QUIET": "1", "PYTHONIOENCODING": "utf-8:replace", "PYTHONPATH": os.pathsep.join(paths)}
 
 # %% ../nbs/06c_live.ipynb #85fda4c7
 def child(folder, fd, when):
@@ -529,7 +533,9 @@ def method_source(m) -> str|None: # None for methods of the package
     from cit_workbench.method import code_of, own_code
     own = own_code(m)
     if not own: return None
+    if text := _ahead_of.pop(code_of(m)["method_code"], None): return text
     classes = [c for c in own.values() if isinstance(c, type)]
+    if kept := linecache.cache.get(classes[0].__module__): return "".join(kept[2]) # It was loaded from a method.py
     if inner := [c for c in classes if "<locals>" in c.__qualname__]: raise CitError(f"{inner[0].__name__} is defined inside a function, where no other process can find it: define it at the top of a cell or file")
     functions = [f for c in classes for f in vars(c).values() if inspect.isfunction(f)]
     module = classes[0].__module__
@@ -542,6 +548,13 @@ def method_source(m) -> str|None: # None for methods of the package
     text = '"The method of this run, as it was defined when the run was launched."\n' + "\n\n".join(["\n".join(dict.fromkeys(writer.imports)), *writer.code]) + "\n"
     if code_of(rebuilt(text, m)) != code_of(m): raise CitError(f"the source found for {m.name} is not what is defined now: run its cells again, in order, and launch it then")
     return text
+
+_ahead_of = {} # {method_code: text}
+
+def read_ahead(m):
+    "Find the text of method.py in this thread, for a launch that follows in another one, which must not parse."
+    from cit_workbench.method import code_of
+    if text := method_source(m): _ahead_of[code_of(m)["method_code"]] = text
 
 def rebuilt(text:str, m) -> object:
     "The same method with its classes from a text."
@@ -618,6 +631,32 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
         if not (state := run.load(net, _Quiet())): raise CitError(f"{folder} holds no checkpoint yet: there is nobody to ask")
         return Reply(reply_of(net, image, text), net.seen[-1], state["step"])
     finally: torch.set_num_threads(threads)
+
+# %% ../nbs/06c_live.ipynb #993de10b
+@patch
+def ask_apart(self:Record,
+              image, # Array [H, W, 3] of uint8, PIL image, path or None
+              text:str, # The instruction
+             ) -> Reply:
+    "Ask the last checkpoint in a process that loads it for this question; raises `CitError` when it cannot answer."
+    image = _array(image)
+    with tempfile.TemporaryDirectory() as at:
+        if image is not None: np.save(Path(at)/"image.npy", image)
+        write_atomic(Path(at)/"text", text)
+        code = "import sys; from cit_workbench.live import answer_apart; answer_apart(*sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", code, str(self.path), at], env=_child_env(),
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        got = _read(Path(at)/"reply") or {"error": done.stderr.strip().rpartition("\n")[2]}
+    if "error" in got: raise CitError(f"{self.path} could not answer: {got['error']}")
+    return Reply(**got)
+
+def answer_apart(folder, at):
+    "Answer the question in a folder from a run's last checkpoint, in a file `reply` there."
+    at = Path(at)
+    image = np.load(at/"image.npy", allow_pickle=False) if (at/"image.npy").is_file() else None
+    try: got = _from_checkpoint(Path(folder), image, (at/"text").read_text(encoding="utf-8"))._asdict()
+    except CitError as e: got = {"error": str(e)}
+    write_atomic(at/"reply", canonical(got))
 
 # %% ../nbs/06c_live.ipynb #9b1e87a0
 _fixed = {"stream": "the stream", "stream_args": "the stream", "backbone": "the start model", "tune": "what is trained", "oracle": "what is shown at test", "parent": "the parent"}

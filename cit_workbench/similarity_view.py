@@ -12,9 +12,11 @@ import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
 from fastcore.basics import patch
+from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import squareform
 
 from .core import CitError, expanded, one_of
-from .record import Record, find_runs
+from .record import Record, find_runs, npz_names, read_npz
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, read_collected
 from .stream import get_stream
@@ -25,8 +27,6 @@ from .view import (Story, View, axis, choice, figure, framed, grid, heat_map, pi
 def clustered(S:np.ndarray, # Similarity [T, T]
              ) -> list: # Positions
     "An order in which similar tasks stand together (average linkage on 1 − similarity)."
-    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-    from scipy.spatial.distance import squareform
     if len(S) < 3: return list(range(len(S)))
     S = np.asarray(S, float); D = 1 - (S + S.T)/2; np.fill_diagonal(D, 0)
     d = squareform(np.nan_to_num(D, nan=1.).clip(min=0), checks=False)
@@ -37,10 +37,10 @@ def collected_for(rec:Record, folders) -> list: # Paths of .npz files
     "The files that `collect` wrote for a run's start model and stream, those with most arrays first."
     out, want = [], (rec.config.get("backbone"), rec.config.get("stream"))
     for p in [p for f in map(expanded, folders) if f.is_dir() for p in sorted(f.glob("*.npz"))]:
-        with np.load(p, allow_pickle=False) as z:
-            about = json.loads(z["about"].tobytes()) if "about" in z.files else {}
-            same = (about.get("backbone"), about.get("stream")) == want
-            if same and {*rec.tasks} <= {*about["tasks"]}: out.append((-len(z.files), p))
+        names = npz_names(p)
+        about = json.loads(read_npz(p, "about")["about"].tobytes()) if "about" in names else {}
+        same = (about.get("backbone"), about.get("stream")) == want
+        if same and {*rec.tasks} <= {*about["tasks"]}: out.append((-len(names), p))
     return [p for _, p in sorted(out)]
 
 # %% ../nbs/11e_similarity_view.ipynb #c133fca8

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from .core import CitError, canonical, digest, one_of, rng, write_atomic
+from .record import npz_names, read_npz
 from .similarity import subspace_overlap
 
 # %% ../nbs/10b_spectra.ipynb #29b1979e
@@ -164,7 +165,7 @@ def read_collected(path, # An .npz file
     "Read what `write_collected` wrote; raises `CitError` when the file is missing or not whole."
     if not Path(path).is_file(): raise CitError(f"collected file {path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+        arrays = read_npz(path, *npz_names(path))
         about, said = arrays.pop("about").tobytes(), str(arrays.pop("sum"))
         whole = said == _sum(about, arrays)
     except Exception as e: raise CitError(f"collected file {path} is damaged ({type(e).__name__}); delete it, and it is measured again") from e

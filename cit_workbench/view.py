@@ -8,7 +8,7 @@ __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounde
            'upright', 'bands', 'picture', 'grid', 'choice', 'offer']
 
 # %% ../nbs/11a_view.ipynb #6fbf2989
-import base64, html, io, threading, time
+import asyncio, base64, html, io, threading, time
 from collections import defaultdict
 from copy import deepcopy
 
@@ -319,15 +319,35 @@ def safely(self:View, f):
 
 # %% ../nbs/11a_view.ipynb #a25fd5a0
 @patch
-def later(self:View, f, said:str="", # Shown meanwhile
+def _heed(self:View, f):
+    "Call `f`; its mistake becomes a sentence in the view."
+    try: return f()
+    except CitError as e: self.say(str(e), wrong=True)
+    except Exception as e:
+        self.say(f"{type(e).__name__}: {e}", wrong=True)
+        raise
+
+@patch
+def later(self:View, f, # Neither imports nor parses
+          said:str="", # Shown meanwhile
          ):
     "Call `f` in a thread of its own, so that the page stays alive; its mistake becomes a sentence in the view."
-    def work():
-        try: f()
-        except CitError as e: self.say(str(e), wrong=True)
-        except Exception as e: self.say(f"{type(e).__name__}: {e}", wrong=True); raise
     if said: self.say(said)
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=lambda: self._heed(f), daemon=True).start()
+
+# %% ../nbs/11a_view.ipynb #d4617e95
+@patch
+def soon(self:View, pieces, # An iterator that does one piece of work at each step
+         said:str="", # Shown meanwhile
+        ):
+    "Do work in this thread once the page has drawn the view, or at once where no event loop runs."
+    if said: self.say(said)
+    try: loop = asyncio.get_running_loop()
+    except RuntimeError: loop = None
+    def step():
+        if not self.over.is_set() and self._heed(lambda: next(pieces, "done")) != "done": loop.call_later(.05, step)
+    if loop: loop.call_later(.3, step)
+    else: self._heed(lambda: list(pieces))
 
 # %% ../nbs/11a_view.ipynb #418795fb
 @patch
