@@ -16,7 +16,7 @@ from .core import CitError, assets, digest, read_json
 
 # %% ../nbs/00a_behaviour.ipynb #96c439d4
 VERSIONS = {"data": 1, "models": 1, "contract": 1, "training": 1, "scoring": 1}
-COLUMNS = {"content": 1}
+COLUMNS = {"content": 2} # 2: where a choice begins another, the end of each counts
 
 ROOMS = {
     "data": ["core", "stream", "suites/*"],

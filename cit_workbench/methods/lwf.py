@@ -24,6 +24,7 @@ class LwF(Method):
     start: bool = False # Is the start model the teacher on the first task, as in released code?
     strength = "lam"
     called = "lwf"
+    later = {"start": False} # The first task had no teacher before
     paper = "Li and Hoiem, arXiv 1606.09282"
     def __post_init__(self):
         super().__post_init__()

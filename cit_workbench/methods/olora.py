@@ -25,6 +25,7 @@ class OLoRA(Method):
     lam2: float|list = 0. # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
     strength = "lam"
     called = "olora"
+    later = {"lam2": 0.} # No norms were counted before
     paper = "arXiv 2310.14152"
     def __post_init__(self):
         super().__post_init__()
