@@ -510,6 +510,8 @@ def _labels(records:list) -> list:
         m, mine = r.config.get("method"), _setting(r)
         odd = [k for k in sorted(mine) if any(a.get(k) != mine[k] for a in by[m])]
         if not any(a != mine and bare(a) == bare(mine) for a in by[m]): odd = [k for k in odd if k != "code"]
+        newest = {k: max(a.get(k, 1) for a in by[m]) for k in mine if k.startswith("version of ")}
+        odd = [k for k in odd if mine[k] != newest.get(k)]
         last = [k.split(".")[-1] for k in odd]
         said = [f"{s if last.count(s) == 1 else k}={_value(mine[k])}" for k, s in zip(odd, last)]
         return f"{m}({', '.join(said)})" if odd else str(m)
