@@ -77,7 +77,7 @@ def _unfit(config:dict) -> str|None: # The end of a sentence
     if _original(config):
         return (f"in the original layout; {_class}'s layout is needed, which convert_llava_weights_to_hf.py "
                 "of transformers' repository writes")
-    if config.get("model_type") != "llava": return supported
+    if config.get("model_type") != "llava": return f"of another family; {supported}"
     if _class not in (config.get("architectures") or [_class]):
         return f"whose architectures do not fit model_type llava; {supported}"
     full = "weights of 16 or 32 bits are needed"

@@ -139,8 +139,9 @@ def greedy(model, bb, run):
     for i in range(task.n["test"]):
         e = task.example("test", i)
         ids = torch.tensor([bb.encode(e.question)[0]])
-        got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=bb.pad,
-                             pixel_values=bb.pixels([e.image]).to(model.dtype), max_new_tokens=task.format.max_new_tokens)
+        pixels = bb.pixels([e.image]).to(model.dtype)
+        got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
+                             max_new_tokens=task.format.max_new_tokens, pad_token_id=bb.pad)
         got = got[0, ids.shape[1]:].tolist()
         out.append(bb.decode(got[:got.index(bb.eos)] if bb.eos in got else got))
     return out

@@ -78,8 +78,8 @@ def test_one_weight_in_the_middle_of_a_large_shard_makes_another_start(copy, mon
     assert start_hash(str(copy)) == before
 
 
-FILES = ["tokenizer.json", "chat_template.json", "preprocessor_config.json", "generation_config.json", "pytorch_model.bin",
-         "merges.txt", "additional_chat_templates/tool.jinja"]
+FILES = ["tokenizer.json", "chat_template.json", "preprocessor_config.json", "generation_config.json",
+         "pytorch_model.bin", "merges.txt", "additional_chat_templates/tool.jinja"]
 
 
 @pytest.mark.parametrize("name", FILES)
