@@ -75,11 +75,13 @@ _fields = {"stream args": "stream_args", "order": "order", "seed": "seed", "lear
 _settled = ("stream args", "order", "watch full", "watch share") # What a branch cannot or need not change
 
 def run_fields() -> dict: # {dotted name: Field}; loads torch
-    "The fields of a run and of its tables."
+    "The fields of a run and of its tables, with what holds for a run that is launched."
     from cit_workbench.train import Compute, Optim, Spec
-    from cit_workbench.watch import Watch
+    from cit_workbench.watch import Watch, at_launch
     tables = {"": Spec, "optim.": Optim, "watch.": Watch, "compute.": Compute}
-    return {at + f.name: f for at, cls in tables.items() for f in fields_of(cls)}
+    found = {at + f.name: f for at, cls in tables.items() for f in fields_of(cls)}
+    launched = {f"watch.{name}": value for name, value in at_launch.items()}
+    return found | {name: found[name]._replace(default=value) for name, value in launched.items()}
 
 # %% ../nbs/11g_launcher.ipynb #870cf0eb
 def method_classes() -> dict:

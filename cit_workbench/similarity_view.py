@@ -36,13 +36,21 @@ def clustered(S:np.ndarray, # Similarity [T, T]
 # %% ../nbs/11e_similarity_view.ipynb #b1be330c
 def collected_for(rec:Record, folders) -> list: # Paths of .npz files
     "The files that `collect` wrote for a run's start model and stream, those with most arrays first."
-    out, want = [], (rec.config.get("backbone"), rec.config.get("stream"))
+    out = []
     for p in [p for f in folders if Path(f).is_dir() for p in sorted(Path(f).glob("*.npz"))]:
         with np.load(p, allow_pickle=False) as z:
-            about = json.loads(z["about"].tobytes()) if "about" in z.files else {}
-            same = (about.get("backbone"), about.get("stream")) == want
-            if same and {*rec.tasks} <= {*about["tasks"]}: out.append((-len(z.files), p))
+            if "about" in z.files and _of_run(json.loads(z["about"].tobytes()), rec): out.append((-len(z.files), p))
     return [p for _, p in sorted(out)]
+
+def _of_run(about:dict, rec:Record) -> bool:
+    "Was this measured for the start and the tasks of a run? Older files and records do not say everything."
+    c, weights = rec.config, rec.run.get("hashes", {}).get("weights")
+    args = lambda d: {k: v for k, v in (d.get("stream_args") or {}).items() if k not in ("tasks", "limit", "eval_limit")}
+    whole = not (c.get("compute") or {}).get("four_bit")
+    return ((about.get("backbone"), about.get("stream")) == (c.get("backbone"), c.get("stream"))
+            and {*rec.tasks} <= {*about["tasks"]}
+            and ("stream_args" not in about or args(about) == args(c))
+            and not (whole and weights and about.get("start") and about["start"] != weights))
 
 # %% ../nbs/11e_similarity_view.ipynb #c133fca8
 class Similarity(View):

@@ -26,10 +26,10 @@ from .backbone import Out, at, get_backbone, start_hash
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, digest, disk_error, plain, progress, read_json, rng
 from .evaluate import column_scores, score_line
-from .live import attended, hold, launch, obey, run_of, welcome
+from .live import attended, hold, launch, obey, run_of, watch_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides
-from .record import Record, RecordWriter, differences
+from .record import Record, RecordWriter, differences, identity
 from .stream import get_stream
 from .testbed import content, lock_of, recipe as toy
 from .watch import Watch, Watcher
@@ -83,7 +83,7 @@ class Spec:
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
     oracle: bool = False # Show the task label at test
-    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows, share; unset: none
+    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows, share; unset: none in `train`, some in `launch` and `cit run`
     tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
     parent: dict = field(default_factory=dict) # Where it branched off another run, as `branch` writes it
     out: str|None = None # Run folder; None: runs/<method>-<digest>
@@ -120,8 +120,7 @@ class Run(Spec):
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")}
-        watch = {"watch": asdict(self.watching)} if self.watching.every else {}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp), **watch})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": asdict(self.comp)})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #54786336
@@ -324,6 +323,21 @@ def alone(folder:Path):
         for p in new:
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
 
+# %% ../nbs/06_train.ipynb #1d77aaae
+@patch
+def settle_watch(self:Run, usual:dict={}, # Fields of `Watch` where neither the run nor its folder says anything
+                ) -> Run:
+    "Decide how the run is probed."
+    self.watch = {**(watch_of(self.folder) or usual), **self.watch}
+    self.watching = self._made(Watch, "watch")
+    self._check()
+    return self
+
+@patch
+def probes(self:Run) -> dict: # {} without probes
+    "What run.json says of the probes."
+    return {"watch": asdict(self.watching)} if self.watching.every else {}
+
 # %% ../nbs/06_train.ipynb #bc51cbc5
 class _Quiet:
     "Stands in for the writer on every process but the first."
@@ -334,6 +348,7 @@ class _Quiet:
 def train(self:Run) -> Record: # Finished, or unfinished when somebody stopped it
     "Train, blocking; resumes if the run folder holds an unfinished run of the same configuration."
     if (done := self._finished()): return done
+    self.settle_watch()
     with alone(self.folder), attended(self): return self._train()
     return Record(self.folder) if self.control.first else None
 
@@ -375,7 +390,7 @@ def _finished(self:Run):
     there = read_json(self.folder/"run.json", "run file")
     now = {"weights": start_hash(self.backbone, self.comp.four_bit), "data": self.data.digest()}
     had = {k: there.get("hashes", {}).get(k) for k in now}
-    for name, a, b in differences(there.get("asked"), self.config())[:1]:
+    for name, a, b in differences(identity(there.get("asked")), self.config())[:1]:
         raise CitError(f"{self.folder} holds a run of another configuration: {name} is {a!r} there and {b!r} here; choose another `out` folder or delete that one")
     for name, a, b in differences(had, now)[:1]: raise CitError(f"{self.folder} holds a run on other {name} (digest {a} there, {b} now): the files behind the same names have changed; choose another `out` folder")
     return Record(self.folder) if (self.folder/"result.json").is_file() else None
@@ -451,7 +466,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
               "scorers": digest(inspect.getsource(score_line)), **{k: o[k] for k in ("steps", "batch", "warmup")}, "schedule": "cosine",
               "test": {t.name: t.n["test"] for t, _ in self.data.roles()}, "oracle": self.oracle, "tune": asdict(self.tuning)}
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
-    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, **self.probes(), **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "cit_workbench")}})
