@@ -120,8 +120,9 @@ class Form(W.VBox):
         self.fields, self.about = W.VBox(), W.HTML()
         left = [self.method, self.plus, self.about, self.fields]
         right = [self.plain[at] for name, at in _fields.items() if not (changes and name in _settled)]
-        halves = [W.VBox(c, layout={"width": "48%"}) for c in (left, right if changes else [self.stream, *right])]
-        super().__init__([W.HBox(halves, layout={"justify_content": "space-between"})])
+        half = {"flex": "1 1 300px", "min_width": "0"} # Side by side where there is room
+        halves = [W.VBox(c, layout=half) for c in (left, right if changes else [self.stream, *right])]
+        super().__init__([W.HBox(halves, layout={"flex_flow": "row wrap", "width": "100%"})])
         for w in (self.method, self.plus): w.observe(lambda _: self.show(), "value")
 
 # %% ../nbs/11g_launcher.ipynb #1b854f32
