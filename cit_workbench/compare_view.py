@@ -110,7 +110,7 @@ def _make(self:Compare) -> go.FigureWidget:
         layout |= axes(str(n), _square, _square)
         hover = "after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"
         heats.append(heat_map(n, zmin=0, zmax=100, hovertemplate=hover))
-    layout |= axes("5", {"title": "percent"}, {"dtick": 1, "tickfont": {"size": 10}, "type": "category"})
+    layout |= axes("5", {"title": "percent", "type": "linear"}, {"dtick": 1, "tickfont": {"size": 10}, "type": "category"})
     for n, x in (("6", "forgetting, points"), ("7", "")): layout |= axes(n, {"title": x}, {"title": "average accuracy, %"})
     return figure([*heats, *_interval_traces(), *_cloud_traces(6), *_cloud_traces(7)], layout, 720)
 
@@ -176,11 +176,11 @@ def draw(self:Compare):
         shown = self._shown()
         spots = self.arrange(*self._panels(shown))
         for k in range(4): self._matrix(k, spots.get(str(k + 1)), shown[k][1] if k < len(shown) else [])
-        self._intervals()
+        some = self._intervals()
         known = [self._cloud(7, "forgetting"), self._cloud(10, self.cost.value)]
         self.fig.layout.xaxis7.title = _costs[self.cost.value]
         why = [noted("comes when a run of this stream has finished", spots[n], self.colors) for n, on in zip("67", known) if not on]
-        why += [noted("comes when a run of this stream has finished", spots["5"], self.colors)]*(not any(known))
+        why += [noted("comes when a run of this stream has finished", spots["5"], self.colors)]*(not some)
         self.fig.layout.annotations = [*[s.title for s in spots.values()], *why]
 
 # %% ../nbs/11d_compare_view.ipynb #53578f7c
@@ -216,23 +216,25 @@ def _matrix(self:Compare, k:int, spot, # Where it lies; None: nowhere
     rows = [f"{i} {n}" if first.rows.count(n) > 1 else n for i, n in enumerate(first.rows)]
     M = np.mean([r.matrix(self.what.value) for r in _alike(rs)], 0)[:, first.of("stream")]
     h.x, h.y, h.z = first.tasks, rows, M
-    h.texttemplate, h.textfont = readable("%{z:.0f}", 3, M.shape, spot, L.height*(spot.y1 - spot.y0)), {"size": 10}
+    h.texttemplate, h.textfont = readable("%{z:.0f}", 3, M.shape, spot, self.high*(spot.y1 - spot.y0)), {"size": 10}
     colour_bar(h, spot, self.wide)
     L[f"xaxis{k + 1}"].tickangle = slant(first.tasks, spot.wide)
     L[f"yaxis{k + 1}"].range = [len(rows) - .5, -.5]
 
 # %% ../nbs/11d_compare_view.ipynb #5d6a0582
 @patch
-def _intervals(self:Compare):
+def _intervals(self:Compare) -> bool: # Is there anything to show?
     "Means and intervals per setting, best average accuracy on top; an unfinished run has none."
     order = list(self.chosen.options)[::-1]
+    known = False
     for t, key in zip(self.fig.data[4:7], _shown):
         found = [interval(self.lines[n], key) for n in order]
-        t.x, t.y = [m for m, _ in found], [n[:26] for n in order]
+        known |= any(np.isfinite(m) for m, _ in found)
+        t.x, t.y = [m if np.isfinite(m) else None for m, _ in found], [n[:26] for n in order]
         t.error_x.update(type="data", array=[np.nan_to_num(h) for _, h in found], thickness=1.2, width=3)
-    known = any(np.isfinite(np.array(t.x, float)).any() for t in self.fig.data[4:7])
     self.fig.layout.xaxis5.update(range=None if known else [0, 100], autorange=known)
     self.fig.layout.yaxis5.range = [-.5, max(1, len(order)) - .5]
+    return known
 
 # %% ../nbs/11d_compare_view.ipynb #b090bb42
 @patch

@@ -207,8 +207,11 @@ def reveal(self:Workbench):
     if name == "Compare": self._fresh()
     if name not in _made or name in self.views: return
     if self.rec is None: return self._wait(name, "Nothing to show yet: press Start in the first tab.")
-    if name in _needs_measures and (said := self._measured()): return self._wait(name, said)
+    if name in _needs_measures and (said := self._measured()): return self._wait(name, said, True)
+    self._wait(name, "drawing …")
+    wide = max((v.theme.width for v in self.views.values()), default=0) # As wide as the others are
     view = self.views[name] = _made[name](self, self.theme.dark if self.theme.fixed else None)
+    if wide: view.theme.width = wide; view.settle()
     self.tabs.children[_tabs.index(name)].children = [view]
 
 # %% ../nbs/11_dashboard.ipynb #2ff04a56
@@ -243,9 +246,11 @@ def _measured(self:Workbench) -> str: # "" when the tasks of the chosen run were
     return f"The tasks of this stream are measured once for this start model: {m.said()}. The view comes by itself; training goes on meanwhile."
 
 @patch
-def _wait(self:Workbench, name:str, said:str):
+def _wait(self:Workbench, name:str, said:str,
+          again:bool=False): # Ask again soon?
     "A sentence in the place of a view."
-    self.waits, box = name, self.tabs.children[_tabs.index(name)]
+    self.waits = name if again else ""
+    box = self.tabs.children[_tabs.index(name)]
     if not box.children: box.children = [W.HTML()]
     box.children[0].value = f'<div style="padding:24px 4px;opacity:.8">{html.escape(said)}</div>'
 

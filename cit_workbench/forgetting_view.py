@@ -146,20 +146,16 @@ def _panels(self:Forgetting, formats:list) -> list: # Rows of panels
 def _curves(self:Forgetting):
     "A line per task; where no probes were made, its column of R."
     s, score = self.story, self.score.value
+    self.known = []
     for i, t in enumerate(self.tasks):
         line, ends = self.fig.data[2*i:2*i + 2]
         x, y = s.line(t, score); xe, ye = s.ends(t, score)
+        self.known += [v for v in (*y, *ye) if np.isfinite(v)]
         line.x, line.y = (xe, ye) if np.isfinite(y).sum() <= np.isfinite(ye).sum() else (x, y)
         ends.x, ends.y, ends.marker.opacity = xe, ye, [1. if r > i else .35 for r in s.rows] or 1.
     far = self._reach()
     self.fig.layout.xaxis.range = [-.012*far - .5, 1.015*far + .5]
-    self.fig.layout.yaxis.update(title=_scores[score], range=[-4, 104] if score != "nll" else [0, 1.05*max(self._known(), default=4.)])
-
-@patch
-def _known(self:Forgetting) -> list: # Numbers
-    "All values that the curves and marks have."
-    values = np.concatenate([np.array(t.y if np.size(t.y) else [np.nan], float) for t in self.fig.data[:2*len(self.tasks)]])
-    return values[np.isfinite(values)].tolist()
+    self.fig.layout.yaxis.update(title=_scores[score], range=[-4, 104] if score != "nll" else [0, 1.05*max(self.known, default=4.)])
 
 @patch
 def _reach(self:Forgetting) -> int:
@@ -169,7 +165,7 @@ def _reach(self:Forgetting) -> int:
 @patch
 def _soon(self:Forgetting, spot) -> list: # Annotations
     "What comes, while there is no curve."
-    if self._known(): return []
+    if self.known: return []
     now, probes = doing(self.rec), probed(self.rec)
     soon = "the curve of the first task begins with its first step" if probes else "each task's end adds a mark to every curve"
     if self.score.value == "nll" and not probes: now, soon = "", "this run is not probed, so that no losses of old tasks are known"
@@ -195,7 +191,7 @@ def _acts(self:Forgetting) -> bool: # Does it say anything?
 def _show(self:Forgetting, n:str, spot, # Number of the panel's axes; where it lies
           x, y, z, form:str, chars:int): # Of the longest value
     "Fill a panel; without values it is not there."
-    h, on, high = self.fig.data[2*len(self.tasks) + int(n) - 2], bool(np.size(z)), self.fig.layout.height
+    h, on, high = self.fig.data[2*len(self.tasks) + int(n) - 2], bool(np.size(z)), self.high
     h.x, h.y, h.z, h.visible = x, y, z, on
     h.texttemplate, h.textfont = readable(form, chars, np.atleast_2d(z).shape, spot, high*(spot.y1 - spot.y0)), {"size": 10}
     colour_bar(h, spot, self.wide)

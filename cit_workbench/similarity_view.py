@@ -179,7 +179,7 @@ def _square(self:Similarity, k:int, M, order, spot) -> list: # Annotations
     M = np.asarray(M, float)[np.ix_(order, order)]
     most = max(1., np.nanmax(np.abs(M))) if k and not np.isnan(M).all() else 1.
     h.x, h.y, h.z, h.zmin, h.zmax = names, names, M, -most if k else min(0., float(np.nanmin(M))), most
-    form, high = ("%{z:.0f}", 3) if k else ("%{z:.2f}", 4), L.height*(spot.y1 - spot.y0)
+    form, high = ("%{z:.0f}", 3) if k else ("%{z:.2f}", 4), self.high*(spot.y1 - spot.y0)
     h.texttemplate, h.textfont = readable(*form, M.shape, spot, high), {"size": 9.5}
     L[f"xaxis{k + 1}"].tickangle = slant(names, spot.wide)
     colour_bar(h, spot, self.wide)
@@ -234,14 +234,14 @@ def _pair(self:Similarity):
     if not self.cell: return
     (old, new), (course, rows, start, seen, lost) = self.cell, self.fig.data[4:]
     (course.x, course.y), (rows.x, rows.y) = self._course(old, new)
-    (start.x, start.y), (seen.x, seen.y) = self._cosines(old, new)
-    start.visible = bool(len(start.x)) # Plotly draws bars without an x at NaN
+    (start.x, start.y), (seen.x, seen.y) = self.cosines = self._cosines(old, new)
+    start.visible = bool(len(self.cosines[0][0])) # Plotly draws bars without an x at NaN
     lost.x, lost.y = ["as formatted", "format", "content"], self._split(old, new)
 
 @patch
 def _lacking(self:Similarity, spot) -> list: # Annotations
     "Why the panel of gradients is empty."
-    if spot is None or any(np.size(t.x) for t in self.fig.data[6:8]): return []
+    if spot is None or any(len(x) for x, _ in self.cosines): return []
     return [noted(f"comes when {self.cell[1]} is probed in full", spot, self.colors)]
 
 # %% ../nbs/11e_similarity_view.ipynb #2720b839

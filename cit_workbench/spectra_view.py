@@ -181,8 +181,7 @@ def _needed(self:Spectra, need:int, spot) -> dict: # An annotation
 @patch
 def _soon(self:Spectra, spot) -> list: # Annotations
     "What the panel of hidden layers waits for."
-    T, L = len(self.tasks), self.fig.layout
-    known = any(len(c.x) for c in self.fig.data[3*T:4*T])
+    L, known = self.fig.layout, any(len(self._course(t)[0]) for t in self.tasks)
     L.xaxis4.update(range=None if known else [0, max(20, self.story.step if self.story else 0)], autorange=known)
     L.yaxis4.update(range=None if known else [0, 1], autorange=known, showticklabels=known)
     if known: return []

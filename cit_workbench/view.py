@@ -585,7 +585,8 @@ def arrange(self:View, *rows, names=(), # Of the legend
     if names and not beside: rows = ([Panel("legend", high=21*-(-len(names)//max(1, self.wide//entry)), left=0, right=0, below=10)], *rows)
     height, spots = shelves(rows, self.wide, beside)
     L = self.fig.layout
-    L.height, L.width = height, self.theme.width or None
+    self.high = L.height = height # Pixels; the figure itself knows what it is given only when all is drawn
+    L.width = self.theme.width or None
     for n, s in spots.items():
         if n and not n.isdigit(): continue
         L[f"xaxis{n}"].domain, L[f"yaxis{n}"].domain = [s.x0, s.x1], [s.y0, s.y1]
