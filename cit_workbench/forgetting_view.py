@@ -169,7 +169,7 @@ def _soon(self:Forgetting, spot) -> list: # Annotations
     now, probes = doing(self.rec), probed(self.rec)
     soon = "the curve of the first task begins with its first step" if probes else "each task's end adds a mark to every curve"
     if self.score.value == "nll" and not probes: now, soon = "", "this run is not probed, so that no losses of old tasks are known"
-    return [noted(f"{now} …: {soon}" if now else soon, spot, self.colors)]
+    return [noted(f"{now}: {soon}" if now else soon, spot, self.colors)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #03c4c5f9
 _steps = "optimiser steps over the whole stream"
