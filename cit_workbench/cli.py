@@ -90,17 +90,19 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
         seed:int=0, # Seed
         probe_every:int=None, # Steps between probes on validation data
         oracle:bool=False, # Show the task label at test
-        watch:dict={}, # Probes of old tasks while training: every=50, full, rows
+        watch:dict={}, # Probes of old tasks while training: every, full, rows, share; if left out every=10; none: every=0
         tuned_on:dict={}, # Where the fields come from, as `cit tune` prints it: stream, trials, old_val
         out:str="", # Run folder; default runs/<method>-<digest of the configuration>
        ):
     "Tune a start model on a stream of tasks; goes on if the folder holds an unfinished run of the same configuration."
     from cit_workbench.train import Run
+    from cit_workbench.watch import at_launch
     stream_args = {**nested(stream_args), **given(limit=limit, eval_limit=eval_limit)}
     tables = dict(method_args=nested(set), tune=nested(tune), optim=nested(optim), compute=nested(compute), watch=nested(watch))
     order = [o.strip() for o in order.split(",") if o.strip()]
     kw = given(**tables, stream_args=stream_args, order=order, probe_every=probe_every, tuned_on=tuned_on, out=out)
-    show(Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **kw).train())
+    run = Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **kw)
+    show(run.settle_watch(at_launch).train())
 
 # %% ../nbs/13_cli.ipynb #b983ad2d
 def resume(run:str, # Run folder

@@ -18,7 +18,8 @@ from .analysis import front
 from .core import CitError
 from .metrics import order_means, t_interval
 from .record import _labels, _scale, find_runs, table
-from .view import View, axis, choice, figure, framed, grid, heat_map, marks, number, template, title
+from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks, noted,
+                                number, readable, room_for, slant, template)
 
 # %% ../nbs/11d_compare_view.ipynb #f9e6fed7
 class Runs:
@@ -64,21 +65,21 @@ class Compare(View):
     def __init__(self, where="runs", # Folder of runs, or a list of records
                  keep=(), # "interactive", "tuning": runs to show although they are usually left out
                  dark:bool|None=None):
-        self.runs, self.lines = Runs(where, keep), {}
+        self.runs, self.lines, self.seen = Runs(where, keep), {}, {} # `seen`: records and settings in the clouds
         if not self.runs.records: raise CitError(f"no run to compare in {where}")
         self.group = choice("stream", list(self.runs.groups), 430, 50)
-        self.chosen = W.SelectMultiple(description="matrices", rows=4, layout={"width": "380px"})
+        look = {"width": "380px", "max_width": "98%"}
+        self.chosen = W.SelectMultiple(description="matrices", rows=4, layout=look, style={"description_width": "60px"})
         self.what = choice("score", ["formatted", "valid", "content"], 170, 50)
-        self.cost = choice("cost", [(v, k) for k, v in _costs.items()], 250)
+        self.cost = choice("cost", [(v, k) for k, v in _costs.items()], 280)
         self.frame, self.table = framed(self._make()), W.HTML()
         self.more = W.Accordion([self.table], titles=["Table"])
-        knobs = W.VBox([self.group, W.HBox([self.what, self.cost])])
-        super().__init__([W.HBox([knobs, self.chosen]), self.frame, self.more], dark)
+        super().__init__([knobs(self.group, self.what, self.cost, self.chosen), self.frame, self.more], dark)
         self.group.observe(lambda _: self.safely(self.choose), "value")
         for w in (self.chosen, self.what, self.cost): w.observe(lambda _: self.safely(self.draw), "value")
         self.observe(lambda _: self.safely(self.draw), "picked")
         self.more.observe(lambda _: self.safely(self._tabulate), "selected_index")
-        self.safely(self.choose)
+        self.safely(self.choose); self.settle()
 
 # %% ../nbs/11d_compare_view.ipynb #a6f0880a
 @patch
@@ -88,6 +89,7 @@ def choose(self:Compare):
     best = sorted(self.lines, key=lambda k: -np.nan_to_num(interval(self.lines[k], "average_accuracy")[0]))
     with self.hold_trait_notifications(): self.chosen.options = best; self.chosen.value = best[:4]
     self.paint(); self.draw()
+    self.say("" if self.lines else "R has no row yet: the first comes when the start model has been asked")
 
 @patch
 def _tabulate(self:Compare):
@@ -98,23 +100,31 @@ def _tabulate(self:Compare):
     self.table.value = grid(head, rows)
 
 # %% ../nbs/11d_compare_view.ipynb #96cba116
-_panels = {"xaxis5": axis(0, .28, "y5", title="percent"),
-           "yaxis5": axis(0, .45, "x5", dtick=1, tickfont={"size": 10}),
-           "xaxis6": axis(.38, .64, "y6", title="forgetting, points"), "xaxis7": axis(.74, 1, "y7"),
-           **{f"yaxis{k}": axis(0, .45, f"x{k}", title="average accuracy, %") for k in (6, 7)}}
-_square = {"tickfont": {"size": 9.5}, "automargin": False, "showgrid": False}
+_square = {"tickfont": {"size": 9.5}, "showgrid": False}
 
 @patch
 def _make(self:Compare) -> go.FigureWidget:
     "Four matrices above; intervals and two clouds below."
-    layout, heats = {"margin": {"l": 96, "r": 30, "t": 54, "b": 60}, "showlegend": False, **_panels}, []
+    layout, heats = {"showlegend": False}, []
     for n in range(1, 5):
-        lo = (n - 1)*.265
-        layout |= {f"xaxis{n}": axis(lo, lo + .205, f"y{n}", tickangle=-40, **_square),
-                   f"yaxis{n}": axis(.6, 1, f"x{n}", **_square)}
+        layout |= axes(str(n), _square, _square)
         hover = "after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"
-        heats.append(heat_map(n, 1.005, .6, .4, zmin=0, zmax=100, showscale=n == 4, hovertemplate=hover))
+        heats.append(heat_map(n, zmin=0, zmax=100, hovertemplate=hover))
+    layout |= axes("5", {"title": "percent", "type": "linear"}, {"dtick": 1, "tickfont": {"size": 10}, "type": "category"})
+    for n, x in (("6", "forgetting, points"), ("7", "")): layout |= axes(n, {"title": x}, {"title": "average accuracy, %"})
     return figure([*heats, *_interval_traces(), *_cloud_traces(6), *_cloud_traces(7)], layout, 720)
+
+@patch
+def _panels(self:Compare, shown:list, # (title, records) of each matrix
+           ) -> list: # Rows of panels
+    "Matrices over intervals and clouds."
+    names, order = [t for _, rs in shown for t in (*rs[0].tasks, *rs[0].rows)], [n[:26] for n in self.chosen.options]
+    tall = max((len(rs[0].rows) for _, rs in shown), default=1)
+    square = {"least": 150, "high": max(180, 20*tall), "left": room_for(names), "right": 44, "below": room_for(names)}
+    low = {"high": max(260, 18*len(order))}
+    return [[Panel(str(k), head, **square) for k, (head, _) in enumerate(shown, 1)],
+            [Panel("5", "kept ●, just learned ○, forgotten ◆", 170, left=room_for(order), **low),
+             Panel("6", "accuracy against forgetting", 190, left=62, **low), Panel("7", "accuracy against cost", 190, left=62, **low)]]
 
 # %% ../nbs/11d_compare_view.ipynb #3cee845c
 _shown = {"average_accuracy": ("kept", "circle"), "learning_accuracy": ("just learned", "circle-open"),
@@ -162,83 +172,100 @@ def paint(self:Compare):
 @patch
 def draw(self:Compare):
     "The chosen matrices, all intervals, both clouds."
-    if not self.lines: return
     with self.fig.batch_update():
-        titles = self._matrices() + self._intervals()
-        self._cloud(7, "forgetting"); self._cloud(10, self.cost.value)
+        shown = self._shown()
+        spots = self.arrange(*self._panels(shown))
+        for k in range(4): self._matrix(k, spots.get(str(k + 1)), shown[k][1] if k < len(shown) else [])
+        some = self._intervals()
+        known = [self._cloud(7, "forgetting"), self._cloud(10, self.cost.value)]
         self.fig.layout.xaxis7.title = _costs[self.cost.value]
-        clouds = [title(f"accuracy against {n}", x, self.low) for n, x in (("forgetting", .38), ("cost", .74))]
-        self.fig.layout.annotations = [*titles, *clouds]
+        why = [noted("comes when a run of this stream has finished", spots[n], self.colors) for n, on in zip("67", known) if not on]
+        why += [noted("comes when a run of this stream has finished", spots["5"], self.colors)]*(not some)
+        self.fig.layout.annotations = [*[s.title for s in spots.values()], *why]
 
 # %% ../nbs/11d_compare_view.ipynb #53578f7c
 @patch
-def _matrices(self:Compare) -> list: # Titles
-    "The clicked run, then R of the chosen settings: up to four together."
+def _shown(self:Compare) -> list: # [(title, records)]
+    "The clicked run, then the chosen settings: up to four together."
     shown = [(n, [r for r, _ in self.lines[n]]) for n in self.chosen.value]
     if self.picked: shown = [(self.picked.name, [self.picked]), *shown]
-    tall = max((len(rs[0].rows) for _, rs in shown[:4]), default=1)
-    for k, h in enumerate(self.fig.data[:4]):
-        h.visible = k < len(shown)
-        for a in "xy": self.fig.layout[f"{a}axis{k + 1}"].visible = h.visible
-        self.fig.layout[f"yaxis{k + 1}"].range = [tall - .5, -.5]
-    return [self._matrix(k, *s) for k, s in enumerate(shown[:4])]
+    return [(self._titled(n, rs), rs) for n, rs in shown[:4]]
+
+def _alike(rs:list) -> list:
+    "Those records that have the first one's rows and columns."
+    return [r for r in rs if (r.rows, r.columns) == (rs[0].rows, rs[0].columns)]
+
+@patch
+def _titled(self:Compare, name:str, rs:list) -> str:
+    "What a matrix is the mean of."
+    if self.picked in rs and len(rs) == 1: return f"▸ {name[:28]}"
+    same = len(_alike(rs))
+    how = f"{same} of {len(rs)} runs" if same < len(rs) else f"{len(rs)} run{'s'*(len(rs) > 1)}"
+    return f"{name[:24]} ({how})"
 
 # %% ../nbs/11d_compare_view.ipynb #bc7a8cd5
 @patch
-def _matrix(self:Compare, k:int, name:str, # As it is called above
-            rs:list, # Records; the first says what rows and columns are
-           ) -> dict: # Title
+def _matrix(self:Compare, k:int, spot, # Where it lies; None: nowhere
+            rs:list): # Records; the first says what rows and columns are
     "The mean R of those records that have the first one's rows and columns."
-    h, first, few = self.fig.data[k], rs[0], len(rs[0].tasks) <= 8
-    same = [r.matrix(self.what.value) for r in rs if (r.rows, r.columns) == (first.rows, first.columns)]
+    h, L = self.fig.data[k], self.fig.layout
+    h.visible = spot is not None
+    for a in "xy": L[f"{a}axis{k + 1}"].visible = h.visible
+    if spot is None: return
+    first = rs[0]
     rows = [f"{i} {n}" if first.rows.count(n) > 1 else n for i, n in enumerate(first.rows)]
-    h.x, h.y, h.z = first.tasks, rows, np.mean(same, 0)[:, first.of("stream")]
-    h.texttemplate, h.textfont = "%{z:.0f}" if few else None, {"size": 10}
-    how = f"{len(same)} of {len(rs)} runs" if len(same) < len(rs) else f"{len(rs)} run{'s'*(len(rs) > 1)}"
-    said = f"▸ {name[:28]}" if self.picked in rs and len(rs) == 1 else f"{name[:24]} ({how})"
-    return title(said, k*.265, 1.01, font={"size": 11})
+    M = np.mean([r.matrix(self.what.value) for r in _alike(rs)], 0)[:, first.of("stream")]
+    h.x, h.y, h.z = first.tasks, rows, M
+    h.texttemplate, h.textfont = readable("%{z:.0f}", 3, M.shape, spot, self.high*(spot.y1 - spot.y0)), {"size": 10}
+    colour_bar(h, spot, self.wide)
+    L[f"xaxis{k + 1}"].tickangle = slant(first.tasks, spot.wide)
+    L[f"yaxis{k + 1}"].range = [len(rows) - .5, -.5]
 
 # %% ../nbs/11d_compare_view.ipynb #5d6a0582
 @patch
-def _intervals(self:Compare) -> list: # Titles
-    "Means and intervals per setting, best average accuracy on top."
+def _intervals(self:Compare) -> bool: # Is there anything to show?
+    "Means and intervals per setting, best average accuracy on top; an unfinished run has none."
     order = list(self.chosen.options)[::-1]
+    known = False
     for t, key in zip(self.fig.data[4:7], _shown):
         found = [interval(self.lines[n], key) for n in order]
-        t.x, t.y = [m for m, _ in found], [n[:26] for n in order]
+        known |= any(np.isfinite(m) for m, _ in found)
+        t.x, t.y = [m if np.isfinite(m) else None for m, _ in found], [n[:26] for n in order]
         t.error_x.update(type="data", array=[np.nan_to_num(h) for _, h in found], thickness=1.2, width=3)
-    self._room(len(order))
-    return [title("kept ●, just learned ○, forgotten ◆", 0, self.low)]
-
-# %% ../nbs/11d_compare_view.ipynb #0fb53ab6
-@patch
-def _room(self:Compare, n:int): # Settings
-    "Matrices and clouds keep their height; the list of settings takes what it needs."
-    L, below = self.fig.layout, max(320, 18*n)
-    plot = 290 + 130 + below # Pixels: matrices, their names and titles, and what lies below
-    L.height, low = plot + L.margin.t + L.margin.b, below/plot
-    for k in range(1, 5): L[f"yaxis{k}"].domain = [1 - 290/plot, 1]
-    for k, high in ((5, below), (6, 320), (7, 320)): L[f"yaxis{k}"].domain = [low - high/plot, low]
-    self.fig.data[3].colorbar.update(y=1 - 290/plot, len=290/plot)
-    self.low = low + 8/plot # Where the titles of the lower panels stand
+    self.fig.layout.xaxis5.update(range=None if known else [0, 100], autorange=known)
+    self.fig.layout.yaxis5.range = [-.5, max(1, len(order)) - .5]
+    return known
 
 # %% ../nbs/11d_compare_view.ipynb #b090bb42
 @patch
 def _cloud(self:Compare, at:int, # Number of its first trace
-           key:str): # What is on the x axis
-    "Runs as small dots, means as large ones, and the front through them."
+           key:str, # What is on the x axis
+          ) -> bool: # Is there anything to show?
+    "Runs as small dots, means as large ones, and the front through them; an unfinished run has no place yet."
     line, dots, means = self.fig.data[at:at + 3]
-    runs = [(s[key], s["average_accuracy"], r, n) for n, rs in self.lines.items() for r, s in rs]
-    mids = [[np.mean([s[k] for _, s in rs]) for k in (key, "average_accuracy")] for rs in self.lines.values()]
-    dots.x, dots.y = [number(x) for x, *_ in runs], [y for _, y, *_ in runs]
-    dots.text, means.text = [f"{n}<br>{r.name}" for *_, r, n in runs], [n[:22] for n in self.lines]
-    means.x, means.y = list(zip(*mids))
-    means.mode, means.textposition = "markers+text" if len(mids) <= 8 else "markers", sides(mids)
-    self._mark(dots, [n for *_, n in runs]); self._mark(means, list(self.lines))
+    runs = [(number(s[key]), number(s["average_accuracy"]), r, n) for n, rs in self.lines.items() for r, s in rs]
+    runs = [run for run in runs if np.isfinite(run[:2]).all()]
+    names = list(dict.fromkeys(n for *_, n in runs))
+    mids = [np.mean([run[:2] for run in runs if run[3] == n], 0).tolist() for n in names]
+    dots.x, dots.y = [x for x, *_ in runs], [y for _, y, *_ in runs]
+    dots.text, means.text = [f"{n}<br>{r.name}" for *_, r, n in runs], [n[:22] for n in names]
+    means.x, means.y = [x for x, _ in mids], [y for _, y in mids]
+    means.mode, means.textposition = "markers+text" if len(mids) <= 8 else "markers", sides(mids) if mids else []
+    self._mark(dots, [n for *_, n in runs]); self._mark(means, names)
+    self._axes_of(at, bool(mids))
     dots.marker.size = [14 if r is self.picked else 6 for *_, r, _ in runs]
     dots.marker.line = {"color": self.colors["ink"], "width": [1.5*(r is self.picked) for *_, r, _ in runs]}
-    best = front(mids, (-1, 1))
+    best = front(mids, (-1, 1)) if mids else []
     line.x, line.y = [mids[i][0] for i in best], [mids[i][1] for i in best]
+    self.seen[at] = [r for *_, r, _ in runs], names
+    return bool(mids)
+
+@patch
+def _axes_of(self:Compare, at:int, known:bool):
+    "Axes run from 0 to 100 while there is nothing that they could fit."
+    n = {7: "6", 10: "7"}[at]
+    for a in "xy": self.fig.layout[f"{a}axis{n}"].update(range=None if known else [0, 100], autorange=known)
+    self.fig.layout[f"xaxis{n}"].showticklabels = known
 
 # %% ../nbs/11d_compare_view.ipynb #949e50b9
 @patch
@@ -252,17 +279,17 @@ def _mark(self:Compare, trace, names:list):
 @patch
 def listen(self:Compare):
     "What clicks in the clouds do."
-    for k in (8, 11): self.fig.data[k].on_click(self._on_run)
-    for k in (9, 12): self.fig.data[k].on_click(self._on_mean)
+    for k in (8, 11): self.fig.data[k].on_click(lambda *a, at=k - 1: self._on_run(at, *a))
+    for k in (9, 12): self.fig.data[k].on_click(lambda *a, at=k - 2: self._on_mean(at, *a))
 
 @patch
-def _on_run(self:Compare, trace, points, state):
+def _on_run(self:Compare, at:int, trace, points, state):
     if not points.point_inds: return
-    run = [r for rs in self.lines.values() for r, _ in rs][points.point_inds[0]]
+    run = self.seen[at][0][points.point_inds[0]]
     self.picked = None if run is self.picked else run
 
 @patch
-def _on_mean(self:Compare, trace, points, state):
+def _on_mean(self:Compare, at:int, trace, points, state):
     if not points.point_inds: return
-    name = list(self.lines)[points.point_inds[0]]
+    name = self.seen[at][1][points.point_inds[0]]
     self.chosen.value = (name, *[n for n in self.chosen.value if n != name])[:4]

@@ -6,7 +6,7 @@
 __all__ = ['Ask', 'runs_in', 'Workbench', 'Compare', 'Forgetting', 'Similarity', 'Spectra']
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
-import html, json
+import html, json, time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +20,12 @@ from .core import CitError, cache_dir, expanded
 from .forgetting_view import Forgetting
 from .launcher import Form, method_classes, run_fields
 from .live import branch, places
+from .measuring import Measuring, log_of, measured_by
 from .pictures import load_image, reading_of
 from .record import Record
 from .similarity_view import Similarity, collected_for
 from .spectra_view import Spectra
-from .view import View, offer, picture, stream_of
+from .view import View, doing, knobs, offer, picture, stream_of
 
 _all_ = ["Compare", "Forgetting", "Similarity", "Spectra"]
 
@@ -33,14 +34,14 @@ class Ask(W.VBox):
     "A question to the model that is being trained; to its last checkpoint when nobody trains it."
     def __init__(self, bench): # The `Workbench`
         self.bench, self.rec, self.stream, self.image = bench, None, None, None
-        self.task = W.Dropdown(options=[], description="task", layout={"width": "300px"})
+        self.task = W.Dropdown(options=[], description="task", layout={"width": "300px", "max_width": "98%"})
         self.index = W.BoundedIntText(0, 0, 10**9, description="example", layout={"width": "180px"})
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="own image")
         self.picture, self.target, self.answer = W.HTML(layout={"width": "150px"}), W.HTML(), W.HTML()
-        self.text = W.Textarea(placeholder="the instruction", layout={"width": "520px", "height": "110px"})
+        self.text = W.Textarea(placeholder="the instruction", layout={"width": "520px", "max_width": "98%", "height": "110px"})
         self.go = W.Button(description="Ask", button_style="primary")
-        said = W.HBox([self.picture, W.VBox([self.text, self.go, self.target, self.answer])])
-        super().__init__([W.HBox([self.task, self.index, self.upload]), said])
+        said = knobs(self.picture, W.VBox([self.text, self.go, self.target, self.answer], layout={"max_width": "100%"}))
+        super().__init__([knobs(self.task, self.index, self.upload), said])
         for w in (self.task, self.index): w.observe(lambda _: bench.safely(self.show), "value")
         self.upload.observe(lambda _: bench.safely(self.uploaded), "value")
         self.go.on_click(lambda _: bench.later(self.ask, "asking …"))
@@ -109,13 +110,14 @@ class Workbench(View):
                  dark:bool|None=None,
                  classes=method_classes): # () -> {name: class}: the methods that are offered beside the notebook's own
         self.where, self.rec, self.views, self.live, self.was = expanded(where), None, {}, {}, ""
+        self.since, self.measuring, self.waits = time.monotonic(), {}, "" # `waits`: the tab that waits for measures
         self.where.mkdir(parents=True, exist_ok=True); self.listing, self.compared = False, None
         self.classes, self.form, self.branch, self.asked = classes, Form(), Form(True), Ask(self)
         self._controls()
         new, fork = [self.form, self.go], [W.HTML(_branch), self.at, self.branch, self.fork]
         forms = {"New run": W.VBox(new), "Branch": W.VBox(fork), "Ask": self.asked}
         self.tabs = W.Tab([forms.get(t) or W.VBox() for t in _tabs], titles=_tabs)
-        top = W.HBox([self.run, self.state, *self.buttons.values()], layout={"align_items": "center"})
+        top = knobs(self.run, self.state, *self.buttons.values())
         super().__init__([top, self.tabs], dark)
         self._wire()
 
@@ -123,11 +125,11 @@ class Workbench(View):
 @patch
 def _controls(self:Workbench):
     "The menu of runs, the state of the chosen one, and buttons."
-    wide = {"width": "400px"}
+    wide = {"width": "300px", "max_width": "98%"}
     self.run = W.Dropdown(description="run", options=[], layout=wide, style={"description_width": "30px"})
     self.at = W.Dropdown(description="from", options=[], layout=wide, style={"description_width": "92px"})
-    self.state = W.HTML(layout={"width": "260px"})
-    self.buttons = {k: W.Button(description=k, layout={"width": "104px"}) for k in _can}
+    self.state = W.HTML(layout={"flex": "1 1 190px", "margin": "2px 12px"})
+    self.buttons = {k: W.Button(description=k, layout={"width": "auto"}) for k in _can}
     self.go, self.fork = (W.Button(description=d, button_style="primary", disabled=True) for d in ("Start", "Branch"))
 
 # %% ../nbs/11_dashboard.ipynb #baabbe33
@@ -179,8 +181,11 @@ def look(self:Workbench) -> bool:
         self.listing = True; offer(self.run, names); self.listing = False
         self.choose()
     for form in (self.form, self.branch): form.refresh()
+    self._await()
     was, live = self.live, self.rec.live() if self.rec else {}
     self.live = {k: live.get(k) for k in ("state", "task", "step", "position")}
+    if self.live["state"] != was.get("state"): self.since = time.monotonic()
+    if self.live["state"] in ("loading", "queued"): self.live |= {"does": doing(self.rec), "seconds": int(time.monotonic() - self.since)}
     return self.live != was
 
 # %% ../nbs/11_dashboard.ipynb #ce727d9a
@@ -188,8 +193,10 @@ def look(self:Workbench) -> bool:
 def draw(self:Workbench):
     "The state, and the buttons that make sense in it."
     now, task, step, position = (self.live.get(k) for k in ("state", "task", "step", "position"))
-    place = f", {task} step {step}" if task and now != "finished" else f", place {position}" if position else ""
-    self.state.value = f"<b>{now}</b>{html.escape(place)}" if now else "no run yet"
+    place = f", {task} step {step}" if task and now not in ("finished", "loading") else f", place {position}" if position else ""
+    if "seconds" in self.live: now, place = self.live["does"] or now, f"{place} … {self.live['seconds']} s"
+    self.state.value = f"<b>{now}</b>{html.escape(place)}" if now else "no run yet: Start begins one"
+    now = self.live.get("state")
     for k, b in self.buttons.items(): b.disabled = now not in _can[k]
     if now != self.was and now in ("failed", "dead"): self.say(f"{self.rec.name} is {now}: {self.rec.said()}", True)
     self.was = now
@@ -214,14 +221,20 @@ def _drop(self:Workbench, name:str):
 @patch
 def reveal(self:Workbench):
     "Make the view of the tab that is looked at; the others sleep."
-    name = _tabs[self.tabs.selected_index or 0]
+    name, self.waits = _tabs[self.tabs.selected_index or 0], ""
     if "error" in self.note.value: self.say("")
     for n, v in self.views.items(): v.asleep = n != name
+    if name in self.views: self.views[name].wake()
     if name == "Branch": self._offer_places()
     if name == "Ask": self.asked.fill()
     if name == "Compare": self._fresh()
-    if name not in _made or self.rec is None or name in self.views: return
+    if name not in _made or name in self.views: return
+    if self.rec is None: return self._wait(name, "Nothing to show yet: press Start in the first tab.")
+    if name in _needs_measures and (said := self._measured()): return self._wait(name, said, True)
+    self._wait(name, "drawing …")
+    wide = max((v.theme.width for v in self.views.values()), default=0) # As wide as the others are
     view = self.views[name] = _made[name](self, self.theme.dark if self.theme.fixed else None)
+    if wide: view.theme.width = wide; view.settle()
     self.tabs.children[_tabs.index(name)].children = [view]
 
 # %% ../nbs/11_dashboard.ipynb #2ff04a56
@@ -229,22 +242,52 @@ _made = {"Forgetting": lambda bench, dark: Forgetting(bench.rec, dark=dark),
          "Similarity": lambda bench, dark: Similarity(bench.collected(), bench.rec, dark=dark),
          "Spectra": lambda bench, dark: Spectra(bench.collected(), bench.rec, dark=dark),
          "Compare": lambda bench, dark: bench._comparison(dark)} # The view of a tab
+_needs_measures = ("Similarity", "Spectra")
 
 @patch
-def collected(self:Workbench) -> Path:
+def collected(self:Workbench) -> Path|None:
     "The collected file of the chosen run's start and stream, in the folder of runs or in the cache."
     found = collected_for(self.rec, [self.where, self.where/"collected", cache_dir()/"collected"])
-    if found: return found[0]
-    c = self.rec.config
-    call = f"collect({c['backbone']!r}, {c['stream']!r}, {c['stream_args']!r}, layers=[3], gradients=True)"
-    once = f"from cit_workbench.evaluate import collect; {call}"
-    raise CitError(f"nothing was measured for these tasks yet; once: {once}")
+    return found[0] if found else None
+
+@patch
+def measure(self:Workbench) -> Measuring|None: # None: it was done
+    "Measure the tasks of the chosen run, once per start and stream."
+    key = log_of(measured_by(self.rec))
+    if key in self.measuring and not self.measuring[key].over(): return self.measuring[key]
+    if self.collected(): return None
+    if key not in self.measuring: self.measuring[key] = Measuring(self.rec)
+    return self.measuring[key]
+
+# %% ../nbs/11_dashboard.ipynb #537473f3
+@patch
+def _measured(self:Workbench) -> str: # "" when the tasks of the chosen run were measured
+    "What the process that measures does."
+    if (m := self.measure()) is None: return ""
+    if (why := m.failed()): return f"The tasks of this run could not be measured: {why}"
+    if m.over(): self.measuring.pop(log_of(m.what)); return self._measured()
+    return f"The tasks of this stream are measured once for this start model: {m.said()}. The view comes by itself; training goes on meanwhile."
+
+@patch
+def _wait(self:Workbench, name:str, said:str,
+          again:bool=False): # Ask again soon?
+    "A sentence in the place of a view."
+    self.waits = name if again else ""
+    box = self.tabs.children[_tabs.index(name)]
+    if not box.children: box.children = [W.HTML()]
+    box.children[0].value = f'<div style="padding:24px 4px;opacity:.8">{html.escape(said)}</div>'
+
+@patch
+def _await(self:Workbench):
+    "Make the view that is waited for, when it can be."
+    if self.waits and self.waits == _tabs[self.tabs.selected_index or 0]: self.safely(self.reveal)
 
 # %% ../nbs/11_dashboard.ipynb #a83305fa
 @patch
-def _done(self:Workbench) -> dict: # {name: is it finished?}
-    "The runs, and which are finished."
-    return {r.name: r.packed or (r.path/"result.json").is_file() for r in runs_in(self.where)}
+def _done(self:Workbench) -> dict: # {name: (rows of R, is it finished?)}
+    "The runs, and how far they are."
+    rows = lambda r: len([*(r.path/"answers").glob("[0-9]*")])
+    return {r.name: r.packed or (rows(r), (r.path/"result.json").is_file()) for r in runs_in(self.where)}
 
 @patch
 def _fresh(self:Workbench):
@@ -279,6 +322,7 @@ def _launched(self:Workbench, run) -> Record:
     "Start a run in this folder and show it."
     rec = run.launch()
     self.safely(self.look); self.run.value = rec.name
+    self.safely(lambda: (self.look(), self.draw(), self.measure()))
     self.tabs.selected_index = _tabs.index("Forgetting")
     self.say(f"{rec.name} trains in a process of its own")
     return rec

@@ -395,10 +395,12 @@ def observe(self:Net,
             layers=(), # Layers of the language model, from 1
             split:str="train", # Of these rows
             gradients:bool=False, # Also gradients and importances of what is trainable
+            say=lambda k: None, # Told before each task which it is, from 1
            ) -> dict: # {"LEVEL/MODALITY/WHAT": array}, as the table in `spectra` says; places that a task lacks are left out
     "Similarities and spectra of tasks as the model is now."
     samples, tables, totals = [], [], []
-    for name in progress(names, "measuring tasks"):
+    for k, name in enumerate(progress(names, "measuring tasks"), 1):
+        say(k)
         pooled, moments = self.gather(name, n, split, layers)
         own = {place: _of_task(both) for place, both in moments.items()}
         samples.append(pooled); tables.append({p: t for p, (t, _) in own.items()}); totals.append({p: m for p, (_, m) in own.items()})
@@ -448,14 +450,16 @@ def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
             gradients:bool=False, # Also gradients and importances of fresh LoRA (as the recipe places it; r = 8)
             folder=None, # Where files are kept; None: below `cache_dir()`
             device:str="cpu", # Where it is computed
+            say=lambda k: None, # Told before each task which it is, from 1
            ) -> Collected:
     "Similarities and spectra of a stream's tasks for a start model, measured once."
     data = get_stream(stream, **(stream_args or {})); names = [t.name for t in data]
     if split not in ("train", "val"): raise CitError(f"split is {split!r}; allowed: train, val (test is read only to fill R)")
-    about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients}
-    path = expanded(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream')})}.npz"
+    about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "stream_args": stream_args or {}, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients}
+    path = expanded(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream', 'stream_args')})}.npz"
     if path.is_file(): return read_collected(path)
     net = Net(get_backbone(backbone, device, image_mode=data.image_mode), data, tuning=Tune(r=8))
+    net.roomy = lambda: False # The samples' images alone are opened, not all of the stream's
     if gradients: net.lora()
-    c = Collected(about, net.observe(names, n, layers, split, gradients)); write_collected(path, c)
+    c = Collected(about, net.observe(names, n, layers, split, gradients, say)); write_collected(path, c)
     return c

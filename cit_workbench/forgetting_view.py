@@ -13,8 +13,9 @@ from fastcore.basics import patch
 
 from .answers import Answers, Samples
 from .core import CitError
-from .view import (Story, View, axis, bands, choice, figure, framed, heat_map, layered, marks, nearest,
-                                offer, panels, remark, template, title, upright)
+from .view import (Panel, Story, View, axes, bands, choice, colour_bar, doing, figure, framed, heat_map,
+                                knobs, layered, marks, nearest, noted, offer, probed, readable, room_for, slant,
+                                template, upright)
 
 # %% ../nbs/11c_forgetting_view.ipynb #d37915d8
 _scores = {"formatted": "score as formatted, %", "valid": "format-valid, %", "content": "content by forced choice, %",
@@ -41,18 +42,19 @@ class Forgetting(View):
                  dark:bool|None=None):
         self.story = Story(rec); self.rec = self.story.rec
         self.tasks, self.answers = self.rec.tasks, Answers(self.rec)
-        self.score = choice("curve", [(v, k) for k, v in _scores.items()], 250, value="formatted")
+        first = "nll" if probed(self.rec) and not self.rec.config.get("probe_every") else "formatted"
+        self.score = choice("curve", [(v, k) for k, v in _scores.items()], 300, value=first)
         self.stat = choice(f"{self.rec.config['method']}'s", [], 200)
-        self.layer = choice("layers", [(v, k) for k, v in layered.items()], 270, value="drift")
+        self.layer = choice("layers", [(v, k) for k, v in layered.items()], 300, value="drift")
         self.at = W.IntSlider(0, 0, 0, description="step", layout={"width": "230px"},
                               style={"description_width": "initial"})
         self.follow = W.ToggleButton(value=True, description="follow", layout={"width": "70px"},
                                      tooltip="keep the slider at the newest step")
         self.frame, self.samples = framed(self._make()), Samples(self.rec, other)
         below = W.Accordion([self.samples], titles=["Answers: what was asked, what was said at each task's end"])
-        knobs = [self.score, self.stat, self.layer, self.at, self.follow]
-        super().__init__([W.HBox(knobs, layout={"flex_flow": "row wrap"}), self.frame, below], dark)
-        for w in knobs[:4]: w.observe(lambda _: self.safely(self.draw), "value")
+        menus = [self.score, self.stat, self.layer, self.at, self.follow]
+        super().__init__([knobs(*menus), self.frame, below], dark)
+        for w in menus[:4]: w.observe(lambda _: self.safely(self.draw), "value")
         self.at.observe(self._moved, "value")
 
 # %% ../nbs/11c_forgetting_view.ipynb #de5af18e
@@ -62,15 +64,11 @@ _cells = {2: "%{x}<br>layer %{y}<br>%{z:.3g}", 3: "%{x}<br>layer %{y}<br>cosine 
 @patch
 def _make(self:Forgetting) -> go.FigureWidget:
     "The figure, empty: two traces per task, three heat maps, and a line for the method."
-    layout = panels(3, .25) | {"xaxis": axis(0, 1, "y"), "yaxis": axis(.47, 1, "x"), "legend": {"x": 1.01, "y": 1},
-                               "xaxis5": axis(0, 1, "y5", matches="x"), "yaxis5": axis(.42, .55, "x5", nticks=4),
-                               "margin": {"l": 64, "r": 20, "t": 64, "b": 76}}
-    for k in (2, 3, 4):
-        for a in "xy": layout[f"{a}axis{k}"]["showgrid"] = False
-    for k in (2, 3): layout[f"yaxis{k}"] |= {"title": "layer", "dtick": 1}
+    layout = axes("") | axes("5", {"matches": "x"}, {"nticks": 4})
+    for k in "234": layout |= axes(k, {"showgrid": False, "tickfont": {"size": 10}}, {"showgrid": False, "tickfont": {"size": 10}})
+    for k in "23": layout[f"yaxis{k}"] |= {"title": "layer"}
     layout["yaxis4"] |= {"autorange": "reversed"}
-    bars = dict(zip(_cells, (.245, .612, .98)))
-    heats = [heat_map(k, bars[k], 0, .25, hovertemplate=f"{h}<extra></extra>") for k, h in _cells.items()]
+    heats = [heat_map(k, hovertemplate=f"{h}<extra></extra>") for k, h in _cells.items()]
     heats[1].update(zmin=-1, zmax=1); heats[2].update(zmin=0, zmax=100)
     acts = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines", showlegend=False, hovertemplate=_hover)
     return figure([*curve_traces(self.tasks), *heats, acts], layout, 720)
@@ -118,85 +116,119 @@ def draw(self:Forgetting):
     "Everything that is known, at the chosen step."
     with self.fig.batch_update():
         self._curves()
-        lines, names = bands(self.story.spans, self.colors)
-        acts = self._acts(); rows = ("", "5") if acts else ("",)
+        rows = ("", "5") if self._acts() else ("",)
+        frame, full = (nearest(frames, self.at.value) for frames in (self.story.frames, self.story.full))
+        said = self._answered(full)
+        spots = self.arrange(*self._panels(said[1]), names=self.tasks)
+        lines, names = bands(self.story.spans, self.colors, spots[""].wide, 1.015*self._reach())
         lines = [line | {"xref": f"x{n}", "yref": f"y{n} domain"} for n in rows for line in lines]
         self.fig.layout.shapes = lines + [upright(self.at.value, self.colors["ink"], n, width=1.5) for n in rows]
-        c = self.rec.config
-        said = f"{c['method']} on {c['stream']}, seed {c['seed']}: each task's score through the whole stream"
-        self.fig.layout.annotations = [*names, *acts, *self._lower(), title(said, 0, 1.05)]
+        heads = [s.title for n, s in spots.items() if n != "legend"]
+        self.fig.layout.annotations = [*names, *heads, *self._soon(spots[""]),
+                                       *self._by_layer("2", spots["2"], frame, self.layer.value),
+                                       *self._by_layer("3", spots["3"], full, "grad_cos_layers"),
+                                       *self._said(spots["4"], *said)]
+
+@patch
+def _panels(self:Forgetting, formats:list) -> list: # Rows of panels
+    "Curves over what the method does, over three panels that look at one step."
+    c, acts, score = self.rec.config, self.stat.value, "loss" if self.score.value == "nll" else "score"
+    said = f"{c['method']} on {c['stream']}, seed {c['seed']}: each task's {score} through the whole stream"
+    deep = max((len(v) for f in self.story.frames for v in f["drift"].values()), default=4)
+    look = {"least": 130, "high": max(170, min(400, 13*deep)), "below": room_for(self.tasks), "right": 50}
+    return [[Panel("", said, 200, 250 if acts else 300, above=24, below=14 if acts else 48)],
+            *[[Panel("5", f"what {c['method']} does: {acts}", 200, 90, below=48)]]*bool(acts),
+            [Panel("2", layered[self.layer.value], left=46, **look), Panel("3", "gradient cosine with the task now", left=46, **look),
+             Panel("4", "answered in whose format, %", left=room_for(self.tasks), **{**look, "below": room_for(formats), "high": max(170, 15*len(self.tasks))})]]
 
 # %% ../nbs/11c_forgetting_view.ipynb #f5507da7
 @patch
 def _curves(self:Forgetting):
     "A line per task; where no probes were made, its column of R."
     s, score = self.story, self.score.value
+    self.known = []
     for i, t in enumerate(self.tasks):
         line, ends = self.fig.data[2*i:2*i + 2]
         x, y = s.line(t, score); xe, ye = s.ends(t, score)
-        line.x, line.y = (xe, ye) if np.isnan(y).all() else (x, y)
+        self.known += [v for v in (*y, *ye) if np.isfinite(v)]
+        line.x, line.y = (xe, ye) if np.isfinite(y).sum() <= np.isfinite(ye).sum() else (x, y)
         ends.x, ends.y, ends.marker.opacity = xe, ye, [1. if r > i else .35 for r in s.rows] or 1.
-    self.fig.layout.xaxis.range = [-.012*s.step - .5, 1.015*s.step + .5]
-    self.fig.layout.yaxis.update(title=_scores[score], range=None if score == "nll" else [-4, 104])
+    far = self._reach()
+    self.fig.layout.xaxis.range = [-.012*far - .5, 1.015*far + .5]
+    self.fig.layout.yaxis.update(title=_scores[score], range=[-4, 104] if score != "nll" else [0, 1.05*max(self.known, default=4.)])
+
+@patch
+def _reach(self:Forgetting) -> int:
+    "The step at the right end: a first stretch of the way before there are any."
+    return max(self.story.step, 20)
+
+@patch
+def _soon(self:Forgetting, spot) -> list: # Annotations
+    "What comes, while there is no curve."
+    if self.known: return []
+    now, probes = doing(self.rec), probed(self.rec)
+    soon = "the curve of the first task begins with its first step" if probes else "each task's end adds a mark to every curve"
+    if self.score.value == "nll" and not probes: now, soon = "", "this run is not probed, so that no losses of old tasks are known"
+    return [noted(f"{now}: {soon}" if now else soon, spot, self.colors)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #03c4c5f9
 _steps = "optimiser steps over the whole stream"
 
 @patch
-def _acts(self:Forgetting) -> list: # Annotations
+def _acts(self:Forgetting) -> bool: # Does it say anything?
     "What the method says of itself, through the same steps."
     name, L = self.stat.value, self.fig.layout
     on = bool(name)
     self.stat.layout.display = None if on else "none"
     self.fig.data[-1].x, self.fig.data[-1].y = zip(*self.story.stats[name]) if on else ([], [])
     self.fig.data[-1].name = name or ""
-    L.yaxis.domain = [.63, 1] if on else [.47, 1]
     L.xaxis.update(title="" if on else _steps, showticklabels=not on)
     L.xaxis5.update(title=_steps if on else "", visible=on); L.yaxis5.visible = on
-    return [title(f"what {self.rec.config['method']} does: {name}", 0, .556)]*on
+    return on
 
 # %% ../nbs/11c_forgetting_view.ipynb #dab5f1da
-_places = ((0, .12), (.367, .487), (.733, .853)) # Left end and middle of each panel
-_empty = "the run has no watcher:<br>Run(…, watch=…) turns it on"
-
 @patch
-def _lower(self:Forgetting) -> list: # Annotations
-    "Fill the three panels for the chosen step; a panel with nothing to show says why."
-    frame, full = (nearest(f, self.at.value) for f in (self.story.frames, self.story.full))
-    names = layered[self.layer.value], "gradient cosine with the task now", "answered in whose format, %"
-    titles = [title(t, x, .265) for t, (x, _) in zip(names, _places)]
-    far, agree = self._by_layer(0, frame, self.layer.value), self._by_layer(1, full, "grad_cos_layers")
-    return [*titles, *far, *agree, *self._said(full)]
-
-# %% ../nbs/11c_forgetting_view.ipynb #8fe11894
-@patch
-def _show(self:Forgetting, k:int, x, y, z, form:str, most:int):
-    "Fill the k-th panel; without values it is not there."
-    h, on = self.fig.data[2*len(self.tasks) + k], bool(np.size(z))
+def _show(self:Forgetting, n:str, spot, # Number of the panel's axes; where it lies
+          x, y, z, form:str, chars:int): # Of the longest value
+    "Fill a panel; without values it is not there."
+    h, on, high = self.fig.data[2*len(self.tasks) + int(n) - 2], bool(np.size(z)), self.high
     h.x, h.y, h.z, h.visible = x, y, z, on
-    h.texttemplate = form if 0 < np.size(z) <= most else None
-    for a in "xy": self.fig.layout[f"{a}axis{k + 2}"].visible = on
+    h.texttemplate, h.textfont = readable(form, chars, np.atleast_2d(z).shape, spot, high*(spot.y1 - spot.y0)), {"size": 10}
+    colour_bar(h, spot, self.wide)
+    for a in "xy": self.fig.layout[f"{a}axis{n}"].visible = on
+    self.fig.layout[f"xaxis{n}"].tickangle = slant(x, spot.wide)
 
 @patch
-def _by_layer(self:Forgetting, k:int, frame:dict|None, key:str) -> list: # Annotations
+def _by_layer(self:Forgetting, n:str, spot, frame:dict|None, key:str) -> list: # Annotations
     "A value per layer and old task."
     found = {t: frame[key][t] for t in self.tasks if t in frame[key]} if frame else {}
     M = np.array(list(found.values()), float).T
-    self._show(k, list(found), list(range(len(M))), M, "%{z:.2f}", 48)
-    why = "no old task at this step" if frame else "no full probe so far" if self.story.frames else _empty
-    return [] if found else [remark(why, _places[k][1], .1, self.colors)]
-
-# %% ../nbs/11c_forgetting_view.ipynb #dcf4008c
-_packed, _none = "no answers here:<br>a packed run keeps none", "no answers here:<br>hover to read why"
+    self._show(n, spot, list(found), list(range(len(M))), M, "%{z:.2f}", 5)
+    self.fig.layout[f"yaxis{n}"].dtick = max(1, -(-len(M)//8))
+    return [] if found else [noted(self._why_not(key), spot, self.colors)]
 
 @patch
-def _said(self:Forgetting, full:dict|None) -> list: # Annotations
-    "From the watcher's answers, else from the test answers of the last row."
-    try:
-        at = self.story.row_at(self.at.value) or 0
-        tasks, names, M = self.answers.of_frame(full) if full else self.answers.at(at)
+def _why_not(self:Forgetting, key:str) -> str:
+    "What an empty panel waits for."
+    if not probed(self.rec) and not self.story.frames: return "this run is not probed"
+    if len(self.story.spans) > 1 and key != "grad_cos_layers": return "no old task was trained before this step"
+    when = "begins with the second task" if key != "grad_cos_layers" else "comes at the end of the second task"
+    return f"{when}: an old task is needed"
+
+# %% ../nbs/11c_forgetting_view.ipynb #dcf4008c
+@patch
+def _answered(self:Forgetting, full:dict|None) -> tuple: # (tasks, format names, percent, why there are none)
+    "From the last row's test answers; from the probes' where they are nearer to the step."
+    row = self.story.row_at(self.at.value) or 0
+    step = self.story.rows[row][0] if row in self.story.rows else -1
+    nearer = full and abs(full["step"] - self.at.value) < abs(step - self.at.value)
+    try: return *(self.answers.of_frame(full) if nearer or (full and self.rec.packed) else self.answers.at(row)), ""
     except CitError as e:
-        self._show(2, [], [], [[]], "", 0)
-        return [remark(_packed if self.rec.packed else _none, _places[2][1], .1, self.colors, hovertext=str(e))]
-    self._show(2, names, tasks, M, "%{z:.0f}", 60)
-    return []
+        if self.rec.packed: return [], [], [[]], "a packed run keeps no answers"
+        return [], [], [[]], str(e) if self.story.rows else "comes when the start model has been asked"
+
+@patch
+def _said(self:Forgetting, spot, tasks:list, names:list, M, why:str) -> list: # Annotations
+    "In which format each task is answered."
+    self._show("4", spot, names, tasks, M, "%{z:.0f}", 3)
+    return [noted("no answers here: hover to read why" if len(why) > 60 else why, spot, self.colors, hovertext=why)] if why else []

@@ -95,11 +95,13 @@ _fields = {"stream args": "stream_args", "order": "order", "seed": "seed", "lear
 _settled = ("stream args", "order", "watch full", "watch share") # What a branch cannot or need not change
 
 def run_fields() -> dict: # {dotted name: Field}; loads torch
-    "The fields of a run and of its tables."
+    "The fields of a run and of its tables, with what holds for a run that is launched."
     from cit_workbench.train import Compute, Optim, Spec
-    from cit_workbench.watch import Watch
+    from cit_workbench.watch import Watch, at_launch
     tables = {"": Spec, "optim.": Optim, "watch.": Watch, "compute.": Compute}
-    return {at + f.name: f for at, cls in tables.items() for f in fields_of(cls)}
+    found = {at + f.name: f for at, cls in tables.items() for f in fields_of(cls)}
+    launched = {f"watch.{name}": value for name, value in at_launch.items()}
+    return found | {name: found[name]._replace(default=value) for name, value in launched.items()}
 
 # %% ../nbs/11g_launcher.ipynb #870cf0eb
 def method_classes() -> dict:
@@ -138,8 +140,9 @@ class Form(W.VBox):
         self.fields, self.about = W.VBox(), W.HTML()
         left = [self.method, self.plus, self.about, self.fields]
         right = [self.plain[at] for name, at in _fields.items() if not (changes and name in _settled)]
-        halves = [W.VBox(c, layout={"width": "48%"}) for c in (left, right if changes else [self.stream, *right])]
-        super().__init__([W.HBox(halves, layout={"justify_content": "space-between"})])
+        half = {"flex": "1 1 300px", "min_width": "0"} # Side by side where there is room
+        halves = [W.VBox(c, layout=half) for c in (left, right if changes else [self.stream, *right])]
+        super().__init__([W.HBox(halves, layout={"flex_flow": "row wrap", "width": "100%"})])
         for w in (self.method, self.plus): w.observe(lambda _: self.show(), "value")
 
 # %% ../nbs/11g_launcher.ipynb #1b854f32

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alive', 'hold', 'command', 'Control', 'Reply', 'answer_asks', 'reply_of', 'Stopped', 'obey', 'gentle', 'turn',
-           'attended', 'asked_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source', 'read_ahead',
-           'rebuilt', 'run_of', 'answer_apart', 'places', 'branch', 'take_over', 'welcome']
+           'attended', 'asked_of', 'watch_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source',
+           'read_ahead', 'rebuilt', 'run_of', 'answer_apart', 'places', 'branch', 'take_over', 'welcome']
 
 # %% ../nbs/06c_live.ipynb #01682ce0
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from fastcore.basics import camel2snake, patch
 
 from .core import CitError, Ended, canonical, digest, end, expanded, heeding, here, hung_up, locked, placed, plain, read_json, shared, write_atomic
 from .pictures import load_image, reading_of
-from .record import Record, _file
+from .record import Record, _file, identity
 
 # %% ../nbs/06c_live.ipynb #acf965b5
 def alive(folder:Path) -> bool:
@@ -345,7 +345,14 @@ def _about(folder) -> dict:
 
 def asked_of(folder) -> dict: # Fields of `Run`, and perhaps "method_code"
     "What the run in a folder was asked to be."
-    return dict(_about(folder).get("asked", {}))
+    watch = watch_of(folder)
+    return {**identity(_about(folder).get("asked")), **({"watch": watch} if watch else {})}
+
+def watch_of(folder) -> dict: # Fields of `Watch`, {} where there are no probes or there is no run
+    "How the run in a folder is probed; older records say so in what was asked."
+    if not any((Path(folder)/f).is_file() for f in ("run.json", "asked.json")): return {}
+    about = _about(folder)
+    return about.get("watch") or (about.get("asked") or {}).get("watch") or {}
 
 def made(fields:dict, # Of `Run`, as they were recorded
          cwd:str|None, # Where that run was started
@@ -364,20 +371,24 @@ def made(fields:dict, # Of `Run`, as they were recorded
 
 def note_asked(run):
     "Write what is known of a run before it begins."
+    from cit_workbench.backbone import start_hash
     roles = run.data.roles()
     branched = {"interactive": True, "parent": run.parent} if run.parent else {}
-    about = {"asked": run.config(), "config": run.config(), "cwd": run.cwd, "method": run.m.name, "leaks": sorted(run.m.leaks), **branched,
+    hashes = {"weights": start_hash(run.backbone, run.comp.four_bit), "data": run.data.digest()}
+    about = {"asked": run.config(), "config": run.config(), "cwd": run.cwd, "method": run.m.name, "leaks": sorted(run.m.leaks), **run.probes(), **branched, "hashes": hashes,
              "columns": [[t.name, r] for t, r in roles], "rows": ["start", *[t.name for t in run.plan.tasks]], "chance": {t.name: t.chance for t, _ in roles}}
     write_atomic(run.folder/"asked.json", json.dumps(plain(about), indent=1, sort_keys=True) + "\n")
 
 # %% ../nbs/06c_live.ipynb #370442df
 def launch(self, # A `Run`
           ) -> Record: # Follows the run
-    "Train in a process of its own that outlives this one; returns at once. A class from a notebook goes with it as method.py."
-    from cit_workbench.backbone import start_hash
+    "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once. A class from a notebook goes with it as method.py."
+    from cit_workbench.backbone import _where
+    from cit_workbench.watch import at_launch
     if (done := self._finished()): return done
+    self.settle_watch(at_launch)
     if "RANK" in os.environ: raise CitError("launch starts one process; several are started by accelerate, and train() in each")
-    start_hash(self.backbone, self.comp.four_bit)
+    _where(self.backbone) # Is it there?
     text = method_source(self.m)
     def prepare():
         note_asked(self)
@@ -710,7 +721,7 @@ def branch(rec:Record, # The parent
     if past != rec.rows[1:state["t"] + 1]: raise CitError(f"a branch of {rec.path} at {at!r} has trained {', '.join(rec.rows[1:state['t'] + 1])}, in this order; {new.m.name} would have trained {', '.join(past)}")
     if {p.name for p in parts(new.m)} - {p.name for p in parts(old.m)} and state["stage"] != "end": raise CitError(f"another method joins at the end of a task, not at {at!r}; there are {', '.join(repr(k) for k in have if isinstance(k, str)) or 'none yet'}")
     kept = {k: rec.run.get(k) for k in ("threads", "deterministic", "device", "versions")}
-    new.parent = plain({"of": rec.path.name, "at": at, "checkpoint": digest((source/"manifest.json").read_bytes()), "step": state["done"], "changed": sorted(k for k in changed), **kept})
+    new.parent = plain({"of": rec.path.name, "at": at, "checkpoint": digest((source/"manifest.json").read_bytes()), "step": state["done"], "changed": sorted(identity(changed)), **kept})
     new.folder = expanded(out) if out else rec.path.parent/f"{new.m.name}-{digest(new.config())[:8]}"
     _settle(rec, source, state, old.m, new)
     return new
@@ -747,7 +758,7 @@ def _settle(rec, source:Path, state:dict, old, run):
     "Make the folder of a branch: checkpoint, events and answers up to there; whole or not at all."
     from cit_workbench.checkpoint import manifest, sha256
     from cit_workbench.method import parts
-    if (run.folder/"asked.json").is_file() and asked_of(run.folder) == run.config(): return
+    if (run.folder/"asked.json").is_file() and identity(asked_of(run.folder)) == run.config(): return
     if run.folder.is_dir() and any(run.folder.iterdir()): raise CitError(f"{run.folder} holds another run; choose another `out` folder or delete that one")
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     final, run.folder = run.folder, Path(tempfile.mkdtemp(prefix=f".tmp-{run.folder.name}-", dir=run.folder.parent))

@@ -20,8 +20,8 @@ from .record import Record, find_runs, npz_names, read_npz
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, read_collected
 from .stream import get_stream
-from .view import (Story, View, axis, choice, figure, framed, grid, heat_map, picture, remark, stream_of,
-                                template, title)
+from .view import (Panel, Story, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, noted,
+                                picture, readable, remark, room_for, slant, stream_of, template, wrapped)
 
 # %% ../nbs/11e_similarity_view.ipynb #aad17c5b
 def clustered(S:np.ndarray, # Similarity [T, T]
@@ -35,13 +35,21 @@ def clustered(S:np.ndarray, # Similarity [T, T]
 # %% ../nbs/11e_similarity_view.ipynb #b1be330c
 def collected_for(rec:Record, folders) -> list: # Paths of .npz files
     "The files that `collect` wrote for a run's start model and stream, those with most arrays first."
-    out, want = [], (rec.config.get("backbone"), rec.config.get("stream"))
+    out = []
     for p in [p for f in map(expanded, folders) if f.is_dir() for p in sorted(f.glob("*.npz"))]:
         names = npz_names(p)
-        about = json.loads(read_npz(p, "about")["about"].tobytes()) if "about" in names else {}
-        same = (about.get("backbone"), about.get("stream")) == want
-        if same and {*rec.tasks} <= {*about["tasks"]}: out.append((-len(names), p))
+        if "about" in names and _of_run(json.loads(read_npz(p, "about")["about"].tobytes()), rec): out.append((-len(names), p))
     return [p for _, p in sorted(out)]
+
+def _of_run(about:dict, rec:Record) -> bool:
+    "Was this measured for the start and the tasks of a run? Older files and records do not say everything."
+    c, weights = rec.config, rec.run.get("hashes", {}).get("weights")
+    args = lambda d: {k: v for k, v in (d.get("stream_args") or {}).items() if k not in ("tasks", "limit", "eval_limit")}
+    whole = not (c.get("compute") or {}).get("four_bit")
+    return ((about.get("backbone"), about.get("stream")) == (c.get("backbone"), c.get("stream"))
+            and {*rec.tasks} <= {*about["tasks"]}
+            and ("stream_args" not in about or args(about) == args(c))
+            and not (whole and weights and about.get("start") and about["start"] != weights))
 
 # %% ../nbs/11e_similarity_view.ipynb #c133fca8
 class Similarity(View):
@@ -61,7 +69,7 @@ class Similarity(View):
         self.what = choice("drop of", ["formatted", "valid", "content"], 190)
         self.order = choice("order", ["stream", "clustered"], 170)
         self.frame, self.examples = framed(self._make()), W.HTML()
-        super().__init__([W.HBox([self.place, self.what, self.order]), self.frame, self.examples], dark)
+        super().__init__([knobs(self.place, self.what, self.order), self.frame, self.examples], dark)
         for w in (self.place, self.what, self.order): w.observe(lambda _: self.safely(self.draw), "value")
 
 # %% ../nbs/11e_similarity_view.ipynb #a8a1a593
@@ -74,22 +82,34 @@ def _measures(self:Similarity) -> list:
 # %% ../nbs/11e_similarity_view.ipynb #c029819e
 _squares = ("similarity", "drop in the stream, points", "drop in pairs alone, points",
             "transfer in pairs alone, points")
-_low = {"xaxis5": axis(0, .36, "y5", title="optimiser steps"), "yaxis5": axis(0, .3, "x5", title="score, %"),
-        "xaxis6": axis(.46, .68, "y6", title="layer"), "yaxis6": axis(0, .3, "x6", title="cosine", range=[-1, 1]),
-        "xaxis7": axis(.78, 1, "y7"), "yaxis7": axis(0, .3, "x7", title="points")}
 
 @patch
 def _make(self:Similarity) -> go.FigureWidget:
     "Four matrices above, three panels for a pair below."
-    layout, heats = {"margin": {"l": 70, "r": 30, "t": 54, "b": 50}, "showlegend": False, **_low}, []
-    look = {"tickfont": {"size": 9.5}, "automargin": False, "showgrid": False}
+    layout, heats = {"showlegend": False}, []
+    look = {"tickfont": {"size": 9.5}, "showgrid": False}
     for n in range(1, 5):
-        lo = (n - 1)*.265
-        layout |= {f"xaxis{n}": axis(lo, lo + .19, f"y{n}", tickangle=-40, **look),
-                   f"yaxis{n}": axis(.56, 1, f"x{n}", autorange="reversed", showticklabels=n == 1, **look)}
+        layout |= axes(str(n), look, {**look, "autorange": "reversed"})
         hover = f"%{{y}}{' and' if n == 1 else ', then'} %{{x}}: %{{z:.2f}}<extra></extra>"
-        heats.append(heat_map(n, lo + .193, .56, .44, hovertemplate=hover))
+        heats.append(heat_map(n, hovertemplate=hover))
+    layout |= axes("5", {"title": "optimiser steps"}, {"title": "score, %"})
+    layout |= axes("6", {"title": "layer"}, {"title": "cosine", "range": [-1, 1]}) | axes("7", {}, {"title": "points"})
     return figure(heats + _pair_traces(), layout, 680)
+
+@patch
+def _panels(self:Similarity, Ms:list, # Matrices
+           ) -> list: # Rows of panels
+    "Matrices that are there, what they say together, and a pair of tasks."
+    room, T = room_for(self.tasks), len(self.tasks)
+    square = {"least": 150, "high": max(180, 17*T), "left": room, "right": 46, "below": room}
+    squares = [Panel(str(k + 1), _squares[k], **square) for k, M in enumerate(Ms) if M is not None or k < 2]
+    said = wrapped(self.said, self.wide, 11.5)
+    rows = [squares, [Panel("said", high=16*len(said), left=0, right=0, below=12)]]
+    if not self.cell: return rows
+    old, new = self.cell
+    low = {"high": 190, "left": 58}
+    return [*rows, [Panel("5", f"{old} while {new} was trained", 230, **low), Panel("6", "gradient cosine: start ▮, in training ◆", 150, **low),
+                    Panel("7", f"what {old} lost", 150, **low)]]
 
 # %% ../nbs/11e_similarity_view.ipynb #9000a0e2
 def _pair_traces() -> list:
@@ -125,45 +145,66 @@ def matrices(self:Similarity) -> list: # Four [T, T] or None, in the order of `t
     S = self.c["importance/overlap" if place == "importance" else f"{place}/cosine"][np.ix_(at, at)]
     able = [r for r in self.runs if {*r.tasks} == {*self.tasks} and len(r.rows) == len(r.tasks) + 1]
     cores = [(r.tasks, r.core(self.what.value)) for r in able]
-    return [S, adjacent_forgetting(cores, self.tasks)[0] if cores else None, *self.pairs]
+    drops = adjacent_forgetting(cores, self.tasks)[0] if cores else None
+    return [S, None if drops is None or np.isnan(drops).all() else drops, *self.pairs]
 
 @patch
 def draw(self:Similarity):
     "The matrices in their order, and the pair that was clicked."
     Ms = self.matrices()
     order = clustered(Ms[0]) if self.order.value == "clustered" else range(len(self.tasks))
+    self.said = self._says(Ms)
     with self.fig.batch_update():
-        notes = [n for k, M in enumerate(Ms) for n in self._square(k, M, order)]
-        self.fig.layout.annotations = [*notes, self._mantel(Ms), *self._pair()]
+        spots = self.arrange(*self._panels(Ms))
+        notes = [n for k, M in enumerate(Ms) for n in self._square(k, M, order, spots.get(str(k + 1)))]
+        self._pair()
+        heads = [s.title for n, s in spots.items() if n != "said"]
+        self.fig.layout.annotations = [*heads, *notes, self._below(spots["said"]), *self._lacking(spots.get("6"))]
+
+@patch
+def _below(self:Similarity, spot) -> dict: # An annotation
+    "What the matrices say together, under them."
+    lines = map(html.escape, wrapped(self.said, self.wide, 11.5))
+    return remark("<br>".join(lines), 0, spot.y1, self.colors, xanchor="left", yanchor="top", align="left")
 
 # %% ../nbs/11e_similarity_view.ipynb #f4bafd10
 @patch
-def _square(self:Similarity, k:int, M, order) -> list: # Annotations
-    "Fill the k-th matrix; one that is missing says what makes it."
-    h, names = self.fig.data[k], [self.tasks[i] for i in order]
+def _square(self:Similarity, k:int, M, order, spot) -> list: # Annotations
+    "Fill the k-th matrix; one that is still to come says when."
+    h, names, L = self.fig.data[k], [self.tasks[i] for i in order], self.fig.layout
     h.visible = M is not None
-    for a in "xy": self.fig.layout[f"{a}axis{k + 1}"].visible = h.visible
-    head = title(_squares[k], k*.265, 1.01)
-    why = "runs are needed" if k == 1 else "needs a file of pairs:<br>pairwise(…) writes it"
-    if M is None: return [head, remark(why, k*.265 + .095, .78, self.colors)]
+    for a in "xy": L[f"{a}axis{k + 1}"].visible = h.visible
+    if M is None: return [noted(self._when(), spot, self.colors)] if spot else []
     M = np.asarray(M, float)[np.ix_(order, order)]
     most = max(1., np.nanmax(np.abs(M))) if k and not np.isnan(M).all() else 1.
     h.x, h.y, h.z, h.zmin, h.zmax = names, names, M, -most if k else min(0., float(np.nanmin(M))), most
-    h.texttemplate, h.textfont = ("%{z:.0f}" if k else "%{z:.2f}") if len(names) <= 8 else None, {"size": 9.5}
-    return [head]
+    form, high = ("%{z:.0f}", 3) if k else ("%{z:.2f}", 4), self.high*(spot.y1 - spot.y0)
+    h.texttemplate, h.textfont = readable(*form, M.shape, spot, high), {"size": 9.5}
+    L[f"xaxis{k + 1}"].tickangle = slant(names, spot.wide)
+    colour_bar(h, spot, self.wide)
+    return []
+
+@patch
+def _when(self:Similarity) -> str:
+    "What the matrix of drops waits for."
+    if not self.runs: return "a run of these tasks is needed"
+    tasks = self.runs[0].tasks
+    return f"comes when {tasks[1]} has ended: how much {tasks[0]} lost by it" if len(tasks) > 1 else "two tasks are needed"
 
 # %% ../nbs/11e_similarity_view.ipynb #5bddccbe
+_hint = "Click on a cell to see what happened between its two tasks."
+
 @patch
-def _mantel(self:Similarity, Ms) -> dict: # An annotation
-    "The correlation of similarity with the drop of pairs, else with that in the stream."
+def _says(self:Similarity, Ms) -> str:
+    "The correlation of similarity with the drop of pairs, else with that in the stream; and what a click does."
     k = 1 if Ms[2] is None else 2
     try: said = _in_words(mantel(Ms[0], Ms[k]), _squares[k].partition(",")[0]) if Ms[k] is not None else ""
-    except CitError: said = "no test of similarity against the drop: some pairs of tasks were never neighbours"
-    return remark(said, 0, .4, self.colors, xanchor="left")
+    except CitError: said = "No test of similarity against the drop: some pairs of tasks were never neighbours."
+    return f"{said} {_hint if not self.cell else ''}".strip()
 
 def _in_words(m:dict, what:str) -> str:
     r, p = f"{m['pearson']:.2f}", f"{m['p_pearson']:.3f}"
-    return f"similarity and {what}: r = {r}, p = {p} ({m['cells']} pairs, tasks permuted)"
+    return f"Similarity and {what}: r = {r}, p = {p} ({m['cells']} pairs, tasks permuted)."
 
 # %% ../nbs/11e_similarity_view.ipynb #a89f81ca
 @patch
@@ -184,22 +225,23 @@ def pick(self:Similarity, old:str, new:str):
     self.safely(self._show_examples)
 
 # %% ../nbs/11e_similarity_view.ipynb #8cb61d38
-_hint = "Click on a cell to see what happened between its two tasks"
-
 @patch
-def _pair(self:Similarity) -> list: # Annotations
-    "The three panels for the chosen pair."
+def _pair(self:Similarity):
+    "Fill the three panels for the chosen pair."
     for k in (5, 6, 7):
         for a in "xy": self.fig.layout[f"{a}axis{k}"].visible = self.cell is not None
-    if not self.cell: return [remark(_hint, .5, .14, self.colors)]
+    if not self.cell: return
     (old, new), (course, rows, start, seen, lost) = self.cell, self.fig.data[4:]
     (course.x, course.y), (rows.x, rows.y) = self._course(old, new)
-    (start.x, start.y), (seen.x, seen.y) = self._cosines(old, new)
-    start.visible = bool(len(start.x)) # Plotly draws bars without an x at NaN
+    (start.x, start.y), (seen.x, seen.y) = self.cosines = self._cosines(old, new)
+    start.visible = bool(len(self.cosines[0][0])) # Plotly draws bars without an x at NaN
     lost.x, lost.y = ["as formatted", "format", "content"], self._split(old, new)
-    none = not len(start.x) and not len(seen.x)
-    return [*[remark("no gradients were measured", .57, .15, self.colors)]*none, title(f"{old} while {new} was trained", 0, .315), title(f"what {old} lost", .78, .315),
-            title("gradient cosine: start ▮, in training ◆", .46, .315)]
+
+@patch
+def _lacking(self:Similarity, spot) -> list: # Annotations
+    "Why the panel of gradients is empty."
+    if spot is None or any(len(x) for x, _ in self.cosines): return []
+    return [noted(f"comes when {self.cell[1]} is probed in full", spot, self.colors)]
 
 # %% ../nbs/11e_similarity_view.ipynb #2720b839
 @patch

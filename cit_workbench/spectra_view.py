@@ -15,8 +15,8 @@ from fastcore.basics import patch
 
 from .core import CitError
 from .spectra import Collected, angles, read_collected
-from .view import (Story, View, axis, choice, figure, framed, layered, marks, offer, remark, template,
-                                title, upright)
+from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer, probed,
+                                remark, template, upright, wrapped)
 
 # %% ../nbs/11f_spectra_view.ipynb #44f39032
 class Spectra(View):
@@ -32,10 +32,10 @@ class Spectra(View):
             level, _, modality = p.rpartition("/"); self.levels[level].append(modality)
         if not self.levels: raise CitError("the collected file holds no spectra; `collect` writes them")
         self._menus(); self.frame = framed(self._make())
-        knobs = [self.level, self.modality, self.variant, self.task, self.k, self.share, self.layer, self.measure]
-        super().__init__([W.HBox(knobs[:5]), W.HBox(knobs[5:]), self.frame], dark)
+        menus = [self.level, self.modality, self.variant, self.task, self.k, self.share, self.layer, self.measure]
+        super().__init__([knobs(*menus), self.frame], dark)
         self.level.observe(lambda c: self.safely(lambda: offer(self.modality, self.levels[c["new"]])), "value")
-        for w in knobs[1:]: w.observe(lambda _: self.safely(self.draw), "value")
+        for w in menus[1:]: w.observe(lambda _: self.safely(self.draw), "value")
 
 # %% ../nbs/11f_spectra_view.ipynb #342a9996
 _rows = {"as they are": "raw", "centred": "centred", "capped": "capped"}
@@ -62,11 +62,8 @@ _dashes = ("solid", "dash", "dot", "dashdot")
 @patch
 def _make(self:Spectra) -> go.FigureWidget:
     "Two panels above, two below, empty."
-    layout = {"margin": {"l": 70, "r": 20, "t": 50, "b": 50}, "legend": {"x": 1.01, "y": 1}}
-    for k, (x, y) in enumerate(_names):
-        wide, high = ((0, .44), (.56, 1))[k % 2], ((.58, 1), (0, .38))[k//2]
-        layout |= {f"xaxis{k + 1}": axis(*wide, f"y{k + 1}", title=x),
-                   f"yaxis{k + 1}": axis(*high, f"x{k + 1}", title=y)}
+    layout = {}
+    for k, (x, y) in enumerate(_names, 1): layout |= axes(str(k), {"title": x}, {"title": y})
     layout["xaxis1"] |= {"type": "log", "dtick": 1}
     layout["yaxis1"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
     layout["yaxis2"]["range"], layout["yaxis3"]["range"] = [0, 1.03], [-2, 92]
@@ -85,12 +82,15 @@ def _line(self:Spectra, k:int, # Panel
                       line={"dash": _dashes[i//2 % 4] if bare else "solid"},
                       hovertemplate=f"{t}<br>%{{x}}: %{{y:.3g}}<extra></extra>")
 
+_bounds_said = "k/d, by chance", "itself, other half"
+
 def _bound_traces() -> list:
     "The chosen task's bootstrap band; what chance, and what its own other half would give."
     line = lambda n, **look: go.Scatter(x=[], y=[], name=n, xaxis="x2", yaxis="y2", mode="lines", line=look)
     band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0}, fill="toself", opacity=.3,
                       hoverinfo="skip", showlegend=False)
-    return [band, line("k/d, by chance", dash="dot", width=1), line("itself, other half", width=1.5)]
+    chance, half = _bounds_said
+    return [band, line(chance, dash="dot", width=1), line(half, width=1.5)]
 
 # %% ../nbs/11f_spectra_view.ipynb #6ecb9683
 @patch
@@ -124,7 +124,8 @@ def draw(self:Spectra):
         for i, t in enumerate(self.tasks): self._task(i, get, a, self.c.tasks.index(t), k)
         self._bounds(get, a)
         self.fig.layout.shapes = [upright(x, self.colors["faint"], n, dash="dash") for x, n in ((need, ""), (k, "2"))]
-        self.fig.layout.annotations = self._titles(place, need, k)
+        spots = self.arrange(*self._panels(place, k), names=[*self.tasks, *_bounds_said])
+        self.fig.layout.annotations = [*[spots[n].title for n in "1234"], self._needed(need, spots["1"]), *self._soon(spots["4"])]
         self.fig.layout.yaxis4.title = layered[self.measure.value]
 
 # %% ../nbs/11f_spectra_view.ipynb #2ee3ffe4
@@ -161,15 +162,29 @@ def _bounds(self:Spectra, get, a:int):
 
 # %% ../nbs/11f_spectra_view.ipynb #ad8cf5a9
 @patch
-def _titles(self:Spectra, place:str, need:int, k:int) -> list: # Annotations
+def _panels(self:Spectra, place:str, k:int) -> list: # Rows of panels
     "What each panel shows, for the chosen task."
-    t, p = self.task.value, self.colors
-    said = (f"spectra of {place.replace('/', ', ')} tokens", f"energy of each task in the directions of {t}",
-            f"angles to {t}, {k} direction{'s'*(k != 1)} each",
-            f"hidden layer {self.layer.value}: each task now against its own end")
-    out = [title(s, (0, .56)[n % 2], (1.01, .395)[n//2]) for n, s in enumerate(said)]
-    at = dict(xref="x", xanchor="left", yref="y domain", yanchor="top")
-    out.append(remark(f"{need} direction{'s'*(need != 1)}: {self.share.value:.0%} of {t}", np.log10(need), 1, p, **at))
-    T = len(self.tasks)
-    if any(len(c.x) for c in self.fig.data[3*T:4*T]): return out
-    return [*out, remark("a run with a watcher shows its layers here", .78, .18, p)]
+    t, low = self.task.value, {"least": 260, "high": 230, "left": 62}
+    return [[Panel("1", f"spectra of {place.replace('/', ', ')} tokens", **low),
+             Panel("2", f"energy of each task in the directions of {t}", **low)],
+            [Panel("3", f"angles to {t}, {k} direction{'s'*(k != 1)} each", **low),
+             Panel("4", f"hidden layer {self.layer.value}: each task now against its own end", **low)]]
+
+@patch
+def _needed(self:Spectra, need:int, spot) -> dict: # An annotation
+    "How many directions hold the chosen share of the task's energy, at the line through the spectra."
+    said = f"{need} direction{'s'*(need != 1)}: {self.share.value:.0%} of {self.task.value}"
+    right = np.log10(need) > .5*np.log10(max(2, self.c[f"{self.level.value}/{self.modality.value}/{self.variant.value}/values"].shape[1]))
+    text = "<br>".join(wrapped(said, .5*spot.wide, 11.5))
+    return remark(text, np.log10(need), 1, self.colors, xref="x", yref="y domain", yanchor="top", xanchor="right" if right else "left", align="right" if right else "left")
+
+@patch
+def _soon(self:Spectra, spot) -> list: # Annotations
+    "What the panel of hidden layers waits for."
+    L, known = self.fig.layout, any(len(self._course(t)[0]) for t in self.tasks)
+    L.xaxis4.update(range=None if known else [0, max(20, self.story.step if self.story else 0)], autorange=known)
+    L.yaxis4.update(range=None if known else [0, 1], autorange=known, showticklabels=known)
+    if known: return []
+    if self.story is None: return [noted("a run shows its hidden layers here", spot, self.colors)]
+    if not probed(self.story.rec): return [noted("this run is not probed", spot, self.colors)]
+    return [noted("begins with the second task: how far the first has turned since its end", spot, self.colors)]

@@ -28,11 +28,11 @@ from .behaviour import behaviour, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
 from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, one_of, plain, progress, read_json, rng, write_atomic
 from .evaluate import column_scores, forget
-from .live import attended, gentle, hold, launch, obey, run_of, welcome
+from .live import attended, gentle, hold, launch, obey, run_of, watch_of, welcome
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step, code_of, config_of, fresh, get_method, overrides, parts, versions_of
 from .pictures import readings
-from .record import Record, RecordWriter, differences
+from .record import Record, RecordWriter, differences, identity
 from .stream import get_stream, scorers_of
 from .testbed import content, lock_of, recipe as toy
 from .watch import Watch, Watcher
@@ -87,7 +87,7 @@ class Spec:
     seed: int = 0 # Keys every draw
     probe_every: int|None = None # Steps between probes of all tasks seen, on val
     oracle: bool = False # Show the task label at test
-    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows, share; unset: none
+    watch: dict = field(default_factory=dict) # Probes of old tasks while training: every, full, rows, share; unset: none in `train`, some in `launch` and `cit run`
     tuned_on: dict = field(default_factory=dict) # Where the fields' values come from: {"stream": …, "trials": …, "old_val": …}
     parent: dict = field(default_factory=dict) # Where it branched off another run, as `branch` writes it
     out: str|None = None # Run folder; None: runs/<method>-<digest>
@@ -131,8 +131,7 @@ class Run(Spec):
     def config(self) -> dict:
         "Everything that determines the result, by name."
         keep = {k: getattr(self, k) for k in ("stream", "stream_args", "backbone", "order", "seed", "probe_every", "oracle", "tuned_on")} | self.names
-        watch = {"watch": asdict(self.watching)} if self.watching.every else {}
-        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": self.computed(), **watch})
+        return plain({"method": self.m.name, "method_args": config_of(self.m), **keep, **({"parent": self.parent} if self.parent else {}), **code_of(self.m), "tune": asdict(self._made(Tune, "tune")), "optim": asdict(self._made(Optim, "optim")), "compute": self.computed()})
     def __repr__(self): return f"Run({self.m.name} on {self.stream}, {len(self.plan.tasks)} tasks, seed {self.seed}, {self.folder})"
 
 # %% ../nbs/06_train.ipynb #54786336
@@ -408,6 +407,21 @@ def alone(folder:Path):
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
 
 # %% ../nbs/06_train.ipynb #bc51cbc5
+@patch
+def settle_watch(self:Run, usual:dict={}, # Fields of `Watch` where neither the run nor its folder says anything
+                ) -> Run:
+    "Decide how the run is probed."
+    self.watch = {**(watch_of(self.folder) or usual), **self.watch}
+    self.watching = self._made(Watch, "watch")
+    self._check()
+    return self
+
+@patch
+def probes(self:Run) -> dict: # {} without probes
+    "What run.json says of the probes."
+    return {"watch": asdict(self.watching)} if self.watching.every else {}
+
+# %% ../nbs/06_train.ipynb #a4f4f2b6
 class _Quiet:
     "Stands in for the writer on every process but the first."
     n_events = 0
@@ -417,6 +431,7 @@ class _Quiet:
 def train(self:Run) -> Record: # Finished, or unfinished when somebody stopped it
     "Train, blocking; resumes if the run folder holds an unfinished run of the same configuration."
     if (done := self._finished()): return done
+    self.settle_watch()
     try:
         with alone(self.folder), attended(self): return self._train()
     except CitError as error:
@@ -510,7 +525,7 @@ def _finished(self:Run):
     now = {"weights": start_hash(self.backbone, self.comp.four_bit), "data": self.data.digest()}
     if self._mended(there): there = read_json(self.folder/"run.json", "run file")
     had = {k: there.get("hashes", {}).get(k) for k in now}
-    for name, a, b in differences(there.get("asked"), self.config())[:1]:
+    for name, a, b in differences(identity(there.get("asked")), self.config())[:1]:
         raise CitError(f"{self.folder} holds a run of another configuration: {name} is {a!r} there and {b!r} here; choose another `out` folder or delete that one")
     for name, a, b in differences(had, now)[:1]: raise CitError(f"{self.folder} holds a run on other {name} (digest {a} there, {b} now): the files behind the same names have changed; choose another `out` folder")
     return Record(self.folder) if (self.folder/"result.json").is_file() else None
@@ -630,7 +645,7 @@ def describe(self:Run, net:Net, asked:dict) -> dict:
     if bb.image_reading != "seen": fields["image_reading"] = bb.image_reading
     if not isinstance(bb.image_processor, PilBackend): fields["image_processor"] = type(bb.image_processor).__name__
     branched = {"interactive": True, "parent": self.parent} if self.parent else {}
-    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "cwd": self.cwd, **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
+    return plain({"config": {**asked, "optim": o, "tune": asdict(self.tuning)}, "asked": asked, "cwd": self.cwd, **self.probes(), **branched, "method": self.m.name, "leaks": sorted(self.m.leaks), "protocol": digest(fields), "protocol_fields": fields,
                   "columns": [[t.name, r] for t, r in self.data.roles()], "rows": ["start", *[t.name for t in self.plan.tasks]], "chance": {t.name: t.chance for t, _ in self.data.roles()},
                   "hashes": {"weights": bb.hash, "data": self.data.digest(), "testbed": lock_of(self.data, bb.hash, o, asdict(self.tuning))}, "behaviour": behaviour(versions_of(self.m), scorers_of(self.data)), "git": git_state(), "platform": platform.platform(), "threads": torch.get_num_threads(),
                   "deterministic": torch.are_deterministic_algorithms_enabled(), "device": torch.cuda.get_device_name() if bb.device.type == "cuda" else "cpu", "image_processor": type(bb.image_processor).__name__, "versions": {p: version(p) for p in ("torch", "transformers", "peft", "numpy", "pillow", "cit_workbench")}})

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounded', 'Story', 'number', 'toy_run', 'nearest',
-           'stream_of', 'View', 'Figure', 'figure', 'framed', 'axis', 'panels', 'heat_map', 'title', 'remark',
-           'upright', 'bands', 'picture', 'grid', 'choice', 'offer']
+           'stream_of', 'probed', 'doing', 'View', 'Figure', 'figure', 'framed', 'axis', 'axes', 'heat_map', 'title',
+           'remark', 'upright', 'Panel', 'broken', 'wrapped', 'Spot', 'plot_widths', 'shelves', 'room_for', 'slant',
+           'readable', 'colour_bar', 'noted', 'bands', 'picture', 'grid', 'choice', 'knobs', 'offer']
 
 # %% ../nbs/11a_view.ipynb #6fbf2989
-import asyncio, base64, html, io, threading, time
+import asyncio, base64, html, io, textwrap, threading, time
 from collections import defaultdict
 from copy import deepcopy
+from typing import NamedTuple
 
 import anywidget
 import ipywidgets as W
@@ -21,6 +23,7 @@ from fastcore.basics import patch
 from IPython import get_ipython
 
 from .analysis import _hues
+import cit_workbench.live # noqa: F401 (gives a record its state)
 from .core import CitError, leaves, placed
 from .pictures import load_image
 from .record import Lines, Record, RecordWriter
@@ -44,16 +47,25 @@ def template(dark:bool=False) -> dict:
     "A Plotly template: the page shines through, thin grids, small type."
     p, clear = palette(dark), "rgba(0,0,0,0)"
     font = {"family": "DejaVu Sans, Segoe UI, Helvetica, Arial, sans-serif", "size": 12, "color": p["ink"]}
-    axis = {"gridcolor": p["grid"], "zerolinecolor": p["grid"], "linecolor": p["faint"], "automargin": True,
+    axis = {"gridcolor": p["grid"], "zerolinecolor": p["grid"], "linecolor": p["faint"], "automargin": False,
             "ticks": "", "title": {"standoff": 8, "font": {"size": 12}}, "tickfont": {"size": 11}}
     return {"layout": {"font": font, "paper_bgcolor": clear, "plot_bgcolor": clear, "colorway": list(p["hues"]),
-                       "xaxis": axis, "yaxis": axis, "legend": {"bgcolor": clear, "font": {"size": 11}},
-                       "hoverlabel": {"font": {"size": 11}}, "margin": {"l": 60, "r": 20, "t": 46, "b": 44}}}
+                       "xaxis": axis, "yaxis": axis, "legend": {"bgcolor": clear, "font": {"size": 11}, "tracegroupgap": 0},
+                       "hoverlabel": {"font": {"size": 11}}, "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False}}}
 
 # %% ../nbs/11a_view.ipynb #d7f38fed
 class Theme(anywidget.AnyWidget):
-    "Whether JupyterLab's theme is dark; `fixed`: the page is not asked."
+    "Whether JupyterLab's theme is dark (`fixed`: the page is not asked), and how many pixels wide a figure is."
     dark, fixed = traitlets.Bool(False).tag(sync=True), traitlets.Bool(False).tag(sync=True)
+    width = traitlets.Int(0).tag(sync=True) # 0: no page has said
+    _css = """
+    .cit-view, .cit-view .jupyter-widgets { min-width: 0; max-width: 100%; }
+    .cit-view .lm-TabBar-content { flex-wrap: wrap; }
+    .cit-view .jupyter-widget-tab > .lm-TabBar { overflow: visible; min-height: 0; flex: 0 0 auto; }
+    .cit-view .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 1 1 auto; min-width: max-content; }
+    .cit-view .jupyter-button { flex: 0 0 auto; overflow: visible; }
+    .cit-view .widget-html-content, .cit-view .jupyter-widget-html-content { overflow-wrap: anywhere; line-height: 1.4; }
+    """
     _esm = """
     function initialize({ model }) {
       const body = document.body;
@@ -77,15 +89,23 @@ class Theme(anywidget.AnyWidget):
         if (drawn()) { clearInterval(wait); fit(); model.send({ kind: "ready" }); }
         else if (++tries % 40 === 0) model.send({ kind: "blank" });
       }, 300);
-      const late = [100, 500, 1500, 4000].map(t => setTimeout(fit, t));
+      let told = 0;
+      const measure = () => {
+        const width = view() && mine().length ? mine()[0].clientWidth : 0;
+        if (!width || Math.abs(width - told) < 4) return;
+        told = width; model.set("width", width); model.save_changes();
+      };
+      const late = [100, 500, 1500, 4000].map(t => setTimeout(() => { measure(); fit(); }, t));
       const narrow = f => f.clientWidth - (plot(f)?._fullLayout?.width ?? f.clientWidth) > 40;
-      const keep = setInterval(() => { if (el.isConnected && view() && mine().some(narrow)) fit(); }, 1500);
-      let wide = 0;
+      const keep = setInterval(() => { if (el.isConnected && view()) { measure(); if (mine().some(narrow)) fit(); } }, 1500);
+      let wide = 0, soon = 0;
       const seen = new ResizeObserver(([e]) => {
-        if (e.contentRect.width !== wide) { wide = e.contentRect.width; if (wide) fit(); }
+        if (e.contentRect.width === wide) return;
+        wide = e.contentRect.width; clearTimeout(soon);
+        if (wide) soon = setTimeout(() => { measure(); fit(); }, 150);
       });
       seen.observe(el);
-      return () => { late.map(clearTimeout); [wait, keep].map(clearInterval); seen.disconnect(); };
+      return () => { [...late, soon].map(clearTimeout); [wait, keep].map(clearInterval); seen.disconnect(); };
     }
     export default { initialize, render };
     """
@@ -175,6 +195,8 @@ _watched = {"nll": "nll", "formatted": "formatted", "valid": "valid", "content":
 def _watch(self:Story, e:dict):
     "A probe of the watcher: losses and layers of the old tasks; at full probes, answers and gradients, too."
     step, tasks = e["global"], e["tasks"]
+    self.step = max(self.step, step)
+    if self.spans: self.spans[-1][2] = self.step
     for task, m in tasks.items():
         for ours, theirs in _watched.items():
             if m.get(theirs) is not None: self.watched[task, ours].add((step, float(m[theirs])))
@@ -264,12 +286,24 @@ def stream_of(rec:Record): # A `Stream`
     fields = placed(rec.config, rec.run.get("cwd"))
     return get_stream(fields["stream"], **fields["stream_args"])
 
+# %% ../nbs/11a_view.ipynb #7d96123b
+def probed(rec:Record) -> dict: # Fields of `Watch`; {} without probes
+    "How a run is probed; older records say so in their configuration."
+    return rec.run.get("watch") or rec.config.get("watch") or {}
+
+def doing(rec:Record) -> str: # "" once it trains, and when nobody trains it
+    "What a run does before its first step."
+    if rec.packed or rec.state() not in ("queued", "loading"): return ""
+    if rec.state() == "queued": return "queued"
+    return "asking the start model" if (rec.path/"run.json").is_file() else "loading weights"
+
 # %% ../nbs/11a_view.ipynb #3410ef28
 class View(W.VBox):
     "A widget that redraws itself while what it shows grows."
     frame = None # What holds the figure, if there is one
     fig = property(lambda self: self.frame.children[0])
     colors = property(lambda self: palette(self.theme.dark))
+    wide = property(lambda self: max(220, self.theme.width or 900)) # Pixels of the figure
     def __init__(self, children, # Widgets, top to bottom
                  dark:bool|None=None): # None: as JupyterLab's theme is
         self.asleep, self.lock, self.over = False, threading.RLock(), threading.Event()
@@ -277,6 +311,7 @@ class View(W.VBox):
         super().__init__([*children, self.note, self.theme], layout={"width": "100%"})
         self.add_class("cit-view")
         self.theme.observe(lambda _: self.safely(lambda: (self.paint(), self.draw())), "dark")
+        self.theme.observe(lambda _: self.safely(self.draw), "width")
         self.theme.on_msg(lambda *said: self._heard(*said))
         self.listen()
         self.safely(lambda: (self.look(), self.paint(), self.draw())); self.settle()
@@ -353,12 +388,19 @@ def soon(self:View, pieces, # An iterator that does one piece of work at each st
 @patch
 def _follow(self:View):
     "Look, draw, rest."
-    rest = .25
+    rest, last = .25, 0.
     while not self.over.wait(rest):
         if self.asleep: continue
         tic = time.thread_time()
         self.safely(lambda: self.draw() if self.look() else None)
-        rest = max(.25, 199*(time.thread_time() - tic))
+        now = time.thread_time() - tic
+        rest, last = max(.25, 199*min(now, last)), now # What was dear once, as answers that are read, is not waited for
+
+@patch
+def wake(self:View):
+    "Draw what came while nobody looked."
+    self.asleep = False
+    self.safely(lambda: self.draw() if self.look() else None)
 
 @patch
 def settle(self:View):
@@ -440,25 +482,18 @@ def axis(lo:float, hi:float, # From and to, as shares of the figure
     "Where an axis lies."
     return {"domain": [lo, hi], "anchor": anchor, **kw}
 
-def panels(n:int, # Panels side by side
-           top:float, # Of the panels, as a share of the height
-           gap:float=.1, # Between them, as a share of the width
-           first:int=2, # Number of the first axis
-          ) -> dict: # Layout: axes `first` to `first + n - 1`
-    "Axes of a row of panels at the bottom of a figure."
-    wide = (1 - gap*(n - 1))/n; out = {}
-    for k in range(n):
-        lo = k*(wide + gap)
-        out |= {f"xaxis{first + k}": axis(lo, lo + wide - .03, f"y{first + k}"),
-                f"yaxis{first + k}": axis(0, top, f"x{first + k}")}
-    return out
+def axes(number:str, # "", "2", …
+         x:dict|None=None, # Of the x axis
+         y:dict|None=None, # Of the y axis
+        ) -> dict: # Layout
+    "A pair of axes; `arrange` says where they lie."
+    return {f"xaxis{number}": axis(0, 1, f"y{number}", **(x or {})), f"yaxis{number}": axis(0, 1, f"x{number}", **(y or {}))}
 
 # %% ../nbs/11a_view.ipynb #8f767d7a
 def heat_map(k:int, # Number of the axes
-             x:float, y:float, length:float, # Of the bar of colours, as shares of the figure
              **kw) -> go.Heatmap:
     "An empty heat map with a thin bar of colours."
-    bar = {"x": x, "y": y, "len": length, "thickness": 8, "xanchor": "left", "yanchor": "bottom", "outlinewidth": 0,
+    bar = {"thickness": 8, "xpad": 0, "ypad": 0, "nticks": 4, "xanchor": "left", "yanchor": "bottom", "outlinewidth": 0,
            "tickfont": {"size": 10}}
     return go.Heatmap(z=[[]], xaxis=f"x{k}", yaxis=f"y{k}", colorbar=bar, xgap=1, ygap=1, hoverongaps=False, **kw)
 
@@ -467,12 +502,12 @@ def title(text:str, x:float, y:float, # Shares of the figure
           **kw) -> dict: # An annotation
     "The title of a panel, left above it."
     return {"text": f"<b>{text}</b>", "x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left",
-            "yanchor": "bottom", "showarrow": False, "font": {"size": 12.5}, **kw}
+            "yanchor": "bottom", "align": "left", "showarrow": False, "font": {"size": 12.5}, **kw}
 
 def remark(text:str, x:float, y:float, p:dict, # Palette
            **kw) -> dict: # An annotation
     "Why a panel is empty, in its middle; or a small sentence elsewhere."
-    return title(text, x, y, **{"xanchor": "center", "font": {"size": 11, "color": p["faint"]}, **kw})
+    return title(text, x, y, **{"xanchor": "center", "align": "center", "font": {"size": 11, "color": p["faint"]}, **kw})
 
 def upright(x:float, color:str, number:str="", # Of the axes
             **line) -> dict: # A shape
@@ -481,14 +516,155 @@ def upright(x:float, color:str, number:str="", # Of the axes
             "line": {"color": color, "width": 1, **line}}
 
 # %% ../nbs/11a_view.ipynb #2e7eeabf
+class Panel(NamedTuple):
+    "A panel of a figure: its axes, its title, and the pixels that it needs."
+    axes: str # Number of its axes: "", "2", …; any other word: room for something without axes
+    title: str = ""
+    least: int = 200 # Width of its plot
+    high: int = 220 # Height of its plot
+    left: int = 56 # For the names of the y axis
+    right: int = 12 # For a bar of colours
+    above: int = 6 # Between the plot and its title
+    below: int = 46 # For the names of the x axis
+
+def broken(row:list, # Panels, one or more
+           width:int, # Pixels
+          ) -> list: # Lists of panels
+    "The lines that a row is broken into."
+    needs = [p.left + p.least + p.right for p in row]
+    fits = lambda k: all(sum(needs[i:i + k]) <= width for i in range(0, len(row), k))
+    most = next((k for k in range(len(row), 0, -1) if fits(k)), 1)
+    each = -(-len(row)//-(-len(row)//most))
+    return [row[i:i + each] for i in range(0, len(row), each)]
+
+# %% ../nbs/11a_view.ipynb #c8d5880d
+def wrapped(text:str, wide:float, # Pixels
+            size:float=12.5, # Of the type
+           ) -> list: # Lines
+    "A text in lines that fit a width."
+    return textwrap.wrap(text, max(8, int(wide/(.6*size)))) or [""]
+
+class Spot(NamedTuple):
+    "Where a panel lies, as shares of the figure."
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    wide: int # Pixels of its plot
+    title: dict # An annotation
+    mid = property(lambda self: ((self.x0 + self.x1)/2, (self.y0 + self.y1)/2))
+
+def plot_widths(line:list, # Panels side by side
+                width:int, # Pixels
+               ) -> list: # Pixels of their plots
+    "What is left over is shared out in proportion."
+    room = width - sum(p.left + p.right for p in line)
+    return [max(40, room*p.least/sum(q.least for q in line)) for p in line]
+
+# %% ../nbs/11a_view.ipynb #908131ad
+def shelves(rows:list, # Lists of panels
+            width:int, # Pixels of the figure
+            beside:int=0, # Pixels at its right that stay free
+           ) -> tuple: # (height in pixels, {axes: Spot})
+    "Place the panels, row below row."
+    lines = [line for row in rows if row for line in broken(row, width - beside)]
+    heads = [_head(line, width - beside) for line in lines]
+    height = sum(head + max(p.high + p.below for p in line) for head, line in zip(heads, lines))
+    out, y = {}, 0
+    for head, line in zip(heads, lines):
+        y += head
+        out |= _on_line(line, y, width, height, beside)
+        y += max(p.high + p.below for p in line)
+    return height, out
+
+def _head(line:list, width:int) -> int: # Pixels
+    "Room for the titles of a line."
+    slots = [p.left + w + p.right for p, w in zip(line, plot_widths(line, width))]
+    return max(17*len(wrapped(p.title, s - 14))*bool(p.title) + p.above + 4 for p, s in zip(line, slots))
+
+def _on_line(line:list, y:int, width:int, height:int, beside:int) -> dict: # {axes: Spot}
+    "Panels side by side, their plots beginning at the same height."
+    out, x = {}, 0
+    for p, w in zip(line, plot_widths(line, width - beside)):
+        text = "<br>".join(map(html.escape, wrapped(p.title, p.left + w + p.right - 14)))
+        head = title(text, x/width, 1 - (y - p.above)/height)
+        x += p.left
+        out[p.axes] = Spot(x/width, min(1., (x + w)/width), max(0., 1 - (y + p.high)/height), 1 - y/height, round(w), head)
+        x += w + p.right
+    return out
+
+# %% ../nbs/11a_view.ipynb #211c9c6d
+_beside = 900 # Pixels of a figure from which on its legend is at its right
+
+@patch
+def arrange(self:View, *rows, names=(), # Of the legend
+         ) -> dict: # {axes: Spot}
+    "Put the panels where the width of the page lets them lie, and the legend beside or above them."
+    entry = 52 + round(6.6*max(map(len, names), default=0))
+    beside = entry if names and self.wide >= _beside else 0
+    if names and not beside: rows = ([Panel("legend", high=21*-(-len(names)//max(1, self.wide//entry)), left=0, right=0, below=10)], *rows)
+    height, spots = shelves(rows, self.wide, beside)
+    L = self.fig.layout
+    self.high = L.height = height # Pixels; the figure itself knows what it is given only when all is drawn
+    L.width = self.theme.width or None
+    for n, s in spots.items():
+        if n and not n.isdigit(): continue
+        L[f"xaxis{n}"].domain, L[f"yaxis{n}"].domain = [s.x0, s.x1], [s.y0, s.y1]
+    if names: L.legend = _legend(spots, beside, entry, self.wide)
+    return spots
+
+def _legend(spots:dict, beside:int, entry:int, wide:int) -> dict:
+    "At the right, from the top of the first panel on; or above all, in columns."
+    if beside: return {"orientation": "v", "x": 1 - beside/wide, "y": next(iter(spots.values())).y1, "xanchor": "left", "yanchor": "top"}
+    return {"orientation": "h", "x": 0, "y": spots["legend"].y1, "xanchor": "left", "yanchor": "top",
+            "entrywidth": entry - 52, "entrywidthmode": "pixels"}
+
+# %% ../nbs/11a_view.ipynb #020b21ae
+def room_for(names, # Of ticks
+            ) -> int: # Pixels
+    "What the longest of some names needs."
+    return 14 + round(6*max((len(str(n)) for n in names), default=3))
+
+def slant(names, wide:float, # Pixels of the plot
+         ) -> int: # Degrees
+    "How names below a plot are turned so that they do not run into each other."
+    each = wide/max(1, len(names))
+    return 0 if each > room_for(names) else -40 if each > 20 else -90
+
+def readable(form:str, chars:int, # Of the longest number
+             shape:tuple, # Rows, columns
+             spot:Spot, high:int, # Pixels of the plot
+            ) -> str|None:
+    "How cells of a heat map say their values; None where they are too small for that."
+    rows, columns = shape
+    if not rows or not columns: return None
+    return form if spot.wide/columns > 6.2*chars + 4 and high/rows > 13 else None
+
+def colour_bar(trace, spot:Spot, wide:int): # Pixels of the figure
+    "Put the bar of a heat map right beside it."
+    trace.colorbar.update(x=spot.x1 + 5/wide, y=spot.y0, len=spot.y1 - spot.y0, xanchor="left", yanchor="bottom")
+
+def noted(text:str, spot:Spot, p:dict, # Palette
+          **kw) -> dict: # An annotation
+    "A sentence in the middle of an empty panel, in lines that fit it."
+    return remark("<br>".join(map(html.escape, wrapped(text, spot.wide - 8, 11.5))), *spot.mid, p, yanchor="middle", **kw)
+
+# %% ../nbs/11a_view.ipynb #3f4aee0d
 def bands(spans:list, # (task, first, last step)
           p:dict, # Palette
+          wide:int=900, # Pixels of the plot
+          last:float|None=None, # Step at its right end; None: the last one
          ) -> tuple: # (shapes, annotations)
-    "A line where a task begins, and its name above."
+    "A line where a task begins, and its name above; a name without room is left out."
     lines = [upright(a, p["faint"], dash="dot") for _, a, _ in spans[1:]]
-    look = {"textangle": -18 if len(spans) > 6 else 0, "xanchor": "left", "yanchor": "bottom", "showarrow": False,
-            "y": 1, "yref": "y domain", "font": {"size": 11, "color": p["faint"]}}
-    return lines, [{"text": html.escape(t), "x": a, **look} for t, a, _ in spans]
+    look = {"yanchor": "bottom", "showarrow": False, "y": 1, "yref": "y domain", "font": {"size": 11, "color": p["faint"]}}
+    names, end, free = [], max(1, last or (spans[-1][2] if spans else 1)), 0.
+    for t, a, _ in spans:
+        at, long = a/end*wide, 7.*len(t) + 8
+        if at + long > wide: at = wide - long
+        if at < free and names: continue
+        names.append({"text": html.escape(t), "x": at/wide*end, "xanchor": "left", **look}); free = at + long
+    return lines, names
 
 # %% ../nbs/11a_view.ipynb #7931a9b3
 def picture(image, # [height, width, 3] uint8, a path, or None
@@ -517,8 +693,12 @@ def choice(name:str, options, wide:int, # Pixels
            label:int=0, # Pixels of the name; 0: as long as it is
            **kw) -> W.Dropdown:
     "A menu with its name at its left."
-    return W.Dropdown(options=options, description=name, layout={"width": f"{wide}px", "margin": "2px 12px 2px 2px"},
+    return W.Dropdown(options=options, description=name, layout={"width": f"{wide}px", "max_width": "98%", "margin": "2px 12px 2px 2px"},
                       style={"description_width": f"{label}px" if label else "initial"}, **kw)
+
+def knobs(*widgets) -> W.HBox:
+    "Menus side by side, in as many lines as the page needs."
+    return W.HBox(widgets, layout={"flex_flow": "row wrap", "align_items": "center", "width": "100%"})
 
 def offer(w, # A Dropdown
           options:list): # Values, or (label, value) pairs

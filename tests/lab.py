@@ -91,6 +91,23 @@ class Lab:
         self.do("apputils:change-theme", theme=f"JupyterLab {'Dark' if yes else 'Light'}")
         self.page.wait_for_selector(f"body[data-jp-theme-light={'false' if yes else 'true'}]", state="attached", timeout=60_000)
 
+    def narrow(self):
+        "With the file browser."
+        if not self.page.locator("#jp-left-stack").is_visible(): self.do("application:toggle-left-area")
+
+    def size(self, width, height=1000):
+        "Another window; waits until every figure is as wide as its place."
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.fitted()
+
+    def fitted(self):
+        "Wait until every visible figure is drawn, as wide as its place."
+        plot = "f.querySelector('.js-plotly-plot')"
+        off = f"f => f.offsetParent && !({plot}?.data?.length && Math.abs({plot}._fullLayout.width - f.clientWidth) <= 4)"
+        self.page.wait_for_function(f"![...document.querySelectorAll('.cit-figure')].some({off})", timeout=240_000)
+
+    def crowded(self): return self.page.evaluate(CROWDED)
+
     def view(self, n=0): return self.page.locator(".cit-view").nth(n)
 
     def reload(self):
@@ -118,3 +135,45 @@ class Lab:
     def button(self, name, exact=True): return self.page.get_by_role("button", name=name, exact=exact).locator("visible=true").first
 
     def tab(self, name): self.page.locator(".cit-view .lm-TabBar-tab", has_text=re.compile(f"^{name}$")).click()
+
+
+CROWDED = """() => {
+  const said = [], view = [...document.querySelectorAll('.cit-view')].find(v => v.offsetParent && !v.parentElement.closest('.cit-view'));
+  const shown = e => e.checkVisibility?.({ visibilityProperty: true, opacityProperty: true }) ?? e.getClientRects().length;
+  const name = e => (e.textContent || e.value || e.tagName).trim().slice(0, 40);
+  const corners = (e, m) => {
+    const b = e.getBBox(), r = 1.5;
+    const at = (x, y) => { const p = new DOMPoint(x, y).matrixTransform(m); return [p.x, p.y]; };
+    const [x0, y0, x1, y1] = [b.x + r, b.y + r, b.x + b.width - r, b.y + b.height - r];
+    return [at(x0, y0), at(x1, y0), at(x1, y1), at(x0, y1)];
+  };
+  const apart = (p, q) => [p, q].some(s => s.some((a, i) => {
+    const b = s[(i + 1) % 4], n = [b[1] - a[1], a[0] - b[0]];
+    const on = t => t.map(c => c[0]*n[0] + c[1]*n[1]);
+    const [u, v] = [on(p), on(q)];
+    return Math.max(...u) <= Math.min(...v) || Math.max(...v) <= Math.min(...u);
+  }));
+  for (const plot of [...view.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)) {
+    const frame = plot.closest('.cit-figure').getBoundingClientRect();
+    const texts = [...plot.querySelectorAll('svg text')].filter(t => shown(t) && t.textContent.trim() && !t.closest('.hoverlayer, .modebar'));
+    const boxes = texts.map(t => [name(t), corners(t, t.getScreenCTM())]);
+    boxes.forEach(([a, p], i) => {
+      if (p.some(([x, y]) => x < frame.left - 2 || x > frame.right + 2 || y < frame.top - 2 || y > frame.bottom + 2)) said.push(`${a} is cut`);
+      for (const [b, q] of boxes.slice(i + 1)) if (!apart(p, q)) said.push(`${a} runs into ${b}`);
+    });
+  }
+  const leaf = 'label, button, select, input:not([type=file]), textarea, .lm-TabBar-tabLabel, .widget-html-content, .widget-readout, .jp-Collapse-header';
+  const things = [...view.querySelectorAll(leaf)].filter(e => e.offsetParent && shown(e) && e.getBoundingClientRect().width && !e.closest('.noUi-target'));
+  const edge = view.getBoundingClientRect(), boxes = things.map(e => e.getBoundingClientRect());
+  things.forEach((e, i) => {
+    const [a, r] = [boxes[i], 1.5];
+    if (e.matches('label, button, .lm-TabBar-tabLabel') && e.scrollWidth > e.clientWidth + 1 && e.clientWidth) said.push(`${name(e)} is cut`);
+    if (a.right > edge.right + 2) said.push(`${name(e)} lies beyond the page`);
+    things.slice(i + 1).forEach((o, k) => {
+      const b = boxes[i + 1 + k];
+      const over = Math.min(a.right, b.right) - Math.max(a.left, b.left) > r && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > r;
+      if (over && !e.contains(o) && !o.contains(e)) said.push(`${name(e)} lies over ${name(o)}`);
+    });
+  });
+  return said;
+}"""  # What overlaps, and what is cut: lines of text in figures by their turned boxes, fields and buttons by theirs

@@ -1,6 +1,7 @@
 "Probes of old tasks while a model trains: they change no bit, survive a kill, and say what is so."
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from test_probes import Keys
 from test_resume import Stop, unplug
 from tiny import TASKS, Held, final, same_tensors, tiny, train
 
+from cit_workbench import cli
 from cit_workbench.backbone import at
 from cit_workbench.checkpoint import checkpoints
 from cit_workbench.core import CitError
-from cit_workbench.live import branch
+from cit_workbench.live import branch, watch_of
 from cit_workbench.method import Method
 from cit_workbench.record import Record, pack
 from cit_workbench.train import Run, resume
@@ -66,9 +68,79 @@ def test_probes_leave_random_numbers_and_costs_alone(tmp_path):
     assert b.rec.events("watch")[-1]["stats"] == pytest.approx(a.rec.events("step")[-1]["stats"], rel=1e-4)
 
 
-def test_unset_probes_leave_the_configuration_alone(tmp_path):
-    assert "watch" not in tiny(tmp_path).config() and tiny(tmp_path).config() == tiny(tmp_path, watch={"rows": 7}).config()
-    assert Run(stream="shapes").folder == Run(stream="shapes", watch={}).folder != Run(stream="shapes", watch={"every": 9}).folder
+# A run is the same, watched or not
+
+def test_probes_are_no_part_of_what_a_run_is(tmp_path, finished):
+    plain, seen = tiny(tmp_path), tiny(tmp_path, **ON)
+    assert plain.config() == seen.config() and "watch" not in seen.config()
+    assert Run(stream="shapes").folder == Run(stream="shapes", watch={"every": 9}).folder
+    done = finished("finetune")
+    assert tiny(done.folder, **ON).train().events() == done.rec.events()  # finished: nothing is trained again
+    assert plain.probes() == {} and seen.probes() == {"watch": ON["watch"]}
+
+
+def stopped(folder, nth=6, **fields):
+    "A run that breaks off in its second task."
+    with pytest.MonkeyPatch.context() as mp:
+        unplug(mp, Held, "one_step", nth)
+        with pytest.raises(Stop): train(folder, **fields)
+
+
+PARTS = {"stream_args": {"tasks": TASKS[:3]}, "compute": {"save_every": 2}}
+
+
+@pytest.mark.parametrize("before, after", [({}, ON), (ON, {"watch": {"every": 0}}), (ON, {"watch": {"every": 1, "rows": 3}})])
+def test_a_stopped_run_goes_on_with_other_probes(tmp_path, before, after):
+    "Its bits are those of a run that nobody watched, and run.json says how it is watched now."
+    stopped(tmp_path/"run", **PARTS, **before)
+    got, plain = train(tmp_path/"run", **PARTS, **after), train(tmp_path/"plain", **PARTS)
+    assert bare(got.folder) == bare(plain.folder) and tensors(got.folder) == tensors(plain.folder)
+    np.testing.assert_array_equal(got.rec.R, plain.rec.R)
+    run = json.loads((got.folder/"run.json").read_text())
+    assert run.get("watch", {}).get("every", 0) == after["watch"]["every"]
+    assert run["asked"] == json.loads((plain.folder/"run.json").read_text())["asked"]
+
+
+def test_what_was_not_probed_is_not_known(tmp_path):
+    "Watched from the second task on: how far the first has moved is not known, how far the second has is."
+    stopped(tmp_path/"run", **PARTS)
+    last = train(tmp_path/"run", **PARTS, **ON).rec.events("watch")[-1]["tasks"]
+    assert last[TASKS[0]]["drift"] is None and last[TASKS[0]]["nll"] > 0
+    assert max(last[TASKS[1]]["drift"]) > 0
+    (tmp_path/"run/arrays"/f"watch-{TASKS[1]}.npy").unlink()
+    (tmp_path/"run/result.json").unlink()
+    with pytest.raises(CitError, match=f"unknown array 'watch-{TASKS[1]}'"): resume(tmp_path/"run")
+
+
+def test_an_older_folder_goes_on(tmp_path):
+    "Probes were part of what was asked and of the configuration."
+    stopped(tmp_path/"run", **PARTS, **ON)
+    file = tmp_path/"run/run.json"
+    run = json.loads(file.read_text())
+    watch = run.pop("watch")
+    for part in ("asked", "config"): run[part]["watch"] = watch
+    file.write_text(json.dumps(run))
+    got = resume(tmp_path/"run")
+    assert got.finished and got.events() == train(tmp_path/"whole", **PARTS, **ON).rec.events()
+
+
+def test_a_run_without_a_word_goes_on_as_its_folder_says(tmp_path):
+    stopped(tmp_path/"run", **PARTS, **ON)
+    assert train(tmp_path/"run", **PARTS).rec.events() == train(tmp_path/"whole", **PARTS, **ON).rec.events()
+
+
+def test_watched_where_a_run_is_started_to_be_watched(tmp_path, monkeypatch):
+    "`launch` and `cit run` probe, unless they are asked not to; `train` does not."
+    monkeypatch.setattr("cit_workbench.live.start", lambda folder, prepare: prepare() or Record(folder))
+    how = lambda name, **fields: (tiny(tmp_path/name, **fields).launch(), watch_of(tmp_path/name))[1]
+    assert how("a") == {"every": 10, "full": 200, "rows": 4, "share": .03}
+    assert how("b", watch={"every": 0}) == {} and how("c", watch={"rows": 5})["rows"] == 5 and how("d", **ON) == ON["watch"]
+    assert how("d") == ON["watch"]  # as its folder says
+    assert train(tmp_path/"e").rec.events("watch") == []
+    seen = []
+    monkeypatch.setattr(Run, "train", lambda run: seen.append(run.probes().get("watch", {}).get("every")) or SimpleNamespace(_repr_markdown_=str, path=""))
+    for watch in ({}, {"every": 0}, {"every": 7}): cli.run(watch=watch, out=str(tmp_path/"cli"))
+    assert seen == [10, None, 7]
 
 
 @pytest.mark.parametrize("watch, said", [({"every": -1}, "'every' is -1"), ({"rows": 2}, "at least 3"), ({"step": 1}, "unknown field"), ({"share": 1.}, "below 1"), ({"every": 2.5}, "whole number")])
