@@ -9,7 +9,6 @@ __all__ = ['COMMANDS', 'pair', 'add_parameters', 'Parser', 'parse', 'call', 'giv
 
 # %% ../nbs/13_cli.ipynb #8ca52376
 import argparse, ast, errno, inspect, os, sys, warnings
-from pathlib import Path
 
 from fastcore.docments import docments
 

@@ -190,7 +190,6 @@ def _stored(path, n):
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 

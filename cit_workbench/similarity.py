@@ -9,7 +9,6 @@ __all__ = ['cosine', 'halves', 'similarity', 'shuffled', 'layer_of', 'gradient_c
 # %% ../nbs/10a_similarity.ipynb #5cc31f0f
 import json, re, tempfile
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata

@@ -7,7 +7,6 @@ __all__ = ['clustered', 'collected_for', 'Similarity']
 
 # %% ../nbs/11e_similarity_view.ipynb #11c397e5
 import html, json
-from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
