@@ -49,9 +49,14 @@ def calm(tmp_path_factory):
     return get
 
 
+def bare(rec):
+    "Events but the probes', which a launched run has and which change no bit."
+    return [e for e in rec.events() if e["kind"] != "watch"]
+
+
 def same(a, b):
     "Events, R, answers and last weights."
-    assert (a.path/"events.jsonl").read_bytes() == (b.path/"events.jsonl").read_bytes()
+    assert bare(a) == bare(b)
     assert a.finished and canonical(a.R) == canonical(b.R)
     assert [a.answers(len(a.rows) - 1, c) for c, _ in a.columns] == [b.answers(len(b.rows) - 1, c) for c, _ in b.columns]
     same_tensors(final(a.path), final(b.path))
