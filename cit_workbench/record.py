@@ -150,6 +150,7 @@ def _as_now(run:dict, # run.json
         fields = {**fields, "scorers": said}
         run = {**run, "protocol_fields": fields, "protocol": digest(fields)}
     if "behaviour" in run or not (made_by := admitted(path)): return run
+    if "methods" not in made_by: return {**run, "behaviour": made_by}
     without = lambda table: {k: v for k, v in (table or {}).items() if k != "method_code"}
     return {**run, "asked": without(run.get("asked")), "config": without(run.get("config")), "behaviour": made_by}
 
