@@ -99,3 +99,17 @@ def test_what_cannot_be_measured_is_a_sentence(run):
     lost.process.wait(600)
     assert lost.failed().startswith("unknown backbone 'tiny-instrct'")
 
+
+
+def test_measures_of_an_earlier_version_are_not_taken_for_todays(tmp_path, monkeypatch):
+    "Code that reads data or models otherwise measures anew; code that trains otherwise does not."
+    from cit_workbench import behaviour, evaluate
+    asked = []
+    monkeypatch.setattr(evaluate.Net, "observe", lambda *args: asked.append(1) or {"x": np.zeros(1)})
+    again = lambda: evaluate.collect(stream_args=ARGS, folder=tmp_path)
+    again()
+    monkeypatch.setitem(behaviour.VERSIONS, "training", behaviour.VERSIONS["training"] + 1)
+    assert again().about["made_by"]["rooms"]["models"] == behaviour.VERSIONS["models"] and len(asked) == 1
+    monkeypatch.setitem(behaviour.VERSIONS, "models", behaviour.VERSIONS["models"] + 1)
+    again()
+    assert len(asked) == 2
