@@ -147,6 +147,6 @@ def _table(file:Path, changed:int) -> dict:
 def admitted(path, # A packed run
             ) -> dict|None: # What made it, as `behaviour` says it, with the digest of its data; None: not in the table
     "Look up what made a packed run that was written before there were versions."
-    file = Path(path).absolute().parents[1]/"keys.json"
+    file = Path(path).absolute().parent.parent/"keys.json"
     if not file.is_file(): return None
     return _table(file, file.stat().st_mtime_ns).get(f"{Path(path).absolute().parent.name}/{Path(path).name}")

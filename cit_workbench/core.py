@@ -236,9 +236,12 @@ def _made_for_all(path:Path):
 
 def shared(path:Path) -> int|None: # File descriptor; None where another user keeps it closed
     "Open a file that everybody may lock, made if it is missing."
-    if not os.path.lexists(path): _made_for_all(path)
-    try: return os.open(path, os.O_RDONLY) # Never with O_CREAT, which a shared folder may forbid for another user's file
-    except PermissionError: return None
+    while True:
+        if not os.path.lexists(path): _made_for_all(path)
+        try: return os.open(path, os.O_RDONLY) # Never with O_CREAT, which a shared folder may forbid for another user's file
+        except PermissionError: return None
+        except FileNotFoundError: # Whoever held it has just removed it
+            if os.path.islink(path): raise
 
 # %% ../nbs/00_core.ipynb #00d8be10
 class Ended(SystemExit):

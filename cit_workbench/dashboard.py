@@ -265,7 +265,8 @@ def _measured(self:Workbench) -> str: # "" when the tasks of the chosen run were
     "What the process that measures does."
     if (m := self.measure()) is None: return ""
     if (why := m.failed()): return f"The tasks of this run could not be measured: {why}"
-    if m.over(): self.measuring.pop(log_of(m.what)); return self._measured()
+    if m.over() and self.collected(): return ""
+    if m.over(): return "The tasks of this stream were measured, but for another start model or other data than this run's: files behind the same names have changed since it began."
     return f"The tasks of this stream are measured once for this start model: {m.said()}. The view comes by itself; training goes on meanwhile."
 
 @patch

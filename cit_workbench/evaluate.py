@@ -441,6 +441,12 @@ def observe_gradients(self:Net, names:list, n:int=200, split:str="train") -> dic
     return {f"gradient/{k}/cosine": c for k, c in gradient_cosine(one, two).items()} | {"importance/overlap": importance_overlap(fisher)}
 
 # %% ../nbs/07_evaluate.ipynb #eb92f8fa
+def _measured_by() -> dict: # {room: version}, and the source while it differs from its commit
+    "Name the versions of the code that reads data and models and measures them."
+    made = behaviour({}, {})
+    rooms = {room: version for room, version in made["rooms"].items() if room != "training"}
+    return {"rooms": rooms, **{k: made[k] for k in ("source",) if k in made}}
+
 def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
             stream:str="shapes", # As `get_stream` takes it
             stream_args:dict|None=None, # Arguments of the stream
@@ -455,7 +461,7 @@ def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
     "Similarities and spectra of a stream's tasks for a start model, measured once."
     data = get_stream(stream, **(stream_args or {})); names = [t.name for t in data]
     if split not in ("train", "val"): raise CitError(f"split is {split!r}; allowed: train, val (test is read only to fill R)")
-    about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "stream_args": stream_args or {}, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients}
+    about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "stream_args": stream_args or {}, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients, "made_by": _measured_by()}
     path = expanded(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream', 'stream_args')})}.npz"
     if path.is_file(): return read_collected(path)
     net = Net(get_backbone(backbone, device, image_mode=data.image_mode), data, tuning=Tune(r=8))

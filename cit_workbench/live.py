@@ -650,7 +650,7 @@ def ask_apart(self:Record,
               text:str, # The instruction
              ) -> Reply:
     "Ask the last checkpoint in a process that loads it for this question; raises `CitError` when it cannot answer."
-    image = _array(image)
+    image = _array(image, reading_of(self.config))
     with tempfile.TemporaryDirectory() as at:
         if image is not None: np.save(Path(at)/"image.npy", image)
         write_atomic(Path(at)/"text", text)

@@ -9,13 +9,14 @@ __all__ = ['measured_by', 'log_of', 'room', 'free_memory', 'child', 'stream_task
 import fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
-from .core import CitError, cache_dir, canonical, digest
+from .core import CitError, cache_dir, canonical, digest, placed
 from .record import Record
 
 # %% ../nbs/11h_measuring.ipynb #db0a825b
 def measured_by(rec:Record) -> dict: # Arguments of `collect`
-    "What a run's tasks are measured with."
-    return {k: rec.config.get(k) for k in ("backbone", "stream", "stream_args")}
+    "What a run's tasks are measured with, found from here wherever the run was started."
+    named = {k: rec.config.get(k) for k in ("backbone", "stream", "stream_args")}
+    return placed(named, rec.run.get("cwd"))
 
 def log_of(what:dict, # From `measured_by`
           ) -> Path:

@@ -525,10 +525,11 @@ def _labels(records:list) -> list:
     bare = lambda setting: {k: v for k, v in setting.items() if k != "code"}
     def label(r):
         m, mine = r.config.get("method"), _setting(r)
-        odd = [k for k in sorted(mine) if any(a.get(k) != mine[k] for a in by[m])]
+        newest = {k: max(a.get(k, 1) for a in by[m]) for own in by[m] for k in own if k.startswith("version of ")}
+        odd = [k for k in sorted(mine) if k not in newest and any(a.get(k) != mine[k] for a in by[m])]
         if not any(a != mine and bare(a) == bare(mine) for a in by[m]): odd = [k for k in odd if k != "code"]
-        newest = {k: max(a.get(k, 1) for a in by[m]) for k in mine if k.startswith("version of ")}
-        odd = [k for k in odd if mine[k] != newest.get(k)]
+        mine = dict.fromkeys(newest, 1) | mine
+        odd += [k for k in sorted(newest) if mine[k] < newest[k]]
         last = [k.split(".")[-1] for k in odd]
         said = [f"{s if last.count(s) == 1 else k}={_value(mine[k])}" for k, s in zip(odd, last)]
         return f"{m}({', '.join(said)})" if odd else str(m)
@@ -756,12 +757,19 @@ def _same(rec) -> str:
     "Equal for a run and its copies, packed or not."
     config = {k: v for k, v in (rec.run.get("config") or {}).items() if k not in (*_local, "order")}
     said = [rec.run.get(k) for k in ("protocol", "method_code", "interactive")]
-    return canonical([config, _order(rec), said, rec.leaks])
+    versions = {k: v for k, v in _setting(rec).items() if k.startswith("version of ")}
+    return canonical([config, _order(rec), said, rec.leaks, versions])
+
+def _versions(rec) -> int:
+    "Larger for what was made by later versions of the package."
+    made_by = rec.run.get("behaviour", {})
+    return sum(v for kind in ("rooms", "scorers", "columns") for v in made_by.get(kind, {}).values())
 
 def _once(records:list) -> list:
-    "One record of each run, a finished one if there is one."
+    "One record of each run: a finished one if there is one, of the latest version."
     first = {}
-    for i in sorted(range(len(records)), key=lambda i: not records[i].finished): first.setdefault(_same(records[i]), i)
+    best = lambda i: (not records[i].finished, -_versions(records[i]))
+    for i in sorted(range(len(records)), key=best): first.setdefault(_same(records[i]), i)
     return [records[i] for i in sorted(first.values())]
 
 # %% ../nbs/09_record.ipynb #45101364

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
-from .core import CitError, expanded, one_of
+from .core import CitError, expanded, one_of, placed
 from .record import Record, find_runs, npz_names, read_npz
 from .similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from .spectra import Collected, read_collected
@@ -42,14 +42,26 @@ def collected_for(rec:Record, folders) -> list: # Paths of .npz files
     return [p for _, p in sorted(out)]
 
 def _of_run(about:dict, rec:Record) -> bool:
-    "Was this measured for the start and the tasks of a run? Older files and records do not say everything."
-    c, weights = rec.config, rec.run.get("hashes", {}).get("weights")
-    args = lambda d: {k: v for k, v in (d.get("stream_args") or {}).items() if k not in ("tasks", "limit", "eval_limit")}
-    whole = not (c.get("compute") or {}).get("four_bit")
-    return ((about.get("backbone"), about.get("stream")) == (c.get("backbone"), c.get("stream"))
-            and {*rec.tasks} <= {*about["tasks"]}
-            and ("stream_args" not in about or args(about) == args(c))
-            and not (whole and weights and about.get("start") and about["start"] != weights))
+    "Was this measured for the start and the tasks of a run? Digests count, since a path is written in several ways."
+    return _same_start(about, rec) and {*rec.tasks} <= {*about["tasks"]} and _same_stream(about, rec)
+
+def _same_start(about:dict, rec:Record) -> bool:
+    "Compare start models by their weights; by name where one side does not know them, or holds them in 4 bits."
+    measured, trained = about.get("start"), rec.run.get("hashes", {}).get("weights")
+    if measured and trained and not (rec.config.get("compute") or {}).get("four_bit"): return measured == trained
+    return about.get("backbone") in [named.get("backbone") for named in _spellings(rec)]
+
+def _same_stream(about:dict, rec:Record) -> bool:
+    "Compare streams by their content, or by name and by those arguments that change what is measured."
+    if about.get("data") and about["data"] == rec.run.get("hashes", {}).get("data"): return True
+    free = ("tasks", "limit", "eval_limit")
+    args = lambda d: {k: v for k, v in (d.get("stream_args") or {}).items() if k not in free}
+    known = "stream_args" in about # Older files do not say
+    return any(about.get("stream") == d.get("stream") and (not known or args(about) == args(d)) for d in _spellings(rec))
+
+def _spellings(rec:Record) -> list: # Configurations
+    "The names of data and start model as the run was given them, and as they are found from here."
+    return [rec.config, placed(rec.config, rec.run.get("cwd"))]
 
 # %% ../nbs/11e_similarity_view.ipynb #c133fca8
 class Similarity(View):

@@ -170,7 +170,9 @@ def data_digest(params:dict, # All parameters of a page
 @cache
 def _start_digest(name:str) -> str:
     "Digest an embedded start without loading torch, any other as a run does."
-    if (folder := assets(name)).is_dir(): return digest(*(p.read_bytes() for p in sorted(folder.glob("*")) if p.is_file()))
+    folder = assets(name)
+    embedded = folder.parent == assets() and folder.is_dir() # An absolute path leads out of the assets
+    if embedded: return digest(*(p.read_bytes() for p in sorted(folder.glob("*")) if p.is_file()))
     from cit_workbench.backbone import start_hash
     return start_hash(name)
 

@@ -594,9 +594,10 @@ def _as_before(self:Run) -> dict: # run.json, {} for a new run
     return there
 
 def _warn_of_change(folder, there:dict, now:dict):
-    "Say loudly when a run goes on with other libraries or on another device."
-    about = lambda d: {k: d.get(k) for k in ("device", "versions")}
-    for name, a, b in differences(about(there), about(now))[:1] if there else []:
+    "Say loudly when a run goes on with other libraries, on another device, or with code that computes something else."
+    told = ["device", "versions", *["behaviour"]*("behaviour" in there)] # Older runs say nothing of their code
+    about = lambda d: {k: d.get(k) for k in told}
+    for name, a, b in differences(about(there), about(now)) if there else []:
         warnings.warn(f"{folder} began with {name} {a!r} and goes on with {b!r}: its bits may differ from those of a run that never stopped")
 
 # %% ../nbs/06_train.ipynb #9aea132f

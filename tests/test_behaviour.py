@@ -1,6 +1,7 @@
 "Results are known by versions: what must raise one, what a raised one makes older, and what never counts."
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ import golden
 import pytest
 
 from cit_workbench import behaviour as module
+from cit_workbench import sweep
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
 from cit_workbench.core import CitError, digest
 from cit_workbench.method import Net, all_methods, code_of, method_class
@@ -209,6 +211,21 @@ def test_tables_name_runs_of_an_earlier_version(finished, monkeypatch):
     monkeypatch.setitem(VERSIONS, "training", VERSIONS["training"] + 1)
     notes = table([finished("finetune").rec]).notes
     assert f"Made by an earlier version (training {VERSIONS['training'] - 1} → {VERSIONS['training']}): finetune (1 runs)." in notes
+
+
+def test_a_start_outside_the_package_is_known_as_a_run_knows_it(tmp_path):
+    "By its weights and configurations: notes in its folder are no part of it."
+    from cit_workbench.core import assets
+    from cit_workbench.loading import start_hash
+    shutil.copytree(assets("tiny-instruct"), tmp_path/"start")
+    before = data_digest({"backbone": str(tmp_path/"start")})
+    assert before == digest(start_hash(str(tmp_path/"start")))
+    sweep._start_digest.cache_clear()
+    (tmp_path/"start/notes.md").write_text("trained on Tuesday")
+    assert data_digest({"backbone": str(tmp_path/"start")}) == before
+
+
+def test_a_run_at_the_root_of_the_disk_is_in_no_table(): assert module.admitted("/run.jsonl") is None
 
 
 # methods

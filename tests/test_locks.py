@@ -28,6 +28,21 @@ def soon(true, seconds=120):
         time.sleep(.02)
 
 
+def test_a_lock_that_is_removed_while_it_is_opened_is_made_again(tmp_path, monkeypatch):
+    path, was = tmp_path/"a.lock", os.open
+    path.touch()
+    def removed_first(*args):
+        monkeypatch.setattr(os, "open", was)
+        path.unlink()
+        return was(*args)
+    monkeypatch.setattr(os, "open", removed_first)
+    os.close(shared(path))
+    assert path.exists()
+    path.unlink()
+    path.symlink_to(tmp_path/"nowhere")
+    with pytest.raises(FileNotFoundError): shared(path)
+
+
 # Users of one machine
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="two users need root")

@@ -44,7 +44,8 @@ def test_two_at_once_measure_once(run, tmp_path):
 
 @pytest.mark.parametrize("change, fits", [
     ({}, True), ({"stream_args": {**ARGS, "tasks": ["cap-day"]}}, True), ({"stream_args": {**ARGS, "n_train": 32}}, False),
-    ({"stream": "shapes-b1"}, False), ({"backbone": "tiny-base"}, False), ({"compute": {"four_bit": True}}, True)])
+    ({"stream": "shapes-b1"}, False), ({"backbone": "the same weights elsewhere"}, True), ({"compute": {"four_bit": True}}, True),
+    ({"compute": {"four_bit": True}, "backbone": "tiny-base"}, False)])
 def test_what_was_measured_fits_one_start_and_stream(run, tmp_path, change, fits):
     about = {"backbone": "tiny-instruct", "start": "a", "stream": "shapes", "stream_args": ARGS, "tasks": ARGS["tasks"]}
     np.savez(tmp_path/"x.npz", about=np.frombuffer(json.dumps(about).encode(), np.uint8))
@@ -53,8 +54,39 @@ def test_what_was_measured_fits_one_start_and_stream(run, tmp_path, change, fits
     other = "b" if "compute" in change else "a"  # held in 4 bits, the same weights have another digest
     rec = SimpleNamespace(config=config, tasks=tasks, run={"hashes": {"weights": other}})
     assert bool(collected_for(rec, [tmp_path])) == fits
-    changed = SimpleNamespace(config=run.config, tasks=tasks, run={"hashes": {"weights": "b"}})
+    if "compute" in change: return
+    changed = SimpleNamespace(config=config, tasks=tasks, run={"hashes": {"weights": "b"}})
     assert collected_for(changed, [tmp_path]) == []
+
+
+@pytest.mark.parametrize("named", ["content", "place"])
+def test_a_run_started_elsewhere_is_measured_where_its_data_are(run, tmp_path, monkeypatch, named):
+    "Names of a run hold from where it was started; what was measured under another spelling of them fits it."
+    (tmp_path/"there/images").mkdir(parents=True)
+    (tmp_path/"there/start").mkdir()
+    (tmp_path/"other").mkdir()
+    monkeypatch.chdir(tmp_path/"other")
+    config = {"backbone": "start", "stream": "coin:images", "stream_args": {}}
+    rec = SimpleNamespace(config=config, tasks=["a"], run={"cwd": str(tmp_path/"there"), "hashes": {"data": "d"}})
+    what = measured_by(rec)
+    assert what == {"backbone": str(tmp_path/"there/start"), "stream": f"coin:{tmp_path}/there/images", "stream_args": {}}
+    about = {**what, "tasks": ["a"], "data": "d"}
+    if named == "content": about["stream"] = "coin:../there/images"
+    else: rec.run["hashes"] = {}
+    np.savez(tmp_path/"x.npz", about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+    assert collected_for(rec, [tmp_path])
+    rec.run["cwd"] = str(tmp_path)
+    assert not collected_for(rec, [tmp_path])
+
+
+def test_measures_of_something_else_do_not_begin_again():
+    "A process that ends well and leaves nothing that fits is not started once more."
+    from cit_workbench.dashboard import Workbench
+    over = SimpleNamespace(failed=lambda: "", over=lambda: True)
+    bench = SimpleNamespace(measure=lambda: over, collected=lambda: None)
+    assert "the same names have changed" in Workbench._measured(bench)
+    bench.collected = lambda: "x.npz"
+    assert Workbench._measured(bench) == ""
 
 
 def test_what_cannot_be_measured_is_a_sentence(run):
@@ -67,3 +99,17 @@ def test_what_cannot_be_measured_is_a_sentence(run):
     lost.process.wait(600)
     assert lost.failed().startswith("unknown backbone 'tiny-instrct'")
 
+
+
+def test_measures_of_an_earlier_version_are_not_taken_for_todays(tmp_path, monkeypatch):
+    "Code that reads data or models otherwise measures anew; code that trains otherwise does not."
+    from cit_workbench import behaviour, evaluate
+    asked = []
+    monkeypatch.setattr(evaluate.Net, "observe", lambda *args: asked.append(1) or {"x": np.zeros(1)})
+    again = lambda: evaluate.collect(stream_args=ARGS, folder=tmp_path)
+    again()
+    monkeypatch.setitem(behaviour.VERSIONS, "training", behaviour.VERSIONS["training"] + 1)
+    assert again().about["made_by"]["rooms"]["models"] == behaviour.VERSIONS["models"] and len(asked) == 1
+    monkeypatch.setitem(behaviour.VERSIONS, "models", behaviour.VERSIONS["models"] + 1)
+    again()
+    assert len(asked) == 2

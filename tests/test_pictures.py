@@ -4,6 +4,7 @@ import json
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -315,9 +316,16 @@ def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkey
     from cit_workbench.view import toy_run
     Image.fromarray(letters()).save(tmp_path/"a.png")
     asked = []
+    def kept(at):
+        "What a process of its own would be asked."
+        asked.append(np.load(at/"image.npy"))
+        (at/"reply").write_text('{"text": "", "task": "", "step": 0}')
     monkeypatch.setattr(live, "_from_checkpoint", lambda folder, image, text: asked.append(image))
     for reading, most in ((None, 255), ("published", 0)):
         rec = toy_run(tmp_path/str(reading))
         rec._run = rec.run | {"config": {**rec.run["config"], "compute": {"image_reading": reading}}}
         rec.ask(str(tmp_path/"a.png"), "What?", here=True)
+        assert asked[-1].max() == most
+        monkeypatch.setattr(live.subprocess, "run", lambda words, **kw: kept(Path(words[-1])))
+        rec.ask_apart(str(tmp_path/"a.png"), "What?")
         assert asked[-1].max() == most

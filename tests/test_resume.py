@@ -1,4 +1,5 @@
 "Killed anywhere and resumed, a run ends in the bits of one that never stopped; what is damaged is refused by name."
+import json
 import errno
 import os
 import resource
@@ -362,6 +363,16 @@ def test_another_library_is_named(tmp_path, whole, broken_off):
     with pytest.warns(UserWarning, match="began with versions.torch '1.0' and goes on with"):
         train(tmp_path/"run", FULL, **TWO)
     same_files(tmp_path/"run", whole(FULL))
+
+
+def test_code_that_computes_something_else_is_named(tmp_path, broken_off):
+    shutil.copytree(broken_off, tmp_path/"run")
+    f = tmp_path/"run"/"run.json"
+    there = json.loads(f.read_text())
+    there["behaviour"]["rooms"]["training"] -= 1
+    f.write_text(json.dumps(there))
+    with pytest.warns(UserWarning, match="began with behaviour.rooms.training 0 and goes on with 1"):
+        train(tmp_path/"run", FULL, **TWO)
 
 
 def deterministic(out, device):

@@ -242,7 +242,7 @@ def test_tuning_is_marked_where_it_differs(tmp_path):
     how = {"tuned_on": {"stream": "shapes-tune", "trials": 12, "old_val": False}}
     write(tmp_path/"ft", "finetune", **how)
     write(tmp_path/"er", "er", **how)
-    assert table(tmp_path).notes[-1] == "All tuned on shapes-tune, 12 trials."
+    assert "All tuned on shapes-tune, 12 trials." in table(tmp_path).notes
     write(tmp_path/"ewc", "ewc", tuned_on={"stream": "shapes-tune", "trials": 30, "old_val": False})
     t = table(tmp_path)
     marks = {r["method"]: r["mark"] for r in t.rows}
@@ -269,6 +269,26 @@ def test_settings_are_lines_and_labels_say_what_differs(tmp_path):
     for k, s in enumerate((1, 2)): write(tmp_path/f"d{k}", "a+b", args={"a": {"s": s}, "b": {"s": -s}}.items())
     assert {r["method"] for r in table(tmp_path).rows} == {"finetune(lr=0.001)", "finetune(lr=0.003)", "er+ewc(lam=1)", "er+ewc(lam=10)",
                                                            "a+b(a.s=1, b.s=-1)", "a+b(a.s=2, b.s=-2)"}
+
+
+def test_of_copies_the_latest_version_counts(tmp_path):
+    for k in (1, 3, 2):
+        rec = write(tmp_path/f"v{k}", "ewc", score=10.*k)
+        there = json.loads((rec.path/"run.json").read_text())
+        if k > 1: there["behaviour"] = {"rooms": {"training": k}}
+        (rec.path/"run.json").write_text(json.dumps(there))
+    t = table(tmp_path)
+    assert line(t, "ewc")["average_accuracy"] == pytest.approx(31.) and any("2 duplicates" in note for note in t.notes)
+
+
+def test_labels_name_older_versions_and_values_that_are_nothing(tmp_path):
+    for k, n in enumerate((None, 8)): write(tmp_path/f"n{k}", "er", args={"size": n}.items())
+    for k in (1, 2, 3):
+        rec = write(tmp_path/f"v{k}", "ewc")
+        there = json.loads((rec.path/"run.json").read_text())
+        (rec.path/"run.json").write_text(json.dumps({**there, "behaviour": {"methods": {"ewc": k}}}))
+    assert {r["method"] for r in table(tmp_path).rows} == {"er(size=None)", "er(size=8)", "ewc(version of ewc=1)",
+                                                           "ewc(version of ewc=2)", "ewc"}
 
 
 def test_against_adjusts_over_the_block_and_tests_equivalence(tmp_path):
