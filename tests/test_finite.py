@@ -207,6 +207,6 @@ def test_a_sweep_file_is_refused_before_it_starts(tmp_path, word):
     (tmp_path/"s.toml").write_text(f"[sweep]\npages = ['finetune']\n[set]\noptim = {{lr = {word}}}\n")
     with pytest.raises(CitError, match="page 'finetune': field 'optim.lr' is -?(nan|inf), but must be a finite"):
         plan(tmp_path/"s.toml", tmp_path/"out")
-    (tmp_path/"s.toml").write_text(f"[sweep]\npages = ['ewc']\n[grid]\nlam = [1., {word}]\n")
+    (tmp_path/"s.toml").write_text(f"[sweep]\npages = ['ewc']\n[grid]\nlam = [1.0, {word}]\n")
     with pytest.raises(CitError, match="page 'ewc': field 'lam' is"): plan(tmp_path/"s.toml", tmp_path/"out")
     assert not (tmp_path/"out").exists()
