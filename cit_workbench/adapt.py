@@ -203,9 +203,11 @@ def adapter_card(base:str, # Hub id or absolute path of the start model
                  task:str, # After which it was saved
                  dtype:str, # Of the start model in the run: "float32"
                  modules:list, # Names of what was trained as a whole
+                 padded:bool=False, # Were pictures made square first?
                 ) -> str: # Markdown
     "Say what an adapter holds and how it is loaded."
     more = f", and the trained modules {', '.join(f'`{m}`' for m in modules)} as a whole" if modules else ""
+    square = "\nThe run made pictures square first, with the mean colour of the processor around them.\n" if padded else ""
     return f"""---
 library_name: peft
 base_model: {base}
@@ -225,20 +227,21 @@ model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.{dtype}
 model = PeftModel.from_pretrained(model, "this folder").eval()
 processor = AutoProcessor.from_pretrained(start, backend="pil")
 ```
-"""
+{square}"""
 
 def save_adapter(peft, # A `peft.PeftModel`
                  folder:Path, # Where to
                  params:list, # Trained parameters that are not LoRA's
                  task:str, # After which it is saved
                  dtype:str, # Of the start model
+                 padded:bool=False, # Were pictures made square first?
                 ):
     "Write an adapter that `PeftModel.from_pretrained` loads, with all that was trained."
     peft.save_pretrained(folder)
     modules = whole_modules(peft.get_base_model(), params)
     if modules: add_modules(folder, modules)
     base = read_json(folder/"adapter_config.json", "adapter")["base_model_name_or_path"]
-    (folder/"README.md").write_text(adapter_card(base, task, dtype, [*modules]), encoding="utf-8")
+    (folder/"README.md").write_text(adapter_card(base, task, dtype, [*modules], padded), encoding="utf-8")
 
 # %% ../nbs/03_adapt.ipynb #794f8559
 class SlotLinear(nn.Module):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'pair', 'add_parameters', 'Parser', 'parse', 'call', 'given', 'show', 'run', 'resume', 'sweep', 'table',
            'figures', 'again', 'tune', 'entries', 'list_', 'export_stream', 'versions', 'gpus', 'doctor', 'bench',
-           'demo', 'usage', 'sentence', 'quiet', 'forgiving', 'main']
+           'demo', 'usage', 'sentence', 'quiet', 'plainly', 'forgiving', 'main']
 
 # %% ../nbs/13_cli.ipynb #8ca52376
-import argparse, ast, errno, inspect, os, sys, warnings
+import argparse, ast, codecs, errno, inspect, os, sys, warnings
 
 from fastcore.docments import docments
 
@@ -305,10 +305,18 @@ def quiet():
     warnings.showwarning = lambda message, *args, **kw: print(f"cit: warning: {message}", file=sys.stderr)
 
 # %% ../nbs/13_cli.ipynb #40dcae2c
+_plainer = {"−": "-", "–": "-", "…": "...", "×": "x", "’": "'"}
+
+def plainly(e:UnicodeError) -> tuple: # (text instead, where to go on)
+    "Write what an encoding lacks as well as it can, the minus of a number above all; a question mark for the rest."
+    return "".join(_plainer.get(c, "?") for c in e.object[e.start:e.end]), e.end
+
+codecs.register_error("plainly", plainly)
+
 def forgiving(*streams): # Text streams
     "Let streams replace what their encoding lacks: a table shows question marks instead of ending in an error."
     for stream in streams:
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="plainly")
 
 # %% ../nbs/13_cli.ipynb #6e6a95c4
 def main(argv=None, # Words; default: those of the process

@@ -67,6 +67,7 @@ def not_finite(v, # A value, perhaps nested
     elif isinstance(v, (list, tuple, set, frozenset)):
         for inner in v: yield from not_finite(inner, name)
     elif isinstance(v, (float, np.floating)) and not np.isfinite(v): yield name, v
+    elif isinstance(v, int) and abs(v) > sys.float_info.max: yield name, float("inf" if v > 0 else "-inf")
 
 def check_finite(args:dict, # Values by field name
                  what:str, # How to call the thing in the message: "method 'ewc'"

@@ -163,7 +163,7 @@ def get_method(what, # A name ("ewc", "er+ewc"), a class or an instance
     if isinstance(what, Method): return replace(what, **check_args(type(what), args, f"method {what.name!r}")) if args else what
     if isinstance(what, type): return what(**check_args(what, args, f"method {camel2snake(what.__name__)!r}"))
     if not isinstance(what, str): raise CitError(f"method is {what!r}; allowed: a name, a Method class or an instance")
-    if bad := [k for k, v in args.items() if "+" in what and not isinstance(v, dict)]: raise CitError(f"method {what!r}: the fields of {bad[0]!r} must be given as a table of names and values")
+    if bad := [k for k, v in args.items() if "+" in what and not isinstance(v, dict)]: raise CitError(f"method {what!r}: {bad[0]!r} is {args[bad[0]]!r}, but must be a part ({', '.join(what.split('+'))}) with a table of its fields; on the command line: --set PART.FIELD=VALUE")
     if "+" not in what:
         cls = method_class(what)
         return cls(**check_args(cls, args, f"method {what!r}"))

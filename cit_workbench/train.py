@@ -673,7 +673,8 @@ def _adapter(self:Run, net:Net, at:Path):
     "What the task ended with, as an adapter for peft; the folder is whole or absent."
     tmp = at.with_name(f".tmp-{at.name}")
     beside = [p for n, p in net.own().items() if ".lora_" not in n]
-    save_adapter(net.peft, tmp, beside, net.task, str(net.backbone.dtype).removeprefix("torch."))
+    dtype, padded = str(net.backbone.dtype).removeprefix("torch."), net.backbone.image_mode == "pad"
+    save_adapter(net.peft, tmp, beside, net.task, dtype, padded)
     sync(*tmp.iterdir())
     rename(tmp, at)
 

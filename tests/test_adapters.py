@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from twin import make_twin
 
 from cit_workbench import CitError, get_backbone
-from cit_workbench.adapt import Tune, block_linears, every_linear, left_out, linears
+from cit_workbench.adapt import Tune, adapter_card, block_linears, every_linear, left_out, linears
 from cit_workbench.core import assets
 from cit_workbench.method import Method
 from cit_workbench.testbed import recipe as toy
@@ -221,6 +221,8 @@ def test_the_card_of_an_adapter_says_how_to_load_it(twin, tmp_path, monkeypatch)
     exec(code, names)
     same_logits(names["model"], bb, run)
     assert json.loads((at/"adapter_config.json").read_text())["base_model_name_or_path"] == str(twin)
+    assert "made pictures square first" not in (at/"README.md").read_text()
+    assert "made pictures square first" in adapter_card("start", "colour", "float32", [], padded=True)
     assert isinstance(names["model"].get_base_model(), LlavaForConditionalGeneration) and names["processor"].tokenizer
 
 

@@ -171,6 +171,12 @@ def test_a_table_prints_on_any_terminal(tmp_path, name):
     if name in ("ascii", "C"): assert p.stdout.isascii() and b" ? " in p.stdout
 
 
+def test_a_minus_stays_a_minus_on_any_terminal(tmp_path):
+    code = "from cit_workbench.cli import forgiving; import sys; forgiving(sys.stdout); print('−25.0 · 1…')"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).stdout == b"-25.0 ? 1...\n"
+
+
 def test_errors_and_names_of_files_too(tmp_path):
     p = cit("table", tmp_path/"图表", cwd=tmp_path, **PLAIN)
     assert p.returncode == 2 and p.stderr.startswith(b"cit: no runs at") and p.stderr.count(b"\n") == 1

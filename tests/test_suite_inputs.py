@@ -116,6 +116,8 @@ BLIND = [
     (talk("What happens?", "a fall", video="a.mp4", **ONE), "field 'video' of record 1 is not shown"),
     (talk("What is it?", "cat", images=["a.jpg"]), "field 'images' of record 1 is not shown"),
     (talk("What is it?", "cat", images=["a.jpg", "b.jpg"], **ONE), "field 'images' of record 1 is not shown"),
+    (talk("Are they the same?", "no", image2="b.jpg", **ONE), "field 'image2' of record 1 is not shown"),
+    (talk("Are they the same?", "no", image_1="a.jpg", image_2="b.jpg"), "field 'image_1' of record 1 is not shown"),
     *(
         (talk("What is it?", "cat", **{key: "a.jpg"}), f"field '{key}' of record 1 is not shown")
         for key in ("image_path", "img", "image_file", "picture", "image_url")
@@ -154,6 +156,18 @@ def test_what_would_be_asked_blind_is_refused_by_record(tmp_path, own, more, say
 def test_a_record_without_a_picture_is_text(tmp_path):
     (row,) = rows_of(tmp_path, talk("Why?", "so", images=[], video=None, image_id=3, frames=0))
     assert row.image is None
+
+
+@pytest.mark.parametrize("mark", ["<Image>", "<image_1>", "<image 1>", "<|image_pad|>", "<|vision_start|>"])
+def test_marks_that_are_kept_as_text_are_counted(tmp_path, mark):
+    _, said = heard(lambda: rows_of(tmp_path, talk(f"{mark}\nWhat is it?", "cat"), talk("Is 2 < image > 1?", "no")))
+    assert len(said) == 1 and said[0].endswith(f"1 of 2 rows hold {mark} or the like, which is read as text")
+
+
+def test_a_folder_is_no_picture(own):
+    edit(own / SETS / "ImageNet" / "test.json", lambda d: d[1].update(image="."))
+    with pytest.raises(CitError, match="image .*cl_dataset of task 'ImageNet' is no file .'image' of test row 1"):
+        get_stream(f"coin:{own}", tasks="ImageNet")
 
 
 # What loading leaves out
@@ -213,10 +227,15 @@ def test_a_folder_that_is_no_whole_task_is_named(own):
     (own / SETS / "OCR").mkdir()
     (own / SETS / "OCR" / "train.jsonl").write_text("{}")
     (own / SETS / "pictures").mkdir()
+    (own / SETS / "GQA").mkdir()
+    for split in ("Train", "gqa_test"):
+        (own / SETS / "GQA" / f"{split}.json").write_text("[]")
+    (own / SETS / "pictures" / "constraints.json").write_text("[]")
     stream, said = heard(lambda: get_stream(f"coin:{own}", tasks=["ImageNet"]))
     assert [t.name for t in stream] == ["ImageNet"] and len(said) == 1 and "pictures" not in said[0]
     assert "Places365 (it lacks train.json and holds test.json, train_10shot.json, train_5shot.json)" in said[0]
     assert "OCR (it lacks train.json and test.json and holds train.jsonl)" in said[0]
+    assert "GQA (it lacks train.json and test.json and holds Train.json, gqa_test.json)" in said[0]
     (places / "train_10shot.json").unlink()
     assert "Places365" in [t.name for t in get_stream(f"coin:{own}")]
 
@@ -266,6 +285,17 @@ def test_annotations_that_match_some_questions_say_how_many(textvqa):
         get_stream(f"coin:{textvqa}")
 
 
+def test_people_are_asked_in_one_of_two_ways(textvqa):
+    ids = [r["question_id"] for r in json.loads((textvqa / SETS / "TextVQA" / "test.json").read_text())]
+    objects = [{"answer": "nokia", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    people(textvqa, [{"question_id": i, "answers": objects} for i in ids])
+    task = get_stream(f"coin:{textvqa}", tasks="TextVQA").tasks[0]
+    assert task.format.score(task.example("test", 0), "nokia") == 1
+    people(textvqa, [{"question_id": "9" * 5000, "answers": ["a"] * 10}, {"question_id": 1, "answers": [None] * 10}])
+    with pytest.raises(CitError, match="question 1: an answer is missing, but must be a text"):
+        get_stream(f"coin:{textvqa}", tasks="TextVQA")
+
+
 # Boxes
 
 OUTSIDE = [
@@ -280,6 +310,8 @@ OUTSIDE = [
     "[one, two, three, four]",
     [12, 30, 44, 46],
     [0.7, 0.2, 0.3, 0.6],
+    {"x0": 0.1, "y0": 0.2, "x1": 0.3, "y1": 0.4},
+    None,
 ]
 
 
@@ -291,7 +323,7 @@ def test_a_box_outside_the_square_is_refused_by_record(own, box):
     ):
         get_stream(f"coin:{own}", tasks="Grounding")
     edit(own / SETS / "Grounding" / "test.json", lambda d: [r.update(answer=r.pop("answer_bbox")) for r in d])
-    if isinstance(box, list):
+    if not isinstance(box, str):
         return
     with pytest.raises(CitError, match="answer of test row 2 .* scorers={'Grounding': 'equal'}"):
         get_stream(f"coin:{own}", tasks="Grounding")

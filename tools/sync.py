@@ -72,6 +72,12 @@ def methods_in(cells):
     return [camel2snake(c.name) for c in classes if any("Method" in ast.unparse(base) for base in c.bases)]
 
 
+def read(path):
+    "What a notebook exports, the module it goes to, and the names of the methods in it."
+    cells, module = exported(read_nb(path))
+    return cells, module, [*dict.fromkeys(methods_in(cells))] if module.startswith("methods.") else []
+
+
 def told(at, kind, sources):
     "A sentence for each target that two notebooks share."
     shared = {target: names for target, names in sources.items() if len(names) > 1}
@@ -83,12 +89,14 @@ def collisions(at):
     "What would make one notebook's export replace or hide another's, in sentences."
     modules, methods, said = defaultdict(list), defaultdict(list), []
     for path in pages(at):
-        cells, module = exported(read_nb(path))
+        try: cells, module, names = read(path)
+        except (ValueError, SyntaxError, AttributeError, TypeError) as e:
+            said.append(f"{path.relative_to(at)} cannot be read: {e}")
+            continue
         if cells and not module: said.append(f"{path.relative_to(at)} exports cells, but names no module: it needs a `#| default_exp` line")
         if not module: continue
         modules[module.lower().replace(".", "/") + ".py"].append(path)  # some disks do not tell cases apart
-        if module.startswith("methods."):
-            for name in dict.fromkeys(methods_in(cells)): methods[name].append(path)
+        for name in names: methods[name].append(path)
     return [*said, *told(at, "module", modules), *told(at, "method", methods)], modules
 
 

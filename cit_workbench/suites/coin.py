@@ -144,8 +144,8 @@ def _asked(rec:dict, at:tuple, # A record and where it stands
         question = _question(_text(rec.get("text"), "text", at), pictured, "text", at)
     answer = rec.get(key, said)
     if key == "answer_bbox":
-        answer = _text(json.dumps(answer) if isinstance(answer, list) else answer, key, at)
-        if not is_box(answer): raise _bad(at, key, answer, _a_box)
+        if isinstance(answer, list): answer = json.dumps(answer)
+        if not isinstance(answer, str) or not is_box(answer): raise _bad(at, key, answer, _a_box)
     if answer == []: raise CitError(f"{at[0]}: field {key!r} of record {at[1]} is an empty list; one answer is needed")
     answers = [_text(a, key, at).strip() for a in (answer if isinstance(answer, list) else [answer])]
     said = [a for a in answers if a]
@@ -155,14 +155,16 @@ def _asked(rec:dict, at:tuple, # A record and where it stands
     return question, said or [""]
 
 # %% ../../nbs/suites/coin.ipynb #cfed23c0
-_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?(_?(path|file|url|name|list)s?)?", re.I)
+_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?_?\d*(_?(path|file|url|name|list)s?_?\d*)?",
+                    re.I)
 
 def _only_one_picture(rec:dict, at:tuple):
     "Raise `CitError` for what a record shows besides the picture under `image`."
     for key, v in rec.items():
         if key == "image" or not _media.fullmatch(key) or not isinstance(v, (str, list, dict)) or not v: continue
         moving = re.match("video|audio|clip|frame", key, re.I)
-        if moving or rec.get("image") is None or (isinstance(v, list) and len(v) > 1):
+        several = (isinstance(v, list) and len(v) > 1) or (re.search(r"\d", key) and v != rec.get("image"))
+        if moving or several or rec.get("image") is None:
             raise CitError(f"{at[0]}: field {key!r} of record {at[1]} is not shown; one still picture at most is, "
                            "by its path under 'image'")
 
@@ -256,6 +258,13 @@ def _same_ids(rows:list, # Of a test file
     two = f"first: {r.id!r}, records {first[str(r.id)]} and {i}"
     return f"{shared} of {len(rows)} records share their id with another ({two})"
 
+_mark = re.compile(r"<\|?(?:image|img|picture|vision|video|audio)[\w |]{0,20}>", re.I)
+
+def _read_as_text(rows:list) -> str: # "" where there is none
+    "Say how many rows hold a mark of pictures or films that is kept as text, and the first of them."
+    marks = [m[0] for r in rows if (m := _mark.search(f"{r.question}\n{r.answer}"))]
+    return f"{len(marks)} of {len(rows)} rows hold {marks[0]} or the like, which is read as text" if marks else ""
+
 def read_rows(path, # A train or test file
               split:str="train", # "train": conversations come first; "test": `text` and `answer` do
               turns:str="all", # Of a training conversation: "all" or "first"
@@ -272,6 +281,7 @@ def read_rows(path, # A train or test file
     notes = [f"{n} of {len(rows)} {what}" if what.startswith(("rows", "answers")) else f"{n} {what}"
              for what, n in left.items() if n]
     if split != "train" and (same := _same_ids(rows)): notes.append(same)
+    if typed := _read_as_text(rows): notes.append(typed)
     if notes: warnings.warn(f"{path}: {'; '.join(notes)}")
     return rows, hashlib.sha256(raw).hexdigest()[:16]
 
@@ -311,6 +321,7 @@ scorer("places365, as released")(_as_released(lambda text, answer: _letters_of(t
 # %% ../../nbs/suites/coin.ipynb #c857cd12
 _little = set("a an and at by de for from in of on or the to with".split())
 _denials = {"no", "not", "never", "neither", "nor", "without", "cannot"}
+_between_names = r"[,;/|•\n、，；]|\s[-–—]\s|\b\d+[.)]\s" # What stands between the items of a list
 
 def _within(part:list, whole:list) -> int: # -1: nowhere
     "Find where the words of `part` come one after another in `whole`."
@@ -321,7 +332,7 @@ def _denies_or_lists(text:str, name:str) -> bool:
     "Does a text that holds a name say that it is another thing, or several?"
     rest = text.lower().replace(name.lower(), " ", 1)
     words = caption_words(rest)
-    marks = len(re.findall(r"[,;/\n、，；]", rest)) + words.count("and")
+    marks = len(re.findall(_between_names, rest)) + words.count("and")
     return marks > 1 or "or" in words or any(w in _denials or w.endswith("n't") for w in words)
 
 def names(text:str, name:str) -> bool:
@@ -486,7 +497,8 @@ order = "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCRVQA".split()
 
 def _left_out(folder:Path, files:dict) -> str: # "" when it is a task, or has nothing of one
     "Say why a folder that has files of a task is not read as one."
-    near = [p.name for p in sorted(folder.iterdir()) if re.match(r"(train|test|val).*\.jsonl?$", p.name)]
+    kept = re.compile(r"(.*[^a-z])?(train|test|val).*\.jsonl?", re.I)
+    near = [p.name for p in sorted(folder.iterdir()) if kept.fullmatch(p.name)]
     if not near or (files["train"] and files["test"]): return ""
     lacks = " and ".join(f"{s}.json" for s in ("train", "test") if not files[s])
     return f"{folder.name} (it lacks {lacks} and holds {', '.join(near[:4])})"
@@ -578,11 +590,11 @@ def check_images(files:Files, n:int):
         for i, r in enumerate(rows if n < 0 else rows[:n]):
             if r.image is None: continue
             path = find_image(files.roots, r.image)
-            try: os.stat(path)
-            except (OSError, ValueError):
-                what = f"image {path} of task {files.name!r} does not exist ('image' of {split} row {i}, id {r.id!r})"
-                hint = "give the image folder as stream argument `images`, or check=0 to look only when it is needed"
-                raise CitError(f"{what}; {hint}") from None
+            if os.path.isfile(path): continue
+            fault = "is no file" if os.path.exists(path) else "does not exist"
+            what = f"image {path} of task {files.name!r} {fault} ('image' of {split} row {i}, id {r.id!r})"
+            hint = "give the image folder as stream argument `images`, or check=0 to look only when it is needed"
+            raise CitError(f"{what}; {hint}")
 
 def in_threads(f:Callable, items:list, desc:str) -> list:
     "Call `f` on every item in threads, with a progress bar that says how long it will take."
@@ -711,7 +723,17 @@ def read_task(name:str, # Of the task
 # %% ../../nbs/suites/coin.ipynb #a5431c7b
 def _plain(id) -> str:
     "An id as text, a number without leading zeros."
-    return str(int(id)) if str(id).isdecimal() else str(id)
+    text = str(id)
+    return text.lstrip("0") or "0" if text.isdecimal() else text
+
+def _people(answers:list, # Texts, or objects that hold a text under `answer`
+            where:str, # The annotation file and the question
+           ) -> list: # Texts
+    "What people answered; raises `CitError` for what is neither a text nor a number."
+    said = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+    for a in said:
+        if type(a) not in (str, int, float): raise CitError(f"{where}: an answer is {_said(a)}, but must be a text")
+    return [str(a) for a in said]
 
 def _annotated(path:Path) -> dict: # {id: answers}
     "Answers per question of an annotation file, ten or fewer; raises `CitError` when it is damaged or says two things."
@@ -723,7 +745,7 @@ def _annotated(path:Path) -> dict: # {id: answers}
         if not isinstance(answers, list): raise CitError(f"{need}: answers of question {id} are {_said(answers)}")
         if by.setdefault(id, answers) != answers:
             raise CitError(f"{path} answers question {id} twice, and not the same")
-    return {id: [str(a) for a in answers] for id, answers in by.items()}
+    return {id: _people(answers, f"{path}, question {id}") for id, answers in by.items()}
 
 def ten_answers(files:Files) -> bool: # Has any question its ten?
     "Give TextVQA's test rows the answers of ten people; rows that have ten in their record keep them."
