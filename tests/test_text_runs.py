@@ -91,6 +91,13 @@ def test_the_turns_end_stops_even_if_the_generation_config_forgets_it(own):
     assert bb.encode("red?", "yes")[1][-1] == bb.eos == pad and bb.stops == sorted([2, pad])
 
 
+@pytest.mark.parametrize("ends", [-1, [2, -1], 640, [2, 640], "</s>", ["</s>"], 2.0, [[2]], True])
+def test_an_end_that_is_no_token_is_named(own, ends):
+    put(own/"generation_config.json", eos_token_id=ends)
+    with pytest.raises(CitError, match="ends its answers at eos_token_id .*; allowed: whole numbers from 0 to 639"):
+        get_backbone(str(own))
+
+
 # Which choice wins
 
 PAIRS = [("1", "10"), ("cat", "cat food"), ("no", "not sure"), ("coot", "coots"), ("A", "A. cat"), ("yes", "no")]
