@@ -568,9 +568,10 @@ def check_row(self:Backbone,
 def _check_length(self:Backbone, example, n:int, more:int):
     "Raise `CitError` for a row of `n` tokens, if they are too many; `more` of them are not its own."
     if not self.limit or n <= self.limit: return
+    who = f"{example.id} (id {example.meta['question_id']!r})" if "question_id" in example.meta else example.id
     whose = f", {more} of them for a soft prompt or an answer" if more else ""
     made = f"{self.name} was made for {self.limit} (max_position_embeddings)"
-    raise CitError(f"{example.id} needs {n} tokens{whose}, but {made}; shorten it or leave it out")
+    raise CitError(f"{who} needs {n} tokens{whose}, but {made}; shorten it or leave it out")
 
 # %% ../nbs/02_backbone.ipynb #2469a23d
 @patch

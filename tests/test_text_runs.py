@@ -315,3 +315,10 @@ def test_a_run_without_long_answers_says_nothing(given, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(tmp_path).open()
+
+
+def test_a_row_that_is_too_long_is_named_by_its_id_in_the_file(twin):
+    "A conversation gives several rows, so a row's number is not that of its record."
+    example = Example("VQAv2/train/4", None, "red "*9000, "yes", (), {"question_id": "24#1"})
+    with pytest.raises(CitError, match=r"VQAv2/train/4 \(id '24#1'\) needs \d+ tokens, but"):
+        get_backbone(str(twin)).collate([example])

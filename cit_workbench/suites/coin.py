@@ -95,6 +95,38 @@ def _question(text:str, # As the file has it
     if mark and before[-1:].isspace() and after[:1].isspace(): before = before[:-1]
     return (before + after).strip()
 
+# %% ../../nbs/suites/coin.ipynb #8df55946
+_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?"
+                    r"(_?(path|file|url|name|list|bytes|base64)s?)*_?\d*", re.I)
+_moving = re.compile("video|audio|clip|frame", re.I)
+_words = ("from", "value", "text", "answer", "answers", "choices", "id", "question_id")
+
+def _is_picture(name) -> bool:
+    "Is a value the name of a picture file?"
+    kind = mimetypes.guess_type(name, strict=False)[0] if isinstance(name, str) and len(name) < 1000 else None
+    return kind is not None and kind.startswith("image/")
+
+def _not_shown(key:str, v, # A field
+               image, # What the record shows, or None
+              ) -> bool:
+    "Does a field hold another picture, a film or a sound?"
+    if not v or not isinstance(v, (str, list, dict)): return False
+    values, named = v if isinstance(v, list) else [v], bool(_media.fullmatch(key))
+    if image is None: return named or (key not in _words and any(map(_is_picture, values)))
+    others = [x for x in values if isinstance(x, str) and os.path.basename(x) != os.path.basename(str(image))]
+    numbered = isinstance(v, list) or key[-1].isdigit()
+    return named and bool(_moving.match(key) or len(values) > 1 or (numbered and others))
+
+def _only_one_picture(rec:dict, at:tuple, # A record or one of its turns, and where it stands
+                      image, # What the record shows, or None
+                      within:str="", # How the field of a turn begins
+                     ):
+    "Raise `CitError` for what a record shows besides the picture under `image`."
+    for key, v in rec.items():
+        if (within or key != "image") and _not_shown(key, v, image):
+            raise CitError(f"{at[0]}: field {within + key!r} of record {at[1]} is not shown; one still picture at most "
+                           "is, by its path under 'image' of the record")
+
 # %% ../../nbs/suites/coin.ipynb #b0453b39
 def _turns(rec:dict, at:tuple, # A record and where it stands
            left:Counter|None=None, # Counts what is left out
@@ -166,37 +198,6 @@ def _asked(rec:dict, at:tuple, # A record and where it stands
     return question, said or [""]
 
 # %% ../../nbs/suites/coin.ipynb #cfed23c0
-_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?"
-                    r"(_?(path|file|url|name|list|bytes|base64)s?)*_?\d*", re.I)
-_moving = re.compile("video|audio|clip|frame", re.I)
-_words = ("from", "value", "text", "answer", "answers", "choices", "id", "question_id")
-
-def _is_picture(name) -> bool:
-    "Is a value the name of a picture file?"
-    kind = mimetypes.guess_type(name, strict=False)[0] if isinstance(name, str) and len(name) < 1000 else None
-    return kind is not None and kind.startswith("image/")
-
-def _not_shown(key:str, v, # A field
-               image, # What the record shows, or None
-              ) -> bool:
-    "Does a field hold another picture, a film or a sound?"
-    if not v or not isinstance(v, (str, list, dict)): return False
-    values, named = v if isinstance(v, list) else [v], bool(_media.fullmatch(key))
-    if image is None: return named or (key not in _words and any(map(_is_picture, values)))
-    others = [x for x in values if isinstance(x, str) and os.path.basename(x) != os.path.basename(str(image))]
-    numbered = isinstance(v, list) or key[-1].isdigit()
-    return named and bool(_moving.match(key) or len(values) > 1 or (numbered and others))
-
-def _only_one_picture(rec:dict, at:tuple, # A record or one of its turns, and where it stands
-                      image, # What the record shows, or None
-                      within:str="", # How the field of a turn begins
-                     ):
-    "Raise `CitError` for what a record shows besides the picture under `image`."
-    for key, v in rec.items():
-        if (within or key != "image") and _not_shown(key, v, image):
-            raise CitError(f"{at[0]}: field {within + key!r} of record {at[1]} is not shown; one still picture at most "
-                           "is, by its path under 'image' of the record")
-
 def _head(rec, at) -> tuple: # (id, image, more)
     "What training and test records have in common."
     if not isinstance(rec, dict):
