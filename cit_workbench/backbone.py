@@ -10,13 +10,16 @@ __all__ = ['Batch', 'Out', 'LastLayer', 'hooked', 'bare', 'Turn', 'Chat', 'end_i
 import re
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from math import prod
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
@@ -121,7 +124,7 @@ class Chat:
         name:str="given", # How messages call the checkpoint
     ):
         self.processor, self.tokenizer, self.image_id, self.name = processor, processor.tokenizer, image_id, name
-        self.template = processor.chat_template or self.tokenizer.chat_template
+        self.template = self._template()
         self._usable()
         self._shows_pictures()
         self.begin = self._begin()
@@ -137,10 +140,18 @@ class Chat:
 _files = "chat_template.jinja, chat_template.json, processor_config.json, tokenizer_config.json"
 
 @patch
+def _template(self:Chat):
+    "The template for conversations, where a checkpoint has several."
+    given = self.processor.chat_template or self.tokenizer.chat_template
+    return given.get("default") if isinstance(given, dict) else given
+
+@patch
 def _usable(self:Chat):
     "Is there a template, and a tokenizer that can be asked where its tokens lie?"
     who, kind = f"backbone {self.name!r}", type(self.tokenizer).__name__
     if not self.template: raise CitError(f"{who} has no chat template; looked for {_files}")
+    if not isinstance(self.template, str):
+        raise CitError(f"{who} has a chat template that is {type(self.template).__name__}, but must be one text")
     if not self.tokenizer.is_fast: raise CitError(f"{who} has a slow tokenizer ({kind}); a tokenizer.json is needed")
 
 @patch
@@ -309,12 +320,17 @@ def encode(self:Chat,
 # %% ../nbs/02_backbone.ipynb #4fb2e136
 def end_ids(model, # A `LlavaForConditionalGeneration`
             tokenizer, # Its tokenizer
+            name:str="given", # How messages call the checkpoint
            ) -> list:
-    "Find the ids at which generation stops: in the generation config, else in the config, else in the tokenizer."
+    "Find the ids that end generation, in its config, else in the model's, else in the tokenizer; raises `CitError`."
     places = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
     named = [e for p in places if (e := getattr(p, "eos_token_id", None)) is not None]
     if not named: return []
-    return [named[0]] if isinstance(named[0], int) else [*named[0]]
+    ends, words = named[0] if isinstance(named[0], list) else [named[0]], model.config.get_text_config().vocab_size
+    if any(type(e) is not int or not 0 <= e < words for e in ends):
+        allowed = f"whole numbers from 0 to {words - 1}"
+        raise CitError(f"backbone {name!r} ends its answers at eos_token_id {named[0]!r}; allowed: {allowed}")
+    return [*ends]
 
 class Backbone:
     "A LLaVA model with its processor; every checkpoint, embedded or 7B, takes this same path."
@@ -332,7 +348,7 @@ class Backbone:
         self.lm, self.projector, self.head = model.model.language_model, model.model.multi_modal_projector, model.lm_head
         self.image_id = model.config.image_token_id
         self.limit = getattr(self.lm.config, "max_position_embeddings", None)
-        self.chat = Chat(processor, self.image_id, end_ids(model, self.tokenizer), name)
+        self.chat = Chat(processor, self.image_id, end_ids(model, self.tokenizer, name), name)
         self.eos, self.stops = self.chat.end, self.chat.stops
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos
         if type(self.lm.layers[-1]) is LlamaDecoderLayer: self.lm.layers[-1].__class__ = LastLayer
@@ -402,10 +418,28 @@ def _tower_fits(model) -> str|None:
     if not states or any(s.ndim != 3 or len(s) != 2 for s in states): return wanted
     chosen, n = config.vision_feature_layer, len(states)
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    if any(l not in range(-n, n) for l in chosen):
+    if not chosen or any(l not in range(-n, n) for l in chosen):
         return (f"vision_feature_layer is {config.vision_feature_layer}, but its vision tower {kind} has {n - 1} "
                 f"layers; allowed: {-n} to {n - 1}")
     return None
+
+def _stored(where:str, # Folder of the checkpoint
+           ) -> int: # 0 where there are none
+    "Count the numbers in weight files by their headers; raises `CitError` naming a damaged file."
+    n, folder = 0, Path(where)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as f: n += sum(prod(f.get_slice(k).get_shape()) for k in f.keys())
+        except (OSError, SafetensorError) as e:
+            raise CitError(f"weights {file} cannot be read: {e}; a whole safetensors file is needed") from e
+    return n or sum(file.stat().st_size//2 for file in folder.glob("*.bin"))
+
+def _filled(model, where:str) -> str|None:
+    "What most weights would be filled with; None where the files hold them."
+    described, stored = sum(p.numel() for p in model.parameters()), _stored(where)
+    if not stored or described <= 2*stored: return None
+    return (f"its config.json describes {described:,} weights, but its files hold {stored:,}; sizes that text_config "
+            "and vision_config leave out are taken for those of a 7B model")
 
 def _tried(name:str, # As `get_backbone` takes it
            where:str, # Its folder
@@ -415,12 +449,15 @@ def _tried(name:str, # As `get_backbone` takes it
     except Exception as e:
         found = family(read_json(Path(where)/"config.json"))
         raise CitError(f"{_unreadable(name, e)}; found: {found}; supported: {_as_llama}") from e
-    if why := _language_fits(model) or _tower_fits(model): raise CitError(f"backbone {name!r} cannot be used: {why}")
+    if why := _language_fits(model) or _tower_fits(model) or _filled(model, where):
+        raise CitError(f"backbone {name!r} cannot be used: {why}")
 
 # %% ../nbs/02_backbone.ipynb #5aee08a8
 def _unreadable(name:str, e:Exception) -> CitError:
     "The sentence for a checkpoint that a library refuses."
-    said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    said = shorten(" ".join(lines[:2]), 300, placeholder=" …")
+    if isinstance(e, KeyError): said = f"it names {said}, which transformers does not know"
     if isinstance(e, ImportError): return CitError(f"backbone {name!r} needs a package that is not installed: {said}")
     return CitError(f"backbone {name!r} cannot be read as a LLaVA checkpoint: {said}")
 
@@ -470,10 +507,13 @@ def get_backbone(
         proc = _processor(where)
         _prepared(name, proc, AutoConfig.from_pretrained(where, local_files_only=True))
         kw |= dict(dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False)
+        kw["ignore_mismatched_sizes"] = True # They are refused below, by name
         model, info = LlavaForConditionalGeneration.from_pretrained(where, output_loading_info=True, **kw)
     except CitError: raise
     except Exception as e: raise _unreadable(name, e) from e
-    if lost := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})): raise CitError(f"backbone {name!r} is not a whole LLaVA checkpoint: {len(lost)} weights are missing or of another shape, the first is {lost[0]}")
+    if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise CitError(f"backbone {name!r} is not a whole LLaVA checkpoint: {len(lost)} weights are missing or of "
+                       f"another shape, the first is {lost[0]}")
     if more := sorted(info["unexpected_keys"]):
         raise CitError(f"backbone {name!r} is not LLaVA alone: it holds {len(more)} weights that "
                        f"{type(model).__name__} has no place for, the first is {more[0]}")
@@ -528,9 +568,10 @@ def check_row(self:Backbone,
 def _check_length(self:Backbone, example, n:int, more:int):
     "Raise `CitError` for a row of `n` tokens, if they are too many; `more` of them are not its own."
     if not self.limit or n <= self.limit: return
+    who = f"{example.id} (id {example.meta['question_id']!r})" if "question_id" in example.meta else example.id
     whose = f", {more} of them for a soft prompt or an answer" if more else ""
     made = f"{self.name} was made for {self.limit} (max_position_embeddings)"
-    raise CitError(f"{example.id} needs {n} tokens{whose}, but {made}; shorten it or leave it out")
+    raise CitError(f"{who} needs {n} tokens{whose}, but {made}; shorten it or leave it out")
 
 # %% ../nbs/02_backbone.ipynb #2469a23d
 @patch

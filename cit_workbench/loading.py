@@ -24,7 +24,8 @@ _wanted = "a LLaVA checkpoint in the Hugging Face format is needed"
 def _no_checkpoint(folder:Path) -> str|None: # The end of a sentence that begins with the folder
     "Why a folder cannot be a start model; None where it has what one needs."
     if (folder/"adapter_config.json").is_file():
-        base = read_json(folder/"adapter_config.json", "adapter").get("base_model_name_or_path")
+        adapter = read_json(folder/"adapter_config.json", "adapter")
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         return f"holds a peft adapter and not a start model; name the model that it was trained on ({base})"
     if (folder/"config.json").is_file(): return None
     if any(folder.glob("*.gguf")): return f"holds GGUF weights; {_wanted}"
@@ -78,15 +79,16 @@ def _unfit(config:dict) -> str|None: # The end of a sentence
         return (f"in the original layout; {_class}'s layout is needed, which convert_llava_weights_to_hf.py "
                 "of transformers' repository writes")
     if config.get("model_type") != "llava": return f"of another family; {supported}"
-    if _class not in (config.get("architectures") or [_class]):
+    named = config.get("architectures") or [_class]
+    if _class not in (named if isinstance(named, list) else [named]):
         return f"whose architectures do not fit model_type llava; {supported}"
     full = "weights of 16 or 32 bits are needed"
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict): return f"without {part}, so its sizes are not known; {supported}"
         if "quantization_config" in config[part]:
             return f"whose weights are quantised ({part}: quantization_config); {full}"
-    if "quantization_config" in config:
-        how = (config["quantization_config"] or {}).get("quant_method")
+    if (how := config.get("quantization_config")) is not None:
+        how = how.get("quant_method") if isinstance(how, dict) else how
         hint = "`compute four_bit=true` holds them in 4"
         return f"whose weights are quantised (quantization_config: {how}); {full}, {hint}"
     if "auto_map" in config:
@@ -102,6 +104,8 @@ def judge(name:str, # As `get_backbone` takes it
     if not isinstance(config, dict):
         raise CitError(f"configuration {where}/config.json is {type(config).__name__}, but must be a table")
     if why := _unfit(config): raise CitError(f"backbone {name!r} is a model ({family(config)}) {why}")
+    ends = Path(where)/"generation_config.json"
+    if ends.is_file(): read_json(ends, "generation configuration")
     return where
 
 # %% ../nbs/01b_loading.ipynb #22d26113

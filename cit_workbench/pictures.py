@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .core import CitError, one_of
 
@@ -68,6 +68,11 @@ def _opened(image) -> Image.Image:
     if isinstance(image, np.ndarray): return Image.fromarray(image)
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
+def _allowed(image) -> str:
+    "What is allowed in place of a picture that cannot be read."
+    if isinstance(image, np.ndarray): return "arrays [height, width, 3 or 4] of uint8"
+    return "PNG, JPEG and other files that Pillow opens"
+
 def _called(image) -> str:
     "How to call a picture in a message."
     if isinstance(image, (str, Path)): return f"image {image}"
@@ -96,5 +101,5 @@ def load_image(image, # A path, a file's bytes, a PIL image, or an array [height
         most = 2*Image.MAX_IMAGE_PIXELS
         raise CitError(f"{what} has more than {most:,} pixels, the most that are opened; make it smaller") from None
     except Exception as e:
-        why = str(e) or type(e).__name__
-        raise CitError(f"{what} cannot be read: {why}; PNG, JPEG and other files that Pillow opens are allowed") from e
+        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
+        raise CitError(f"{what} cannot be read: {why}; {_allowed(image)} are allowed") from e

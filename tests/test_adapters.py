@@ -22,6 +22,7 @@ from cit_workbench.method import Method
 from cit_workbench.testbed import recipe as toy
 from cit_workbench.train import Optim, recipe
 
+USUAL = {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}
 SMALL = {"stream_args": {"tasks": ["col-word"], "n_train": 32, "n_val": 2, "n_test": 4},
          "optim": {"steps": 3, "batch": 4, "lr": 3e-2}}
 
@@ -38,7 +39,7 @@ def family(tmp_path_factory):
     def get(kind, **more):
         if (key := (kind, *sorted(more.items()))) not in made:
             folder = make_twin(tmp_path_factory.mktemp(kind)/"llava")
-            made[key] = str(rebuilt(folder, {"model_type": kind, **TEXT, "head_dim": 16, "pad_token_id": 0, **more}))
+            made[key] = str(rebuilt(folder, {"model_type": kind, **TEXT, **USUAL, **more}))
         return made[key]
     return get
 
@@ -141,7 +142,7 @@ def greedy(model, bb, run):
         ids = torch.tensor([bb.encode(e.question)[0]])
         pixels = bb.pixels([e.image]).to(model.dtype)
         got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
-                             max_new_tokens=task.format.max_new_tokens, pad_token_id=bb.pad)
+                             max_new_tokens=run.net.room("col-word", "test")[0], pad_token_id=bb.pad)
         got = got[0, ids.shape[1]:].tolist()
         out.append(bb.decode(got[:got.index(bb.eos)] if bb.eos in got else got))
     return out

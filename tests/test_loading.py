@@ -182,6 +182,8 @@ def test_quantised_weights_and_remote_code_are_named(copy):
 
 
 def test_a_configuration_that_is_no_table_is_named(copy):
+    (copy/"generation_config.json").write_text("{")
+    refused(copy, "generation_config.json is not valid JSON")
     (copy/"config.json").write_text("[]")
     refused(copy, "config.json is list")
     (copy/"config.json").write_text("{")
@@ -194,6 +196,8 @@ def test_folders_that_are_no_checkpoint_are_named(copy, tmp_path):
     refused(copy, "holds a peft adapter", "(org/base)")
     (copy/"config.json").unlink()
     refused(copy, "holds a peft adapter", "(org/base)")
+    (copy/"adapter_config.json").write_text("[]")
+    refused(copy, "holds a peft adapter")
     (tmp_path/"gguf").mkdir()
     (tmp_path/"gguf"/"model.gguf").write_bytes(b"GGUF")
     refused(tmp_path/"gguf", "holds GGUF weights")
@@ -213,7 +217,7 @@ def test_a_language_model_of_another_build_is_named(text, lacks, copy):
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "mixtral"])
 def test_language_models_built_as_llama_are_loaded(kind, copy):
-    bb = get_backbone(str(rebuilt(copy, {"model_type": kind, **TEXT, "head_dim": 16, "pad_token_id": 0})))
+    bb = get_backbone(str(rebuilt(copy, {"model_type": kind, **TEXT, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 2})))
     assert bb.lm.config.model_type == kind and bb.n_vis == 9
 
 
@@ -239,6 +243,45 @@ def test_an_image_processor_that_does_not_fit_the_tower_is_named(copy):
     other = dict(image_processor_type="LlavaNextImageProcessor", image_grid_pinpoints=[[42, 84]])
     edit(copy, "preprocessor_config.json", **other)
     refused(copy, "LlavaNextImageProcessor")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_sizes_that_would_be_those_of_7b_do_not_fill_the_memory(part, copy):
+    "Real configurations leave sizes out where they are the usual ones; here the weights are of other sizes."
+    kind = json.loads((copy/"config.json").read_text())[part]["model_type"]
+    small = {"image_size": 42, "patch_size": 14} if part == "vision_config" else {"vocab_size": 640}
+    refused(edit(copy, **{part: {"model_type": kind, **small}}), "describes", "but its files hold 2", part)
+
+
+def test_a_damaged_shard_is_named_before_weights_are_read(copy):
+    shard = copy/"model-00002-of-00003.safetensors"
+    for content in (shard.read_bytes()[:5000], b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"):
+        shard.write_bytes(content)
+        refused(copy, f"weights {shard} cannot be read", "a whole safetensors file is needed")
+
+
+def test_weights_of_another_shape_are_named(copy):
+    vision = json.loads((copy/"config.json").read_text())["vision_config"]
+    edit(copy, vision_config=vision | {"patch_size": 7})
+    with pytest.raises(CitError, match="2 weights are missing or of another shape, the first is .*patch_embedding"):
+        get_backbone(str(copy))
+
+
+@pytest.mark.parametrize("name, fields, says", [
+    ("config.json", {"architectures": 5}, "do not fit"),
+    ("config.json", {"architectures": "VipLlavaForConditionalGeneration"}, "do not fit"),
+    ("config.json", {"quantization_config": ["awq"]}, "quantised"),
+    ("config.json", {"vision_feature_layer": []}, "allowed: -4 to 3"),
+    ("config.json", {"vision_feature_layer": "-2"}, "vision_feature_layer"),
+    ("config.json", {"projector_hidden_act": "swish7"}, "names 'swish7', which transformers does not know")])
+def test_odd_values_of_a_configuration_are_one_sentence(name, fields, says, copy):
+    refused(edit(copy, name, **fields), says)
+
+
+def test_the_reason_of_a_library_is_short(copy):
+    edit(copy, text_config={"model_type": "nonsense"})
+    with pytest.raises(CitError, match="nonsense") as e: get_backbone(str(copy))
+    assert len(str(e.value)) < 900 and "supported: language models" in str(e.value)
 
 
 @pytest.mark.parametrize("value", [[1, 2], "linear", -1, None])

@@ -163,7 +163,8 @@ def test_arrays_of_the_embedded_streams_pass_unchanged():
 @pytest.mark.parametrize("image, says", [
     (np.zeros((4, 4, 3)), r"image of shape \(4, 4, 3\) and type float64 cannot be read"),
     (np.zeros((4, 4, 7), np.uint8), r"\(4, 4, 7\)"), (np.zeros((3, 0, 3), np.uint8), "holds no pixels"),
-    (b"", "image cannot be read"), (7, "image is int; allowed: a path"), ([[1]], "image is list")])
+    (np.zeros((4, 4, 3)), "float64 cannot be read.*; arrays .* of uint8 are allowed"),
+    (b"<svg/>", "image cannot be read: its format is not known; PNG, JPEG"), (b"", "image cannot be read"), (7, "image is int; allowed: a path"), ([[1]], "image is list")])
 def test_what_is_no_picture_is_named(image, says):
     for way in (load_image, picture, _array):
         with pytest.raises(CitError, match=says): way(image)

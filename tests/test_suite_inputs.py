@@ -122,6 +122,33 @@ BLIND = [
         (talk("What is it?", "cat", **{key: "a.jpg"}), f"field '{key}' of record 1 is not shown")
         for key in ("image_path", "img", "image_file", "picture", "image_url")
     ),
+    *(
+        (talk("What is it?", "cat", **{key: ["a.jpg"]}), f"field '{key}' of record 1 is not shown")
+        for key in ("file_name", "filename", "source", "image_1", "image0", "image_file_names", "image_base64")
+    ),
+    (talk("Which is larger?", "the first", image2="b.jpg", **ONE), "field 'image2' of record 1 is not shown"),
+    (talk("What is it?", "cat", images=["b.jpg"], **ONE), "field 'images' of record 1 is not shown"),
+    *(
+        (talk(f"{mark}What is it?", "cat"), f"begins with {begin}, but the record has no picture")
+        for mark, begin in (
+            ("<IMAGE>\n", "<IMAGE>"),
+            ("<image_0>\n", "<image_0>"),
+            ("<image 1> ", "<image 1>"),
+            ("<|image_1|>\n", "<|image_1|>"),
+            ("<ImageHere>", "<ImageHere>"),
+            ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>"),
+            ("<img>a.png</img>", "<img>"),
+            ("Look.\n<image_0>\n", "<image_0>"),
+        )
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "What?", "image": "a.jpg"}, {"from": "gpt", "value": "cat"}]},
+        "field 'conversations[0].image' of record 1 is not shown",
+    ),
+    (
+        talk("<image>\nWhat?", "cat", "Which tag, <image> or <img>?", "<img>", **ONE),
+        "'conversations[2].value' of record 1 holds <image> as an earlier turn does",
+    ),
     (talk("Picture 1: <img>a.png</img>\nPicture 2: <img>b.png</img>\nSame?", "no"), "record 1 names several pictures"),
     (talk("Picture 1: <img>b.png</img>\nWhat?", "cat", **ONE), "record 1 names several pictures"),
 ]
@@ -156,6 +183,17 @@ def test_what_would_be_asked_blind_is_refused_by_record(tmp_path, own, more, say
 def test_a_record_without_a_picture_is_text(tmp_path):
     (row,) = rows_of(tmp_path, talk("Why?", "so", images=[], video=None, image_id=3, frames=0))
     assert row.image is None
+    plain = talk("Which tag, <img> or <picture>?", "a.png", choices=["a.png", "b.png"], source="wiki/Tag", file="main.ts")
+    (row,) = rows_of(tmp_path, plain)
+    assert row.image is None and row.question == "Which tag, <img> or <picture>?"
+
+
+def test_other_names_of_the_same_picture_are_no_second_one(tmp_path):
+    same = talk("<image>\nWhat?", "cat", images=["x/a.jpg"], image_url="http://x/0001.jpg", img_1="./a.jpg", **ONE)
+    again = talk("<image>\nWhat?", "cat", "<image>\nOf what color?", "black", "And here?\n<image>", "white", **ONE)
+    rows = rows_of(tmp_path, same, again)
+    assert [r.question for r in rows] == ["What?", "What?", "Of what color?", "And here?"]
+    assert {r.image for r in rows} == {"a.jpg"}
 
 
 @pytest.mark.parametrize("mark", ["<Image>", "<image_1>", "<image 1>", "<|image_pad|>", "<|vision_start|>"])

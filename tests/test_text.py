@@ -235,6 +235,8 @@ BROKEN = {
     "of config.json) 0 times, and 0": "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] if c['type'] == "
                                       "'text' %}{{ c['text'] }}{% endfor %} {% endfor %}"
                                       "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "a chat template that is int, but must be one text": 5,
+    "a chat template that is list, but must be one text": [{"name": "default", "template": CHAT}],
     "can only concatenate": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
 }
 
@@ -251,6 +253,15 @@ def test_an_image_token_that_is_another_one_in_the_config_is_refused(own):
     config = json.loads((own/"config.json").read_text())
     (own/"config.json").write_text(json.dumps(config | {"image_token_index": 7}))
     with pytest.raises(CitError, match="id 7 of config.json"): get_backbone(str(own))
+
+
+def test_the_default_of_several_templates_is_used(own):
+    want = get_backbone(str(own)).encode("What is it?", "yes")
+    (own/"chat_template.json").unlink()
+    (own/"chat_template.jinja").write_text(CHAT)
+    (own/"additional_chat_templates").mkdir()
+    (own/"additional_chat_templates"/"tool_use.jinja").write_text("none")
+    assert get_backbone(str(own)).encode("What is it?", "yes") == want
 
 
 def test_templates_of_other_families_are_read(own):

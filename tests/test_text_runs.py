@@ -91,6 +91,13 @@ def test_the_turns_end_stops_even_if_the_generation_config_forgets_it(own):
     assert bb.encode("red?", "yes")[1][-1] == bb.eos == pad and bb.stops == sorted([2, pad])
 
 
+@pytest.mark.parametrize("ends", [-1, [2, -1], 640, [2, 640], "</s>", ["</s>"], 2.0, [[2]], True])
+def test_an_end_that_is_no_token_is_named(own, ends):
+    put(own/"generation_config.json", eos_token_id=ends)
+    with pytest.raises(CitError, match="ends its answers at eos_token_id .*; allowed: whole numbers from 0 to 639"):
+        get_backbone(str(own))
+
+
 # Which choice wins
 
 PAIRS = [("1", "10"), ("cat", "cat food"), ("no", "not sure"), ("coot", "coots"), ("A", "A. cat"), ("yes", "no")]
@@ -308,3 +315,10 @@ def test_a_run_without_long_answers_says_nothing(given, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(tmp_path).open()
+
+
+def test_a_row_that_is_too_long_is_named_by_its_id_in_the_file(twin):
+    "A conversation gives several rows, so a row's number is not that of its record."
+    example = Example("VQAv2/train/4", None, "red "*9000, "yes", (), {"question_id": "24#1"})
+    with pytest.raises(CitError, match=r"VQAv2/train/4 \(id '24#1'\) needs \d+ tokens, but"):
+        get_backbone(str(twin)).collate([example])

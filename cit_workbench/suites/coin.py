@@ -10,7 +10,7 @@ __all__ = ['by_name', 'order', 'Row', 'is_box', 'spread', 'train_rows', 'eval_ro
            'guessed_task', 'load', 'record', 'describe', 'sidecar', 'export', 'exported']
 
 # %% ../../nbs/suites/coin.ipynb #c05824fd
-import hashlib, json, os, re, shutil, warnings
+import hashlib, json, mimetypes, os, re, shutil, warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -68,10 +68,13 @@ def _list(rec, field, at) -> list:
 _roles = {"human": "asks", "user": "asks", "gpt": "answers", "assistant": "answers", "system": "is skipped"}
 _inline = re.compile(r"Picture \d+: <img>(.*?)</img>\n?")
 _clip = re.compile(r"^\s*<(?:video|audio)>|<(?:video|audio)>\s*$", re.M)
+_foreign = r"\s*<\|?(?:image|img|im_|picture|vision|frame|video|audio)[\w ]*\|?>"
+_foreign = re.compile(rf"\A{_foreign}|^{_foreign}\s*$", re.I | re.M)
 
 def _question(text:str, # As the file has it
               pictured:bool, # Has the record a picture?
               field:str, at:tuple, # Where the text stands
+              again:bool=False, # Did an earlier turn hold the mark?
              ) -> str: # Without the mark of its picture
     "Take the mark out of a question; raises `CitError` where marks and pictures do not match."
     text = _inline.sub("", text)
@@ -82,27 +85,67 @@ def _question(text:str, # As the file has it
         raise CitError(f"{where} holds <image> {marks} times, but one picture at most is shown with a question")
     if clip := _clip.search(text):
         raise CitError(f"{where} holds {clip[0].strip()}, but only still pictures are shown")
+    if not pictured and (foreign := _foreign.search(text)):
+        hint = "the path of a picture is needed under 'image'"
+        raise CitError(f"{where} begins with {foreign[0].strip()}, but the record has no picture; {hint}")
     before, mark, after = text.partition("<image>")
+    if mark and again and before.strip() and after.strip():
+        hint = "a later turn may have it only before or after its text"
+        raise CitError(f"{where} holds <image> as an earlier turn does; {hint}")
     if mark and before[-1:].isspace() and after[:1].isspace(): before = before[:-1]
     return (before + after).strip()
 
 # %% ../../nbs/suites/coin.ipynb #b0453b39
+_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?"
+                    r"(_?(path|file|url|name|list|bytes|base64)s?)*_?\d*", re.I)
+_moving = re.compile("video|audio|clip|frame", re.I)
+_words = ("from", "value", "text", "answer", "answers", "choices", "id", "question_id")
+
+def _is_picture(name) -> bool:
+    "Is a value the name of a picture file?"
+    kind = mimetypes.guess_type(name, strict=False)[0] if isinstance(name, str) and len(name) < 1000 else None
+    return kind is not None and kind.startswith("image/")
+
+def _not_shown(key:str, v, # A field
+               image, # What the record shows, or None
+              ) -> bool:
+    "Does a field hold another picture, a film or a sound?"
+    if not v or not isinstance(v, (str, list, dict)): return False
+    values, named = v if isinstance(v, list) else [v], bool(_media.fullmatch(key))
+    if image is None: return named or (key not in _words and any(map(_is_picture, values)))
+    others = [x for x in values if isinstance(x, str) and os.path.basename(x) != os.path.basename(str(image))]
+    numbered = isinstance(v, list) or key[-1].isdigit()
+    return named and bool(_moving.match(key) or len(values) > 1 or (numbered and others))
+
+def _only_one_picture(rec:dict, at:tuple, # A record or one of its turns, and where it stands
+                      image, # What the record shows, or None
+                      within:str="", # How the field of a turn begins
+                     ):
+    "Raise `CitError` for what a record shows besides the picture under `image`."
+    for key, v in rec.items():
+        if (within or key != "image") and _not_shown(key, v, image):
+            raise CitError(f"{at[0]}: field {within + key!r} of record {at[1]} is not shown; one still picture at most "
+                           "is, by its path under 'image' of the record")
+
+# %% ../../nbs/suites/coin.ipynb #13e20636
 def _turns(rec:dict, at:tuple, # A record and where it stands
            left:Counter|None=None, # Counts what is left out
           ) -> list: # (question, answer) pairs
     "The turns of a conversation."
     talk, out, asked, left = rec.get("conversations"), [], None, Counter() if left is None else left
     if not isinstance(talk, list): raise _bad(at, "conversations", talk, "a list of turns")
-    pictured = _picture(rec, at) is not None
+    pictured, marked = _picture(rec, at) is not None, False
     for k, turn in enumerate(talk):
         who = turn.get("from") if isinstance(turn, dict) else None
         field = f"conversations[{k}]"
         if not isinstance(who, str) or who not in _roles: raise _bad(at, f"{field}.from", who, "human or gpt")
+        _only_one_picture(turn, at, None, f"{field}.")
         said, kind = _text(turn.get("value"), f"{field}.value", at), _roles[who]
         if kind == "is skipped": left["system turns are left out"] += 1
         elif kind == "asks":
             left["human turns without an answer are left out"] += asked is not None
-            asked = _question(said, pictured, f"{field}.value", at)
+            asked = _question(said, pictured, f"{field}.value", at, marked)
+            marked = marked or "<image>" in said
         elif asked is None: left["answers without a question are left out"] += 1
         else:
             out.append((asked, said.strip()))
@@ -155,25 +198,12 @@ def _asked(rec:dict, at:tuple, # A record and where it stands
     return question, said or [""]
 
 # %% ../../nbs/suites/coin.ipynb #cfed23c0
-_media = re.compile(r"(image|img|picture|pic|photo|frame|video|audio|clip)s?_?\d*(_?(path|file|url|name|list)s?_?\d*)?",
-                    re.I)
-
-def _only_one_picture(rec:dict, at:tuple):
-    "Raise `CitError` for what a record shows besides the picture under `image`."
-    for key, v in rec.items():
-        if key == "image" or not _media.fullmatch(key) or not isinstance(v, (str, list, dict)) or not v: continue
-        moving = re.match("video|audio|clip|frame", key, re.I)
-        several = (isinstance(v, list) and len(v) > 1) or (re.search(r"\d", key) and v != rec.get("image"))
-        if moving or several or rec.get("image") is None:
-            raise CitError(f"{at[0]}: field {key!r} of record {at[1]} is not shown; one still picture at most is, "
-                           "by its path under 'image'")
-
 def _head(rec, at) -> tuple: # (id, image, more)
     "What training and test records have in common."
     if not isinstance(rec, dict):
         what = "an object with conversations, or with text and answer"
         raise CitError(f"{at[0]}: record {at[1]} is {_said(rec)}, but must be {what}")
-    _only_one_picture(rec, at)
+    _only_one_picture(rec, at, _picture(rec, at))
     key = "question_id" if rec.get("question_id") is not None else "id"
     id, image, meta = rec.get(key), rec.get("image"), rec.get("meta", {})
     if id is None: id = at[1]
