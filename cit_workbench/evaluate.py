@@ -48,9 +48,12 @@ def column_scores(task, # A `Task`
 
 # %% ../nbs/07_evaluate.ipynb #c8311d3c
 def answered_by(method:Method) -> dict:
-    "Name the versions of the code that answers and scores, and of the libraries below it."
-    libraries = {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "peft")}}
-    return {**behaviour(versions_of(method), {}), "libraries": libraries}
+    "Name the versions of the code that answers and scores, and of the libraries below it; how weights were trained does not count."
+    below = ("transformers", "peft", "tokenizers", "numpy", "pillow")
+    libraries = {"torch": torch.__version__, **{name: version(name) for name in below}}
+    made_by = behaviour(versions_of(method), {})
+    rooms = {room: v for room, v in made_by["rooms"].items() if room != "training"}
+    return {**made_by, "rooms": rooms, "libraries": libraries}
 
 # %% ../nbs/07_evaluate.ipynb #b257e3ab
 @patch
@@ -59,7 +62,8 @@ def state_key(self:Net) -> str:
     own = [(n, p.detach().float().cpu().numpy()) for n, p in sorted(self.own().items())]
     tree, tensors = split_tree(self.method.mem)
     bb, m = self.backbone, self.method
-    start = (bb.hash, bb.image_mode, str(bb.dtype), str(bb.device), torch.get_num_threads(), answered_by(m))
+    pixels = bb.image_mode, type(bb.image_processor).__name__
+    start = (bb.hash, *pixels, str(bb.dtype), str(bb.device), torch.get_num_threads(), answered_by(m))
     if bb.image_reading != "seen": start = (*start, bb.image_reading)
     if not own and not overrides(m, "route"): return digest(start)
     return digest(start, m.name, config_of(m), code_of(m), asdict(self.tuning), tree, *[x for n, a in own for x in (n, a)],
