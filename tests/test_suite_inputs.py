@@ -202,6 +202,13 @@ def test_marks_that_are_kept_as_text_are_counted(tmp_path, mark):
     assert len(said) == 1 and said[0].endswith(f"1 of 2 rows hold {mark} or the like, which is read as text")
 
 
+def test_a_stream_is_named_and_not_printed_whole(own, twin, tmp_path):
+    fields = dict(backbone=twin, optim={"steps": 1, "batch": 2}, compute={"threads": 1}, out=str(tmp_path / "run"))
+    few = dict(tasks="ImageNet", limit=4, eval_limit=2)
+    with pytest.raises(CitError, match="^method 'fwd_prompt': stream 'coin:CoIN' has no held-in tasks .{,80}$"):
+        Run("fwd_prompt", stream=f"coin:{own}", stream_args=few, **fields).train()
+
+
 def test_a_folder_is_no_picture(own):
     edit(own / SETS / "ImageNet" / "test.json", lambda d: d[1].update(image="."))
     with pytest.raises(CitError, match="image .*cl_dataset of task 'ImageNet' is no file .'image' of test row 1"):

@@ -149,7 +149,7 @@ def begin(self:FwdPrompt, net, task):
 @patch
 def known(self:FwdPrompt, net, none):
     if self.variant in ("residual", "none"): return none
-    if not (names := [t.name for t in net.held_in if t.n["train"]]): raise CitError(f"method 'fwd_prompt': stream {net.stream} has no held-in tasks to measure the pre-trained space on; use variant 'residual'")
+    if not (names := [t.name for t in net.held_in if t.n["train"]]): raise CitError(f"method 'fwd_prompt': stream {net.stream.name!r} has no held-in tasks to measure the pre-trained space on; set variant='residual'")
     return extend(none, self.gram(net, names), self.eps_pre)
 
 @patch
