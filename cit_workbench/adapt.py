@@ -142,7 +142,7 @@ def matched(model:nn.Module, # Any model
     all_ = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     hit = [(n, m) for n, m in all_ if re.fullmatch(targets, n)]
     if not hit:
-        like = next((n for n, _ in all_ if "layers" in n), all_[0][0] if all_ else "none")
+        like = next(iter(block_linears(model)), all_[0][0] if all_ else "none")
         raise CitError(f"tune: targets {targets!r} matches no linear layer; names look like {like!r}")
     if frozen := [n for n, _ in hit if in_tower(n)]: raise CitError(f"tune: targets {targets!r} {no_gradient(frozen)}")
     return hit
@@ -153,9 +153,10 @@ def add_lora(model:nn.Module, # A Hugging Face model, changed in place
             ): # `peft.PeftModel` around `model`
     "Put LoRA into `model` through peft (arXiv 2106.09685); raises `CitError` when `targets` names no linear layer."
     targets = tune.targets or every_linear(model)
-    matched(model, targets)
+    names = [n for n, _ in matched(model, targets)]
+    others = [n for n, _ in model.named_modules() if re.fullmatch(targets, n) and n not in names]
     if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
-    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=targets, lora_dropout=tune.dropout,
+    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=names if others else targets, lora_dropout=tune.dropout,
                      task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

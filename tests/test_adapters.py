@@ -107,6 +107,25 @@ def test_the_vision_tower_is_not_trained_in_name_only(method, train, twin, tmp_p
         trained(tmp_path/"run", twin, train, method)
 
 
+@pytest.mark.parametrize("targets", [r".*multi_modal_projector.*", r"(?!.*vision_tower).*"])
+def test_targets_that_name_a_whole_module_tune_its_linear_layers(targets, twin, tmp_path):
+    "peft refuses a module that is no layer; a part of the name of one is what people write."
+    run = trained(tmp_path/"run", twin, targets=targets)
+    want = {n for n, m in get_backbone(str(twin)).model.named_modules()
+            if isinstance(m, nn.Linear) and re.fullmatch(targets, n)}
+    tuned = {n.split(".lora_")[0].removeprefix("base_model.model.") for n, p in run.net.model.named_parameters()
+             if p.requires_grad}
+    assert tuned == want and len(want) > 1
+    bb = get_backbone(str(twin))
+    model = PeftModel.from_pretrained(bb.model, run.folder/"adapters"/"col-word")
+    same_logits(model.eval(), bb, run)
+
+
+def test_targets_that_match_nothing_are_told_a_name_that_is_allowed(twin, tmp_path):
+    with pytest.raises(CitError, match=r"names look like 'model\.language_model\.layers\.0\."):
+        trained(tmp_path/"run", twin, targets="nothing_at_all")
+
+
 @pytest.mark.parametrize("method", ["finetune", "olora", "grouping", "moelora"])
 def test_no_adapter_is_put_into_the_vision_tower(method, twin, tmp_path):
     with pytest.raises(CitError, match="targets .* parts of the vision tower"):
