@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, DynamicC
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, repeat_kv, rotate_half
 
 from .core import CitError, one_of, read_json
-from .loading import _where, all_backbones, family, judge, lasting_name, start_hash # noqa: F401
+from .loading import _where, all_backbones, family, judge, lasting_name, named_shards, start_hash # noqa: F401
 from .pictures import load_image, readings
 
 # %% ../nbs/02_backbone.ipynb #d01dd43e
@@ -427,7 +427,8 @@ def _stored(where:str, # Folder of the checkpoint
            ) -> int: # 0 where there are none
     "Count the numbers in weight files by their headers; raises `CitError` naming a damaged file."
     n, folder = 0, Path(where)
-    for file in sorted(folder.glob("*.safetensors")):
+    named = [f for f in named_shards(folder) if f.suffix == ".safetensors" and f.is_file()]
+    for file in sorted({*folder.glob("*.safetensors"), *named}):
         try:
             with safe_open(file, "pt") as f: n += sum(prod(f.get_slice(k).get_shape()) for k in f.keys())
         except (OSError, SafetensorError) as e:

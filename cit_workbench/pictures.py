@@ -51,14 +51,17 @@ def _eight_bits(image:Image.Image, # Of mode I, I;16 or F
     grey = np.nan_to_num(np.asarray(image, np.float32))
     most = 65535 if image.mode.startswith("I;16") else float(grey.max())
     white = next((w for w in (1 if image.mode == "F" else 255, 255, 65535) if most <= w), most)
-    return Image.fromarray((grey.clip(0, white)*(255/white)).astype(np.uint8))
+    seen = Image.fromarray((grey.clip(0, white)*(255/white)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is not None: seen.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    return seen
 
 def _seen(image:Image.Image) -> Image.Image: # RGB
     "What a viewer shows."
     image.load()
     image = _upright(image)
-    if image.has_transparency_data: return _on_white(image)
     if image.mode.startswith(("I", "F")): image = _eight_bits(image)
+    if image.has_transparency_data: return _on_white(image)
     return image.convert("RGB")
 
 # %% ../nbs/01a_pictures.ipynb #18afee39

@@ -92,6 +92,21 @@ def test_every_file_that_an_answer_depends_on_counts(name, copy):
     assert len({*seen}) == 3
 
 
+def test_shards_in_a_folder_within_count(copy):
+    index = json.loads((copy/"model.safetensors.index.json").read_text())
+    (copy/"shards").mkdir()
+    for shard in copy.glob("*.safetensors"): shard.rename(copy/"shards"/shard.name)
+    edit(copy, "model.safetensors.index.json", weight_map={k: f"shards/{v}" for k, v in index["weight_map"].items()})
+    assert get_backbone(str(copy)).hash == (before := start_hash(str(copy)))
+    shard = copy/"shards"/"model-00001-of-00003.safetensors"
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    assert start_hash(str(copy)) != before
+    shard.write_bytes(shard.read_bytes()[:5000])
+    refused(copy, f"weights {shard} cannot be read")
+    (copy/"model.safetensors.index.json").write_text("{")
+    refused(copy, "model.safetensors.index.json is not valid JSON")
+
+
 def test_a_large_file_is_read_once(copy, monkeypatch):
     large(copy, monkeypatch)
     first, real, reads = start_hash(str(copy)), open, []

@@ -170,6 +170,17 @@ def test_what_is_no_picture_is_named(image, says):
         with pytest.raises(CitError, match=says): way(image)
 
 
+def test_sixteen_bits_of_grey_with_a_transparent_shade_keep_their_shades(tmp_path):
+    shades = (np.arange(64*64).reshape(64, 64)*16).astype(np.uint16)
+    Image.fromarray(shades).save(tmp_path/"clear.png", transparency=int(shades[5, 5]))
+    Image.fromarray(shades).save(tmp_path/"plain.png")
+    clear, plain = (np.asarray(load_image(tmp_path/f"{n}.png")) for n in ("clear", "plain"))
+    assert (clear[5, 5] == 255).all() and (plain[5, 5] < 100).all()
+    clear = clear.copy()
+    clear[5, 5] = plain[5, 5]
+    np.testing.assert_array_equal(clear, plain)
+
+
 # Damaged and huge files
 
 def png(w, h):
