@@ -158,7 +158,8 @@ def begin(self:Workbench, form:Form, f, # Launches what the form says
 @patch
 def _load(self:Workbench):
     "Import what the forms and a launch need, library by library, and fill the forms."
-    for library in ("pandas", "sklearn.datasets.data", "torch", "peft", "cit_workbench.train"): # Handwritten digits are sklearn's
+    digits = "sklearn.datasets.data", "sklearn.datasets.descr" # Where sklearn keeps its handwritten digits
+    for library in ("pandas", *digits, "torch", "peft", "cit_workbench.train"):
         import_module(library)
         yield
     package, known = self.classes(), run_fields()

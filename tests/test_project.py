@@ -78,8 +78,9 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CIT_QUIET", "1")
     ten, dashboard = re.findall(r"```python\n(.*?)```", (root/"README.md").read_text(encoding="utf-8"), re.S)
     assert len(ten.splitlines()) <= 12
+    earlier = {id(o) for o in gc.get_objects() if type(o).__name__ == "Workbench"}
     for source in (ten, dashboard): exec(compile(source, "README.md", "exec"), made := {})
-    views = [o for o in gc.get_objects() if type(o) is made["Workbench"]]
+    views = [o for o in gc.get_objects() if type(o) is made["Workbench"] and id(o) not in earlier]
     assert len(views) == 1
     views[0].close()
 

@@ -198,7 +198,7 @@ def test_other_names_of_the_same_picture_are_no_second_one(tmp_path):
 
 @pytest.mark.parametrize("mark", ["<Image>", "<image_1>", "<image 1>", "<|image_pad|>", "<|vision_start|>"])
 def test_marks_that_are_kept_as_text_are_counted(tmp_path, mark):
-    _, said = heard(lambda: rows_of(tmp_path, talk(f"{mark}\nWhat is it?", "cat"), talk("Is 2 < image > 1?", "no")))
+    _, said = heard(lambda: rows_of(tmp_path, talk(f"What does {mark} mean?", "cat"), talk("Is 2 < image > 1?", "no")))
     assert len(said) == 1 and said[0].endswith(f"1 of 2 rows hold {mark} or the like, which is read as text")
 
 
