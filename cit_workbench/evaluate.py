@@ -51,9 +51,12 @@ def answered_by(method:Method) -> dict:
     "Name the versions of the code that answers and scores, and of the libraries below it; how weights were trained does not count."
     below = ("transformers", "peft", "tokenizers", "numpy", "pillow")
     libraries = {"torch": torch.__version__, **{name: version(name) for name in below}}
-    made_by = behaviour(versions_of(method), {})
-    rooms = {room: v for room, v in made_by["rooms"].items() if room != "training"}
-    return {**made_by, "rooms": rooms, "libraries": libraries}
+    return {**_but_training(versions_of(method)), "libraries": libraries}
+
+def _but_training(methods:dict) -> dict: # As `behaviour`, without the room of training
+    "Name the versions of what is computed with given weights."
+    made_by = behaviour(methods, {})
+    return {**made_by, "rooms": {room: v for room, v in made_by["rooms"].items() if room != "training"}}
 
 # %% ../nbs/07_evaluate.ipynb #b257e3ab
 @patch
@@ -239,9 +242,9 @@ def _stored(path, n):
 # %% ../nbs/07_evaluate.ipynb #1d54c95f
 _rows = 32
 
-def _spread(name:str, total:int) -> list: # (task name, index) pairs
+def _spread(name:str, total:int, most:int=_rows) -> list: # (task name, index) pairs
     "Some rows of a task, evenly spread."
-    n = min(_rows, total)
+    n = min(most, total)
     return [(name, i*total//n) for i in range(n)]
 
 @patch
@@ -350,7 +353,7 @@ def gather(self:Net,
     "One pass over samples of a task; raises `CitError` below eight samples."
     N = self.find(name).n[split]; n = min(n, N)
     if n < _blocks: raise CitError(f"task {name!r} has {n} {split} samples to be measured; at least {_blocks} are needed")
-    pooled, moments, refs = defaultdict(list), {}, [(name, i*N//n) for i in range(n)]
+    pooled, moments, refs = defaultdict(list), {}, _spread(name, N, n)
     for lo in range(0, n, size):
         b = self.rows(refs[lo:lo + size], split)
         for what in ("instruction", "answer"): pooled[f"features/{what}"].append(self.features(b, what).cpu().numpy())
@@ -438,7 +441,7 @@ def mean_grad(self:Net,
 @patch
 def observe_gradients(self:Net, names:list, n:int=200, split:str="train") -> dict:
     "Gradient cosines of tasks (halves of their samples) and overlaps of their Fisher importances."
-    rows = {t: [(t, i*self.find(t).n[split]//m) for i in range(m)] for t in names for m in [min(n, self.find(t).n[split])]}
+    rows = {t: _spread(t, self.find(t).n[split], n) for t in names}
     with _aside(self, names):
         one, two = ([self.mean_grad(rows[t][h::2], split) for t in names] for h in (0, 1))
         fisher = [{k: v.cpu().numpy() for k, v in self.sample_grads(t, n=n).items()} for t in names]
@@ -447,9 +450,8 @@ def observe_gradients(self:Net, names:list, n:int=200, split:str="train") -> dic
 # %% ../nbs/07_evaluate.ipynb #eb92f8fa
 def _measured_by() -> dict: # {room: version}, and the source while it differs from its commit
     "Name the versions of the code that reads data and models and measures them."
-    made = behaviour({}, {})
-    rooms = {room: version for room, version in made["rooms"].items() if room != "training"}
-    return {"rooms": rooms, **{k: made[k] for k in ("source",) if k in made}}
+    made = _but_training({})
+    return {k: made[k] for k in ("rooms", "source") if k in made}
 
 def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
             stream:str="shapes", # As `get_stream` takes it

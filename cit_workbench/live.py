@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['alive', 'hold', 'command', 'Control', 'Reply', 'answer_asks', 'reply_of', 'Stopped', 'obey', 'gentle', 'turn',
-           'attended', 'asked_of', 'watch_of', 'made', 'note_asked', 'launch', 'start', 'child', 'method_source',
-           'read_ahead', 'rebuilt', 'run_of', 'answer_apart', 'places', 'branch', 'take_over', 'welcome']
+           'attended', 'asked_of', 'watch_of', 'made', 'note_asked', 'launch', 'start', 'child_env', 'child',
+           'method_source', 'read_ahead', 'rebuilt', 'run_of', 'answer_apart', 'places', 'branch', 'take_over',
+           'welcome']
 
 # %% ../nbs/06c_live.ipynb #01682ce0
 from contextlib import contextmanager
@@ -409,14 +410,14 @@ def start(folder:Path, # A run folder
         Control(folder).say("queued" if asked_of(folder).get("compute", {}).get("device", "cpu") != "cpu" else "loading")
         code = "import sys; from cit_workbench.live import child; child(*sys.argv[1:])"
         with open(folder/"log.txt", "ab") as log:
-            p = subprocess.Popen([sys.executable, "-c", code, str(folder), str(fd), str(time.time_ns())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[fd], env=_child_env())
+            p = subprocess.Popen([sys.executable, "-c", code, str(folder), str(fd), str(time.time_ns())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[fd], env=child_env())
     finally: os.close(fd)
     _started[:] = [p, *(q for q in _started if q.poll() is None)]
     return Record(folder)
 
 _started = []
 
-def _child_env() -> dict:
+def child_env() -> dict:
     "The environment of a process that finds what this one finds, and draws no progress bars."
     paths = dict.fromkeys(p or os.getcwd() for p in sys.path)
     return os.environ | {"CIT_QUIET": "1", "PYTHONIOENCODING": "utf-8:replace", "PYTHONPATH": os.pathsep.join(paths)}
@@ -655,7 +656,7 @@ def ask_apart(self:Record,
         if image is not None: np.save(Path(at)/"image.npy", image)
         write_atomic(Path(at)/"text", text)
         code = "import sys; from cit_workbench.live import answer_apart; answer_apart(*sys.argv[1:])"
-        done = subprocess.run([sys.executable, "-c", code, str(self.path), at], env=_child_env(),
+        done = subprocess.run([sys.executable, "-c", code, str(self.path), at], env=child_env(),
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)
         got = _read(Path(at)/"reply") or {"error": done.stderr.strip().rpartition("\n")[2]}
     if "error" in got: raise CitError(f"{self.path} could not answer: {got['error']}")

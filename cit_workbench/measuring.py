@@ -10,6 +10,7 @@ import fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
 from .core import CitError, cache_dir, canonical, digest, placed
+from .live import child_env
 from .record import Record
 
 # %% ../nbs/11h_measuring.ipynb #db0a825b
@@ -68,8 +69,7 @@ class Measuring:
         self.log, self.began = log_of(self.what), time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
-        here = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path))
-        env = os.environ | {"CIT_QUIET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": here}
+        env = child_env() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         code = "import sys; from cit_workbench.measuring import child; child(*sys.argv[1:])"
         self.process = subprocess.Popen([sys.executable, "-c", code, canonical(self.what)], stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=env)

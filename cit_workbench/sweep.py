@@ -27,10 +27,13 @@ from .stream import get_stream, scorers_of
 from .testbed import recipe
 
 # %% ../nbs/12_sweep.ipynb #b0d6a2fa
+def _own_pages() -> Path:
+    "Where a checkout has its method pages."
+    return Path(find_spec("cit_workbench").origin).parents[1]/"nbs"/"methods"
+
 def pages_dir() -> Path: # `nbs/methods` of the checkout
     "The folder of the method pages."
-    path = Path(find_spec("cit_workbench").origin).parents[1]/"nbs"/"methods"
-    if path.is_dir(): return path
+    if (path := _own_pages()).is_dir(): return path
     raise CitError("sweeps execute nbs/methods/*.ipynb, and this installation has none: "
                    "install from a clone (pip install -e .) or name pages by their path")
 
@@ -124,8 +127,7 @@ def exports(path:Path) -> list: # Sources of its export cells
 
 def _elsewhere(path:Path) -> bool:
     "Tell whether a page is none of the package's."
-    own = Path(find_spec("cit_workbench").origin).parents[1]/"nbs"/"methods"
-    return path.resolve().parent != own.resolve()
+    return path.resolve().parent != _own_pages().resolve()
 
 # %% ../nbs/12_sweep.ipynb #a189feba
 def facts_of(path:Path, # A method's page
@@ -238,11 +240,12 @@ class Cell:
     varied:dict = field(default_factory=dict) # What tells it from the page's other cells
     error:str = "" # What went wrong, if something did
     records:Path|None = None # Folder of finished cells, a packed file each
+    asked:dict = field(default_factory=dict) # Parameters as `written`: what names its results
     made_by:dict = field(default_factory=dict) # Versions of what runs it
     data:str = "" # Digest of its data
 
     @property
-    def id(self): return digest(self.page.stem, written(self.params, self.page))
+    def id(self): return digest(self.page.stem, self.asked)
     @property
     def out(self): return self.folder/f"{self.page.stem}-{self.key}"
     @property
@@ -290,10 +293,10 @@ def _cells(spec:dict, file, out="") -> list:
             params = check_parameters(given, page)
             given = {k: params[k] for k in given}
             named = {k: params[k] for k in ("stream", "stream_args", "backbone", "optim", "tune") if k in params}
-            known, content = made(page, canonical(params)), data(canonical(named))
+            known, content, asked = made(page, canonical(params)), data(canonical(named)), written(params, page)
             counted = {k: v for k, v in known.items() if k != "columns"}
-            key = digest(page.stem, written(params, page), counted, content)
-            cells.append(Cell(page, given, params, key, folder, varied, records=near/expanded(records) if records else None, made_by=known, data=content))
+            key, kept = digest(page.stem, asked, counted, content), near/expanded(records) if records else None
+            cells.append(Cell(page, given, params, key, folder, varied, records=kept, asked=asked, made_by=known, data=content))
     return list({c.key: c for c in cells}.values())
 
 # %% ../nbs/12_sweep.ipynb #0b888715

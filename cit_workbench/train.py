@@ -9,7 +9,7 @@ __all__ = ['Optim', 'Tuned', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'alone', 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import json, math, os, platform, re, subprocess, time, warnings
+import json, math, os, platform, re, time, warnings
 from functools import lru_cache
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -24,9 +24,9 @@ from transformers.image_processing_backends import PilBackend
 
 from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Out, at, get_backbone, start_hash
-from .behaviour import behaviour, scored_by
+from .behaviour import behaviour, git, package, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint, rename, sweep, sync, write_checkpoint # noqa: F401
-from .core import CitError, assets, check_args, check_finite, digest, disk_error, expanded, here, not_finite, one_of, plain, progress, read_json, rng, write_atomic
+from .core import CitError, check_args, check_finite, digest, disk_error, expanded, here, not_finite, one_of, plain, progress, read_json, rng, write_atomic
 from .evaluate import column_scores, forget
 from .live import attended, gentle, hold, launch, obey, run_of, watch_of, welcome
 from .memory import join_tree, split_tree
@@ -630,10 +630,10 @@ def _warn_of_left_out(net:Net, left:list):
 # %% ../nbs/06_train.ipynb #a6ecd53d
 def git_state() -> dict:
     "Commit of the code and whether it was changed since."
-    here = assets().parent
-    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
-    head = git("rev-parse", "HEAD")
-    return {"commit": head.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--", "*.py", "*.ipynb").stdout.strip())} if head.returncode == 0 else {"commit": None, "dirty": None}
+    head = git(package(), "rev-parse", "HEAD")
+    if head is None: return {"commit": None, "dirty": None}
+    changed = git(package(), "status", "--porcelain", "--", "*.py", "*.ipynb")
+    return {"commit": head.strip(), "dirty": bool(changed)}
 
 # %% ../nbs/06_train.ipynb #991d5580
 @patch

@@ -15,6 +15,15 @@ from pathlib import Path
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
          "--disable-background-networking", "--disable-sync", "--force-color-profile=srgb"]
+HALF = """from dataclasses import dataclass
+from cit_workbench import Method
+@dataclass
+class Half(Method):
+    "Gradients at a part of their size."
+    share: float = .5 # What is left
+    def grads(self, net, s):
+        for p in net.params.values(): p.grad.mul_(self.share)
+    def stats(self, net): return {"left": self.share}"""  # a method that a notebook defines
 
 
 def notebook(path, *cells):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from twin import make_coin, make_twin, old_name
+from twin import edit, make_coin, make_twin, old_name
 
 from cit_workbench import Run, all_methods, get_backbone, get_stream
 from cit_workbench.backbone import at, load_image
@@ -31,13 +31,6 @@ def folder(tmp_path_factory): return make_coin(tmp_path_factory.mktemp("suite")/
 
 @pytest.fixture
 def own(folder, tmp_path): return shutil.copytree(folder, tmp_path/"CoIN")
-
-
-def edit(path, change):
-    "Change the content of a JSON file in place."
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 # The checkpoint

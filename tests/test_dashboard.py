@@ -9,19 +9,10 @@ from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from cit_workbench.view import toy_run  # noqa: E402
-from lab import CHROMIUM, Lab, browser, notebook, server  # noqa: E402
+from lab import CHROMIUM, HALF, Lab, browser, notebook, server  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
-OWN = """from dataclasses import dataclass
-from cit_workbench import Method
-@dataclass
-class Half(Method):
-    "Gradients at a part of their size."
-    share: float = .5 # What is left
-    def grads(self, net, s):
-        for p in net.params.values(): p.grad.mul_(self.share)
-    def stats(self, net): return {"left": self.share}"""
-CELLS = ("from cit_workbench.dashboard import Workbench", "bench = Workbench('runs')\nbench", OWN)
+CELLS = ("from cit_workbench.dashboard import Workbench", "bench = Workbench('runs')\nbench", HALF)
 TOY = {"tasks": ["col-word", "shp-mcq", "col-night"], "n_train": 96, "n_val": 8, "n_test": 4}
 
 

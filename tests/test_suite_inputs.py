@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from twin import make_coin, make_twin
+from twin import edit, make_coin, make_twin
 
 from cit_workbench import Run, get_stream
 from cit_workbench.core import CitError
@@ -33,13 +33,6 @@ def twin(tmp_path_factory):
 @pytest.fixture
 def own(tmp_path):
     return make_coin(tmp_path / "CoIN")
-
-
-def edit(path, change):
-    "Change the content of a JSON file in place."
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def heard(f):

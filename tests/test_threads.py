@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lab import HALF
 
 from cit_workbench.launcher import comments, method_classes
 from cit_workbench.train import Compute, Optim, Spec, Tune
@@ -77,16 +78,7 @@ def cell(text): shell.run_cell(text).raise_error()
 
 cell(f"from cit_workbench.dashboard import Workbench; bench = Workbench({sys.argv[1]!r}, dark=False)")
 bench, said, small = shell.user_ns["bench"], [], sys.argv[2]
-cell('''
-from dataclasses import dataclass
-from cit_workbench import Method
-@dataclass
-class Half(Method):
-    "Gradients at a part of their size."
-    share: float = .5 # What is left
-    def grads(self, net, s):
-        for p in net.params.values(): p.grad.mul_(self.share)
-''')
+cell(sys.argv[3])
 until(lambda: "half" in [v for _, v in bench.form.method.options])
 bench.run.value = "real"
 for k in range(7):
@@ -120,7 +112,7 @@ print(json.dumps({"found": found, "views": views, "errors": [s for s in said if 
 
 def test_no_thread_of_the_workbench_imports_or_parses(runs):
     "Every tab, a question, a launch of the notebook's own class, a branch of it in a kernel that does not know the class."
-    got = script(WORKBENCH, runs, json.dumps(SMALL))
+    got = script(WORKBENCH, runs, json.dumps(SMALL), HALF)
     assert got == {"found": [], "views": ["Compare", "Forgetting", "Similarity", "Spectra"], "errors": [],
                    "ended": ["finished", "finished"]}
 

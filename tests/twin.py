@@ -28,6 +28,13 @@ CHAT = ("{% for message in messages %}"
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 
 
+def edit(path, change):
+    "Change the content of a JSON file in place."
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
 def _dims(*sizes):
     return dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes))
 
