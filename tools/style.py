@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Measure how the code reads: `python tools/style.py` prints a line per module and the totals.
+
+    python tools/style.py                       every module, and the totals
+    python tools/style.py --totals              the totals alone
+    python tools/style.py core methods/ewc      these modules, with the functions and names to look at
+    python tools/style.py --tree FOLDER         another checkout, to compare with
+"""
+import argparse
+import ast
+import io
+import json
+import re
+import sys
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+WIDTH, LONG_FUNCTION, LONG_MODULE = 120, 25, 300
+ARTICLES = {"a", "an", "the"}
+OPENERS = {"what", "which", "who", "whose", "where", "when", "how", "why", "whether", "of", "in", "on", "for", "from", "with", "by",
+           "at", "to", "as", "if", "one", "every", "each", "all", "no", "this", "that", "its", "and", "so", "only", "two", "these", "any"}
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
+def docstring_node(node: ast.AST):
+    "Return the docstring's statement of a module, class or function, or None."
+    body = getattr(node, "body", None)
+    if not isinstance(body, list) or not body or not isinstance(body[0], ast.Expr):
+        return None
+    value = body[0].value
+    return body[0] if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+def density(source: str, tree: ast.Module) -> tuple[int, int, int]:
+    "Count syntax nodes, lines that hold code, and semicolons; docstrings and comments are left out."
+    docstrings = {id(part) for node in ast.walk(tree) if (found := docstring_node(node)) for part in (found, found.value)}
+    nodes = sum(isinstance(node, (ast.expr, ast.stmt)) and id(node) not in docstrings for node in ast.walk(tree))
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    lines = {token.start[0] for token in tokens if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER)}
+    semicolons = sum(token.type == tokenize.OP and token.string == ";" for token in tokens)
+    return nodes, len(lines), semicolons
+
+
+def bound_names(tree: ast.Module) -> list[str]:
+    "List every name that is bound: parameters, assignments, loop variables; `_` and `self` do not count."
+    names = [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    names += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return [name for name in names if name not in ("_", "self", "cls")]
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    "List all functions, nested ones included."
+    return [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+
+
+def length(function: ast.FunctionDef) -> int:
+    "Count the lines of a function's body, its docstring left out."
+    body = [statement for statement in function.body if statement is not docstring_node(function)]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def begins_with_verb(text: str) -> bool:
+    "Tell whether a docstring's first word can be a verb: no article, question word, preposition, number or name in backticks."
+    first = re.match(r"[A-Za-z]+", text.strip())
+    word = first.group().lower() if first else ""
+    return bool(word) and word not in ARTICLES | OPENERS and not re.search(r"(ed|tion|ness|ment)$", word)
+
+
+def public_names(tree: ast.Module) -> list[str]:
+    "Read the public names of a module from its `__all__`."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+            return ast.literal_eval(node.value)
+    return []
+
+
+def imports(tree: ast.Module, own: str) -> list[tuple[str, list[str], bool]]:
+    "List imports from the package: (module, names, whether inside a function)."
+    inside = {id(node) for function in functions(tree) for node in ast.walk(function)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("cit_workbench")):
+            continue
+        above = own.split("/")[:-node.level] if node.level else []
+        module = "/".join(above + (node.module or "").replace("cit_workbench", "", 1 if not node.level else 0).strip(".").split("."))
+        found.append((module.strip("/"), [name.name for name in node.names], id(node) in inside))
+    return found
+
+
+def edges(name: str, tree: ast.Module, modules: set[str]) -> set[str]:
+    "Find the modules that a module imports, those imported late included."
+    found = set()
+    for module, names, _ in imports(tree, name):
+        inner = {f"{module}/{part}".strip("/") for part in names} & modules
+        found |= inner or ({module} & modules)
+    return found - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    "Find the groups of modules that import each other, late imports included."
+    def reached(start):
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph.get(todo.pop(), ()):
+                if name not in seen:
+                    seen.add(name)
+                    todo.append(name)
+        return seen
+    reach = {name: reached(name) for name in graph}
+    groups = {tuple(sorted(other for other in reach[name] if name in reach[other])) for name in graph if name in reach[name]}
+    return [list(group) for group in sorted(groups)]
+
+
+def patches(tree: ast.Module) -> list[str]:
+    "List the classes that functions under `@patch` extend."
+    marked = [f for f in functions(tree) if any(getattr(mark, "id", "") == "patch" for mark in f.decorator_list)]
+    return [ast.unparse(f.args.args[0].annotation) for f in marked if f.args.args and f.args.args[0].annotation]
+
+
+def measure(path: Path, name: str) -> dict:
+    "Measure one module."
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    nodes, lines, semicolons = density(source, tree)
+    names = bound_names(tree)
+    documented = [(f.name, ast.get_docstring(f)) for f in functions(tree) if ast.get_docstring(f)]
+    return dict(name=name, tree=tree, nodes=nodes, code=lines, lines=sum(bool(line.strip()) for line in source.splitlines()),
+                semicolons=semicolons, wide=sum(len(line) > WIDTH for line in source.splitlines()), names=names,
+                short=[n for n in names if len(n) == 1], functions=len(functions(tree)),
+                long=[(f.name, length(f)) for f in functions(tree) if length(f) > LONG_FUNCTION],
+                documented=documented, nouns=[f"{n}: {text.splitlines()[0]}" for n, text in documented if not begins_with_verb(text)],
+                public=public_names(tree), late=sum(late for *_, late in imports(tree, name)), patches=patches(tree),
+                classes={node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)})
+
+
+def lessons(tree: Path) -> tuple[int, int]:
+    "Count the visible code cells and the export cells of all pages that export."
+    shown = exported = 0
+    for page in sorted(tree.glob("nbs/**/*.ipynb")):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+        marks = [re.findall(r"^#\|\s*(\w+)", source, re.M) for source in code]
+        export = sum("export" in mark and len(source.splitlines()) > 3 for mark, source in zip(marks, code))
+        if any("export" in mark for mark in marks):
+            exported += export
+            shown += sum(not {"export", "hide", "default_exp"} & set(mark) for mark in marks)
+    return shown, exported
+
+
+def totals(rows: list[dict], tree: Path) -> dict:
+    "Sum up the whole package."
+    total = lambda key: sum(row[key] for row in rows)
+    methods = [row for row in rows if row["name"].startswith("methods/")]
+    names = [name for row in rows for name in row["names"]]
+    known = {row["name"] for row in rows}
+    home = {cls: row["name"] for row in rows for cls in row["classes"]}
+    away = [cls for row in rows for cls in row["patches"] if home.get(cls, row["name"]) != row["name"]]
+    documented = sum(len(row["documented"]) for row in rows)
+    shown, exported = lessons(tree)
+    return {"modules": len(rows), "lines that are not blank": total("lines"),
+            "nodes a line": round(total("nodes") / total("code"), 2),
+            "nodes a line, methods": round(sum(r["nodes"] for r in methods) / max(1, sum(r["code"] for r in methods)), 2),
+            f"lines over {WIDTH} columns": total("wide"), "semicolons": total("semicolons"),
+            "names of one letter": f"{sum(len(n) == 1 for n in names) / len(names):.1%}",
+            f"functions over {LONG_FUNCTION} lines": f"{sum(len(r['long']) for r in rows)} of {total('functions')}"
+                                                     f" ({sum(len(r['long']) for r in rows) / total('functions'):.1%})",
+            f"modules over {LONG_MODULE} lines": sum(row["lines"] > LONG_MODULE for row in rows),
+            "longest module": max((row["lines"], row["name"]) for row in rows),
+            "most public names": max((len(row["public"]), row["name"]) for row in rows),
+            "circles of modules": circles({row["name"]: edges(row["name"], row["tree"], known) for row in rows}),
+            "imports inside functions": total("late"), "@patch": sum(len(r["patches"]) for r in rows), "@patch on another page's class": len(away),
+            "docstrings that begin with a verb": f"{1 - sum(len(r['nouns']) for r in rows) / documented:.1%} of {documented}",
+            "lesson cells per export cell": round(shown / exported, 2)}
+
+
+def show(row: dict) -> None:
+    "Print one module's line."
+    print(f"{row['name']:<28} {row['lines']:>4} lines  nodes {row['nodes'] / max(1, row['code']):>5.1f}  wide {row['wide']:>2}  ; {row['semicolons']:>2}"
+          f"  one letter {len(row['short']) / max(1, len(row['names'])):>4.0%}  long {len(row['long'])}  public {len(row['public']):>2}"
+          f"  late {row['late']:>2}  nouns {len(row['nouns'])}")
+
+
+def explain(row: dict) -> None:
+    "Print what to look at in one module."
+    print("  one letter:", ", ".join(f"{name} ×{count}" for name, count in Counter(row["short"]).most_common()) or "none")
+    print("  long functions:", ", ".join(f"{name} {lines}" for name, lines in row["long"]) or "none")
+    for line in row["nouns"]:
+        print("  no verb:", line)
+
+
+def main() -> int:
+    "Measure the package of a checkout."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", help="modules to explain, such as core or methods/ewc")
+    parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="the checkout to measure")
+    parser.add_argument("--totals", action="store_true", help="print the totals alone")
+    args = parser.parse_args()
+    package = args.tree / "cit_workbench"
+    paths = {str(path.relative_to(package).with_suffix("")): path for path in sorted(package.rglob("*.py"))}
+    rows = [measure(path, name) for name, path in paths.items() if path.name not in ("_modidx.py", "__init__.py")]
+    unknown = set(args.modules) - {row["name"] for row in rows}
+    if unknown:
+        sys.exit(f"unknown module {sorted(unknown)[0]!r}; allowed: {', '.join(row['name'] for row in rows)}")
+    for row in rows if not args.totals else []:
+        if not args.modules or row["name"] in args.modules:
+            show(row)
+            if args.modules:
+                explain(row)
+    if not args.modules:
+        for what, value in totals(rows, args.tree).items():
+            print(f"{what + ':':<36} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
