@@ -12,8 +12,9 @@ __all__ = ['scorers', 'scorer_versions', 'size', 'cell_px', 'shape_names', 'colo
            'in_format', 'make_example', 'make_task', 'ShapesArgs', 'from_catalogue']
 
 # %% ../nbs/01_stream.ipynb #dbb5813f
-import random, re
-from collections.abc import Callable
+import random
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from hashlib import blake2b
@@ -27,7 +28,7 @@ from .core import CitError, assets, check_args, digest, one_of
 # %% ../nbs/01_stream.ipynb #24bd46a8
 @dataclass(frozen=True, eq=False)
 class Example:
-    "One instruction about one image."
+    "Hold one instruction about one image."
     id:str # Unique within the stream: task/split/index
     image:np.ndarray|str|None # [height, width, 3] uint8, a path, or None
     question:str # Template line included
@@ -41,56 +42,71 @@ scorers, scorer_versions = {}, {}
 def scorer(name:str, # As in `Format.scorer`
            version:int=1, # Raised whenever the scorer gives other numbers than before
           ) -> Callable:
-    "Decorator: register a function (format, example, text) → score from 0 to 1."
+    "Return a decorator that registers a function (format, example, text) → score from 0 to 1."
     def put(rule:Callable) -> Callable:
-        scorers[name], scorer_versions[name] = rule, version
+        scorers[name] = rule
+        scorer_versions[name] = version
         return rule
     return put
 
 def scorer_version(name:str) -> int:
     "Return the version of a scorer; 1 for one that was put into `scorers` without a version."
-    return scorer_versions.get(one_of("scorer", name, scorers), 1)
-
-
+    known = one_of("scorer", name, scorers)
+    return scorer_versions.get(known, 1)
 
 # %% ../nbs/01_stream.ipynb #1bec92fe
 @scorer("accuracy")
-def exact(fmt, ex, text):
-    "1 when the text is the answer."
-    return float(text.strip() == ex.answer)
+def exact(fmt:"Format", example:Example, text:str) -> float:
+    "Return 1 when the text is the answer."
+    return float(text.strip() == example.answer)
 
 @scorer("caption")
-def slots(fmt, ex, text):
-    "Share of the caption's slots that are right; 0 when the sentence is not well formed."
-    m = re.fullmatch(fmt.pattern, text.strip())
-    if not m: return 0.
-    return sum(m[k] == v for k, v in ex.meta["slots"].items()) / len(ex.meta["slots"])
+def slots(fmt:"Format", example:Example, text:str) -> float:
+    "Return the share of the caption's slots that are right; 0 when the sentence is not well formed."
+    match = re.fullmatch(fmt.pattern, text.strip())
+    if not match: return 0.
+    true = example.meta["slots"]
+    right = sum(match[slot] == value for slot, value in true.items())
+    return right / len(true)
 
 # %% ../nbs/01_stream.ipynb #4c37961f
-def iou(a, b) -> float:
-    "Intersection over union of two boxes [x0, y0, x1, y1]."
-    w, h = (max(0., min(a[i+2], b[i+2]) - max(a[i], b[i])) for i in (0, 1))
-    area = sum((c[2]-c[0]) * (c[3]-c[1]) for c in (a, b)) - w*h
-    return w*h / area if area > 0 else 0.
+def _overlap(a:list, b:list, axis:int) -> float:
+    "Measure how much of an axis two boxes share."
+    low, high = max(a[axis], b[axis]), min(a[axis + 2], b[axis + 2])
+    return max(0., high - low)
+
+def _area(box:list) -> float:
+    "Measure the area of a box [x0, y0, x1, y1]."
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+def iou(a:list, b:list) -> float:
+    "Return the intersection over union of two boxes [x0, y0, x1, y1]."
+    shared = _overlap(a, b, 0) * _overlap(a, b, 1)
+    union = sum(_area(box) for box in (a, b)) - shared
+    return shared / union if union > 0 else 0.
 
 def box_in(text:str) -> list: # [x0, y0, x1, y1], or []
     "Read a text that is a box and nothing else: four numbers, in brackets or bare, with commas or blanks between them."
     said = text.strip().removesuffix(".")
-    if said[:1] + said[-1:] in ("[]", "()"): said = said[1:-1]
+    if said[:1] + said[-1:] in ("[]", "()"):
+        said = said[1:-1]
     parts = re.split(r"\s*,\s*|\s+", said.strip())
     number = r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
-    return [float(p) for p in parts] if len(parts) == 4 and all(re.fullmatch(number, p, re.I) for p in parts) else []
+    if len(parts) != 4: return []
+    if not all(re.fullmatch(number, part, re.I) for part in parts): return []
+    return [float(part) for part in parts]
 
 @scorer("box", version=2)
-def boxed(fmt, ex, text):
-    "1 when the text is a box that overlaps the true box by more than a half."
-    said, true = box_in(text), box_in(ex.answer)
-    return float(bool(said and true) and iou(said, true) > .5)
+def boxed(fmt:"Format", example:Example, text:str) -> float:
+    "Return 1 when the text is a box that overlaps the true box by more than a half."
+    said, true = box_in(text), box_in(example.answer)
+    if not said or not true: return 0.
+    return float(iou(said, true) > .5)
 
 # %% ../nbs/01_stream.ipynb #9567a17f
 @dataclass(frozen=True)
 class Format:
-    "How an answer must look, and how it is scored."
+    "Describe how an answer must look, and how it is scored."
     name:str
     pattern:str # Regular expression that a well-formed answer matches fully
     max_new_tokens:int # Room for the answer and the end token
@@ -98,29 +114,30 @@ class Format:
     scorer:str = "" # A name in `scorers`, where it is not the kind's own
 
     def score(self, example:Example, text:str) -> float:
-        "The formatted score, 0 to 1."
-        return scorers[self.scorer or self.kind](self, example, text)
+        "Return the formatted score, 0 to 1."
+        rule = scorers[self.scorer or self.kind]
+        return rule(self, example, text)
 
     def valid(self, text:str) -> bool:
-        "Is the text of this form, right or wrong?"
+        "Tell whether the text has this form, be it right or wrong."
         return re.fullmatch(self.pattern, text.strip()) is not None
 
 # %% ../nbs/01_stream.ipynb #66394b78
-def scorers_of(stream, # A `Stream`
-              ) -> dict: # {name in `scorers`: version}
+def scorers_of(stream:"Stream") -> dict: # {name in `scorers`: version}
     "Return the scorers that the columns of a stream use."
     used = {task.format.scorer or task.format.kind for task, _ in stream.roles()}
     return {name: scorer_version(name) for name in sorted(used)}
 
 def all_scorers() -> dict: # {name in `scorers`: version}
     "Return every scorer of the package, those of the suites included."
-    for suite in sorted(assets().parent.glob("suites/[a-z]*.py")): import_module(f"cit_workbench.suites.{suite.stem}")
+    for suite in sorted(assets().parent.glob("suites/[a-z]*.py")):
+        import_module(f"cit_workbench.suites.{suite.stem}")
     return {name: scorer_version(name) for name in sorted(scorers)}
 
 # %% ../nbs/01_stream.ipynb #7007e1a0
 @dataclass(frozen=True)
 class Task:
-    "A source of examples in three splits; the test split is read only to fill the result matrix."
+    "Describe a source of examples in three splits; the test split is read only to fill the result matrix."
     name:str
     format:Format
     domain:str # What the images look like
@@ -131,28 +148,36 @@ class Task:
     source:dict = field(default_factory=dict, repr=False) # What `make` depends on
     pictures:object = field(default=None, repr=False) # Knows what the picture files hold; None where `make` draws them
 
-    def __len__(self): return self.n["train"]
+    def __len__(self) -> int: return self.n["train"]
 
-    def example(self, split:str, i:int) -> Example:
-        "Example `i` of a split."
-        if not 0 <= i < self.n[one_of("split", split, self.n)]:
-            raise CitError(f"task {self.name!r} has {self.n[split]} {split} examples; there is no index {i}")
-        return self.make(split, i)
+    def example(self, split:str, index:int) -> Example:
+        "Return one example of a split."
+        if not 0 <= index < self.n[one_of("split", split, self.n)]:
+            raise CitError(f"task {self.name!r} has {self.n[split]} {split} examples; there is no index {index}")
+        return self.make(split, index)
 
     def digest(self, instead:dict|None=None, # {task: {image: what its file held before}}
               ) -> str:
-        "A name for the content: the settings, the first examples of each split, and all files of pictures."
-        shown = [self.example(s, i) for s in self.n for i in range(min(4, self.n[s]))]
-        parts = [p for e in shown for p in (e.question, e.answer, e.choices, "file" if isinstance(e.image, str) else e.image)]
-        files = [self.pictures.digest(self.n, (instead or {}).get(self.name))] if self.pictures else []
-        return digest(self.name, asdict(self.format), self.n, self.source, *parts, *files)
+        "Name the content by a digest: the settings, the first examples of each split, and all files of pictures."
+        first = [self.example(split, index) for split in self.n for index in range(min(4, self.n[split]))]
+        parts = []
+        for example in first:
+            image = "file" if isinstance(example.image, str) else example.image
+            parts += [example.question, example.answer, example.choices, image]
+        if self.pictures:
+            before = (instead or {}).get(self.name)
+            parts.append(self.pictures.digest(self.n, before))
+        return digest(self.name, asdict(self.format), self.n, self.source, *parts)
 
 # %% ../nbs/01_stream.ipynb #1785474e
-def _row(role, t): return f"| {t.name} | {role} | {t.domain} · {t.skill} · {t.format.name} | {len(t)} | {t.chance:.0f} |"
+def _row(role:str, task:Task) -> str:
+    "Write a task's line in the table of a stream."
+    about = f"{task.domain} · {task.skill} · {task.format.name}"
+    return f"| {task.name} | {role} | {about} | {len(task)} | {task.chance:.0f} |"
 
 @dataclass(frozen=True)
 class Stream:
-    "Tasks in training order, with held-in and unseen columns beside them."
+    "Hold tasks in training order, with held-in and unseen columns next to them."
     name:str
     tasks:list
     held_in:list = field(default_factory=list)
@@ -160,47 +185,58 @@ class Stream:
     steps:int|None = None # Optimiser steps per task it is meant for; None: what the start's recipe says
     image_mode:str = "plain" # How images are squared: "plain" as the processor does, "pad" as LLaVA-1.5 and CoIN do
 
-    def __len__(self): return len(self.tasks)
+    def __len__(self) -> int: return len(self.tasks)
     def __iter__(self): return iter(self.tasks)
 
-    def roles(self) -> list:
-        "Every task with its role, in the order of the columns of R."
-        return [(t, r) for r, ts in (("stream", self.tasks), ("held_in", self.held_in), ("unseen", self.unseen)) for t in ts]
+    def roles(self) -> list: # (task, role)
+        "List every task with its role, in the order of the columns of R."
+        groups = ("stream", self.tasks), ("held_in", self.held_in), ("unseen", self.unseen)
+        return [(task, role) for role, tasks in groups for task in tasks]
 
     def task(self, name:str) -> Task:
-        "The task of that name, whatever its role."
-        by = {t.name: t for t, _ in self.roles()}
-        return by[one_of("task", name, by)]
+        "Return the task of that name, whatever its role."
+        known = {task.name: task for task, _ in self.roles()}
+        return known[one_of("task", name, known)]
 
     def digest(self, instead:dict|None=None, # {task: {image: what its file held before}}
               ) -> str:
-        "A name for the content of all tasks, order included."
-        return digest(self.name, [(r, t.digest(instead)) for t, r in self.roles()])
+        "Name the content of all tasks by a digest, order included."
+        content = [(role, task.digest(instead)) for task, role in self.roles()]
+        return digest(self.name, content)
 
-    def _repr_markdown_(self):
+    def _repr_markdown_(self) -> str:
         head = ["| task | role | domain · skill · format | train | chance % |", "|---|---|---|---|---|"]
-        return "\n".join(head + [_row(r, t) for t, r in self.roles()])
+        rows = [_row(role, task) for task, role in self.roles()]
+        return "\n".join(head + rows)
 
 # %% ../nbs/01_stream.ipynb #3725d309
-def _limited(t, train, eval): # negative numbers were refused before
+def _limited(task:Task, train:int|None, eval:int|None) -> Task: # negative numbers were refused before
+    "Cap the number of examples in each split."
     caps = {"train": train, "val": eval, "test": eval}
-    return replace(t, n={s: n if caps[s] is None else min(n, caps[s]) for s, n in t.n.items()})
+    counts = {}
+    for split, count in task.n.items():
+        cap = caps[split]
+        counts[split] = count if cap is None else min(count, cap)
+    return replace(task, n=counts)
 
 def _reorder(self, order:list # Every task name once
             ) -> "Stream":
-    "The same stream in another training order."
-    names = [t.name for t in self.tasks]
-    for o in order: one_of(f"task of stream {self.name!r} in `order`", o, names)
-    if sorted(order) != sorted(names): raise CitError(f"`order` must hold every task of stream {self.name!r} once: {', '.join(names)}")
-    return replace(self, tasks=[self.task(o) for o in order])
+    "Return the same stream in another training order."
+    names = [task.name for task in self.tasks]
+    for name in order:
+        one_of(f"task of stream {self.name!r} in `order`", name, names)
+    if sorted(order) != sorted(names):
+        raise CitError(f"`order` must hold every task of stream {self.name!r} once: {', '.join(names)}")
+    return replace(self, tasks=[self.task(name) for name in order])
 
 def _limit(self, train:int|None=None, # At most so many training examples per task
            eval:int|None=None, # At most so many validation and test examples per task
           ) -> "Stream":
-    "The same stream with fewer examples."
-    for k, v in (("train", train), ("eval", eval)):
-        if v is not None and v < 1: raise CitError(f"limit of {k} examples is {v}, but must be at least 1")
-    cut = lambda ts: [_limited(t, train, eval) for t in ts]
+    "Return the same stream with fewer examples."
+    for name, most in (("train", train), ("eval", eval)):
+        if most is not None and most < 1:
+            raise CitError(f"limit of {name} examples is {most}, but must be at least 1")
+    cut = lambda tasks: [_limited(task, train, eval) for task in tasks]
     return replace(self, tasks=cut(self.tasks), held_in=cut(self.held_in), unseen=cut(self.unseen))
 
 Stream.reorder, Stream.limit = _reorder, _limit
@@ -208,13 +244,14 @@ Stream.reorder, Stream.limit = _reorder, _limit
 # %% ../nbs/01_stream.ipynb #b3c24c1d
 _streams = {}
 
-def register(f):
-    "Decorator: the stream named like function `f` is made by `f(**args)`."
-    _streams[f.__name__.replace("_", "-")] = f
-    return f
+def register(make:Callable) -> Callable:
+    "Register the stream that `make(**args)` makes, under the name of `make`; a decorator."
+    name = make.__name__.replace("_", "-")
+    _streams[name] = make
+    return make
 
 def all_streams() -> list:
-    "Names of the embedded streams."
+    "List the names of the embedded streams."
     return sorted(_streams)
 
 # %% ../nbs/01_stream.ipynb #cd9c8ff4
@@ -223,10 +260,13 @@ def get_stream(name:str, # An embedded stream, or SUITE:FOLDER such as "coin:/da
                eval_limit:int|None=None, # At most so many validation and test examples per task
                **args, # Arguments of that stream
               ) -> Stream:
-    "The stream of that name."
-    if limit is not None or eval_limit is not None: return get_stream(name, **args).limit(limit, eval_limit)
+    "Return the stream of that name."
+    if limit is not None or eval_limit is not None:
+        return get_stream(name, **args).limit(limit, eval_limit)
     suite, colon, folder = name.partition(":")
-    if not colon: return _streams[one_of("stream", name, [*_streams, "coin:FOLDER"] if name not in _streams else _streams)](**args)
+    if not colon:
+        allowed = _streams if name in _streams else [*_streams, "coin:FOLDER"]
+        return _streams[one_of("stream", name, allowed)](**args)
     module = f"cit_workbench.suites.{suite}"
     if not suite.isidentifier() or find_spec("cit_workbench.suites") is None or find_spec(module) is None:
         raise CitError(f"unknown suite {suite!r} in stream {name!r}; allowed: coin:FOLDER, {', '.join(all_streams())}")
@@ -237,125 +277,182 @@ size, cell_px = 48, 16
 shape_names = ("circle", "square", "triangle", "cross", "diamond")
 color_names = ("red", "orange", "yellow", "green", "blue", "purple")
 domain_names = ("day", "night", "digits", "bars")
-places = tuple(f"{r} {c}" for r in ("top", "middle", "bottom") for c in ("left", "center", "right"))
-grid_cells = tuple(f"{r}{c}" for r in "abc" for c in "123")
+places = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
+grid_cells = tuple(f"{row}{column}" for row in "abc" for column in "123")
 count_words = ("one", "two", "three", "four")
 code_words = ("zim", "bok", "tal", "fep", "gud", "nar")
-palette = np.array([(222, 36, 40), (243, 140, 28), (238, 218, 40), (44, 166, 70), (46, 92, 222), (150, 56, 190)], np.uint8)
+palette = np.array([(222, 36, 40), (243, 140, 28), (238, 218, 40), (44, 166, 70), (46, 92, 222), (150, 56, 190)],
+                   np.uint8)
 
 # %% ../nbs/01_stream.ipynb #beab320d
-def _mask(shape, # One of `shape_names`
-          s:float, # Half size, pixels
+def _mask(shape:str, # One of `shape_names`
+          half:float, # Half size, pixels
           dx:int, dy:int, # Shift, pixels
-         ): # [16, 16] bool
-    "One shape in one cell."
+         ) -> np.ndarray: # [16, 16] bool
+    "Draw one shape in one cell."
     y, x = np.mgrid[:cell_px, :cell_px] - (cell_px-1)/2
     x, y = abs(x-dx), y-dy
-    return {"circle": x**2 + y**2 <= s**2, "square": np.maximum(x, abs(y)) <= 0.86*s, "diamond": x + abs(y) <= 1.15*s,
-            "triangle": (abs(y) <= 0.9*s) & (x <= (y + 0.9*s)/1.8 + 0.3),
-            "cross": (np.minimum(x, abs(y)) <= 0.3*s) & (np.maximum(x, abs(y)) <= s)}[shape]
+    near, far = np.minimum(x, abs(y)), np.maximum(x, abs(y))
+    masks = {
+        "circle": x**2 + y**2 <= half**2,
+        "square": far <= 0.86*half,
+        "diamond": x + abs(y) <= 1.15*half,
+        "triangle": (abs(y) <= 0.9*half) & (x <= (y + 0.9*half)/1.8 + 0.3),
+        "cross": (near <= 0.3*half) & (far <= half),
+    }
+    return masks[shape]
 
-_variants = [(s, dx, dy) for s in (5.2, 6.2) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
+_variants = [(half, dx, dy) for half in (5.2, 6.2) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
 
 # %% ../nbs/01_stream.ipynb #a1622af5
 def hue(color:str, domain:str) -> int:
-    "Row of `palette` that shows a color name in a domain."
-    return (color_names.index(color) + (domain == "night")) % len(palette)
+    "Return the row of `palette` that shows a color name in a domain."
+    shift = domain == "night"
+    return (color_names.index(color) + shift) % len(palette)
 
 @cache
-def _backgrounds():
-    "Eight noisy backgrounds per domain [8, 48, 48, 3]."
-    g, (y, x) = np.random.default_rng(0), np.mgrid[:size, :size]
-    base = {"day": 232 + 0*x, "night": 34 + 0*x, "digits": np.where((x + y) % 6 < 3, 60, 84), "bars": np.where(y % 8 == 7, 176, 208)}
-    return {d: (b[None, ..., None] + 5*g.integers(-1, 2, (8, size, size, 1))).repeat(3, -1).astype(np.uint8) for d, b in base.items()}
+def _backgrounds() -> dict: # {domain: [8, 48, 48, 3] uint8}
+    "Draw eight noisy backgrounds per domain."
+    noise = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    bases = {
+        "day": 232 + 0*x,
+        "night": 34 + 0*x,
+        "digits": np.where((x + y) % 6 < 3, 60, 84),
+        "bars": np.where(y % 8 == 7, 176, 208),
+    }
+    drawn = {}
+    for domain, base in bases.items():
+        gray = base[None, ..., None] + 5*noise.integers(-1, 2, (8, size, size, 1))
+        drawn[domain] = gray.repeat(3, -1).astype(np.uint8)
+    return drawn
 
 @cache
-def _sprite(domain, shape, hue, variant, bg):
-    "A shape on its background [16, 16, 3]."
-    m = _mask(shape, *_variants[variant])[..., None]
-    return np.where(m, palette[hue], _backgrounds()[domain][bg, :cell_px, :cell_px])
+def _sprite(domain:str, shape:str, hue:int, variant:int, background:int) -> np.ndarray: # [16, 16, 3]
+    "Draw a shape on its background."
+    mask = _mask(shape, *_variants[variant])[..., None]
+    ground = _backgrounds()[domain][background, :cell_px, :cell_px]
+    return np.where(mask, palette[hue], ground)
 
 # %% ../nbs/01_stream.ipynb #69957f92
+def _lot(index:int) -> int:
+    "Return a number from 0 to 255 that decides the split of a handwritten digit."
+    return blake2b(b"%d" % index, digest_size=1).digest()[0]
+
 @cache
-def _digits():
-    "Coverage of each handwritten digit [n, 18, 18], 0 to 1, and its instances by (split, digit)."
+def _digits() -> tuple:
+    "Return the coverage of each handwritten digit [n, 18, 18], 0 to 1, and its instances by (split, digit)."
     from sklearn.datasets import load_digits
-    d = load_digits()
-    ink = np.kron(np.minimum(d.images / 12, 1), np.ones((1, 2, 2))).astype(np.float32)
+    digits = load_digits()
+    ink = np.kron(np.minimum(digits.images / 12, 1), np.ones((1, 2, 2))).astype(np.float32)
     ink = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
-    part = np.array([blake2b(b"%d" % i, digest_size=1).digest()[0] for i in range(len(ink))])
-    of = {"train": part < 180, "val": (part >= 180) & (part < 216), "test": part >= 216}
-    return ink, {(s, k): np.flatnonzero(m & (d.target == k)) for s, m in of.items() for k in range(10)}
+
+    lots = np.array([_lot(index) for index in range(len(ink))])
+    splits = {"train": lots < 180, "val": (lots >= 180) & (lots < 216), "test": lots >= 216}
+    instances = {}
+    for split, chosen in splits.items():
+        for digit in range(10):
+            instances[split, digit] = np.flatnonzero(chosen & (digits.target == digit))
+    return ink, instances
 
 # %% ../nbs/01_stream.ipynb #8025f2a9
 class Draw:
-    "A source of random choices that depends on its key alone; fast enough for one per example."
-    def __init__(self, *key): self.u = random.Random(blake2b(repr(key).encode(), digest_size=16).digest()).random
-    def below(self, n:int) -> int: return int(self.u() * n)
-    def pick(self, xs): return xs[int(self.u() * len(xs))]
-    def sample(self, xs, k:int) -> list:
-        "`k` different elements in random order."
-        xs = list(xs)
-        for i in range(k):
-            j = i + int(self.u() * (len(xs) - i))
-            xs[i], xs[j] = xs[j], xs[i]
-        return xs[:k]
+    "Make random choices that depend on a key alone; fast enough for one source per example."
+    def __init__(self, *key):
+        seed = blake2b(repr(key).encode(), digest_size=16).digest()
+        self.u = random.Random(seed).random
+
+    def below(self, limit:int) -> int: return int(self.u() * limit)
+
+    def pick(self, options:Sequence): return options[int(self.u() * len(options))]
+
+    def sample(self, options:Sequence, count:int) -> list:
+        "Draw `count` different elements in random order."
+        options = list(options)
+        for i in range(count):
+            j = i + int(self.u() * (len(options) - i))
+            options[i], options[j] = options[j], options[i]
+        return options[:count]
 
 # %% ../nbs/01_stream.ipynb #a70d56db
 @dataclass
 class Thing:
-    "One object of a scene."
+    "Hold one object of a scene."
     cell:int # 0 to 8, row by row; the column of a bar
     kind:str # A shape name, a digit, or "bar"
     color:str
     framed:bool = False # A thin line runs around the cell
     height:int = 0 # Of a bar, in steps of 8 pixels
 
-def _put_digit(im, y, x, t, r, split):
+def _put_digit(picture:np.ndarray, y:int, x:int, thing:Thing, dice:Draw, split:str) -> None:
+    "Write a digit into its cell, in a handwriting of the split."
     ink, instances = _digits()
-    k, dy, dx = r.pick(instances[split, int(t.kind)]), r.below(3), r.below(3)
-    a = ink[k, dy:dy+cell_px, dx:dx+cell_px, None]
-    at = im[y:y+cell_px, x:x+cell_px]
-    at[:] = at*(1-a) + palette[hue(t.color, "digits")]*a
+    instance = dice.pick(instances[split, int(thing.kind)])
+    dy, dx = dice.below(3), dice.below(3)
+    alpha = ink[instance, dy:dy+cell_px, dx:dx+cell_px, None]
+    cell = picture[y:y+cell_px, x:x+cell_px]
+    cell[:] = cell*(1-alpha) + palette[hue(thing.color, "digits")]*alpha
 
 # %% ../nbs/01_stream.ipynb #bfacb543
+def _put_frame(picture:np.ndarray, y:int, x:int, shade:int) -> None:
+    "Draw a thin line around a cell."
+    low, right = y + cell_px - 1, x + cell_px - 1
+    picture[y, x:x+cell_px] = picture[low, x:x+cell_px] = shade
+    picture[y:y+cell_px, x] = picture[y:y+cell_px, right] = shade
+
 def draw(things:list, # What is to be seen
          domain:str, # One of `domain_names`
-         r:Draw, # Decides noise, sizes, handwriting
+         dice:Draw, # Decides noise, sizes, handwriting
          split:str="train", # Whose handwriting
         ) -> np.ndarray: # [48, 48, 3] uint8
     "Draw a scene."
-    bg, pad = r.below(8), 0 if domain != "night" else 255
-    im = _backgrounds()[domain][bg].copy()
-    for t in things:
-        y, x = cell_px*(t.cell//3), cell_px*(t.cell%3)
-        if domain == "digits": _put_digit(im, y, x, t, r, split)
-        elif domain == "bars": im[size-8*t.height:, cell_px*t.cell+3:cell_px*t.cell+13] = palette[hue(t.color, domain)]
-        else: im[y:y+cell_px, x:x+cell_px] = _sprite(domain, t.kind, hue(t.color, domain), r.below(len(_variants)), bg)
-        if t.framed:
-            im[y, x:x+cell_px] = im[y+cell_px-1, x:x+cell_px] = pad
-            im[y:y+cell_px, x] = im[y:y+cell_px, x+cell_px-1] = pad
-    return im
+    background = dice.below(8)
+    picture = _backgrounds()[domain][background].copy()
+    for thing in things:
+        y, x = cell_px*(thing.cell//3), cell_px*(thing.cell%3)
+        shown = hue(thing.color, domain)
+        if domain == "digits":
+            _put_digit(picture, y, x, thing, dice, split)
+        elif domain == "bars":
+            left = cell_px*thing.cell + 3
+            picture[size-8*thing.height:, left:left+10] = palette[shown]
+        else:
+            variant = dice.below(len(_variants))
+            picture[y:y+cell_px, x:x+cell_px] = _sprite(domain, thing.kind, shown, variant, background)
+        if thing.framed:
+            _put_frame(picture, y, x, 255 if domain == "night" else 0)
+    return picture
 
 # %% ../nbs/01_stream.ipynb #0ac84d7d
-def scatter(r:Draw, only:str="", # "shape" or "color": what no other thing shares with the first
-           ) -> list: # The asked thing first
-    "Three to five things in different cells, one of them framed."
-    n, shape, color = 3 + r.below(3), r.pick(shape_names), r.pick(color_names)
-    kinds = [s for s in shape_names if s != shape] if only == "shape" else shape_names
-    colors = [c for c in color_names if c != color] if only == "color" else color_names
-    cells, framed = r.sample(range(9), n), r.below(n)
-    return [Thing(c, r.pick(kinds) if i else shape, r.pick(colors) if i else color, i == framed) for i, c in enumerate(cells)]
+def _without(names, name:str) -> list:
+    "List all names but one."
+    return [other for other in names if other != name]
 
-def two_digits(r:Draw) -> list:
-    "Two different digits of different colors, in reading order."
-    cells = sorted(r.sample(range(9), 2))
-    return [Thing(c, k, col) for c, k, col in zip(cells, r.sample("0123456789", 2), r.sample(color_names, 2))]
+def scatter(dice:Draw,
+            only:str="", # "shape" or "color": what no other thing shares with the first
+           ) -> list: # The asked thing first
+    "Draw three to five things in different cells, one of them framed."
+    number, shape, color = 3 + dice.below(3), dice.pick(shape_names), dice.pick(color_names)
+    kinds = _without(shape_names, shape) if only == "shape" else shape_names
+    colors = _without(color_names, color) if only == "color" else color_names
+    cells, framed = dice.sample(range(9), number), dice.below(number)
+
+    things = [Thing(cells[0], shape, color)]
+    for cell in cells[1:]:
+        things.append(Thing(cell, dice.pick(kinds), dice.pick(colors)))
+    things[framed].framed = True
+    return things
+
+def two_digits(dice:Draw) -> list:
+    "Draw two different digits of different colors, in reading order."
+    cells = sorted(dice.sample(range(9), 2))
+    digits, colors = dice.sample("0123456789", 2), dice.sample(color_names, 2)
+    return [Thing(*drawn) for drawn in zip(cells, digits, colors)]
 
 # %% ../nbs/01_stream.ipynb #2db3806b
 @dataclass
 class Ask:
-    "A question about a scene, before its format."
+    "Hold a question about a scene, before it has a format."
     things:list
     fill:str # The word that fills the question
     answer:str
@@ -364,251 +461,387 @@ class Ask:
 
 _skills, _phrases = {}, {}
 
-def skill(*phrases):
-    "Decorator: a skill named like the function, with five training paraphrases and one held out."
-    def add(f): _skills[f.__name__], _phrases[f.__name__] = f, phrases; return f
+def skill(*phrases:str) -> Callable:
+    "Return a decorator that registers a function as a skill, with five training paraphrases and one held out."
+    def add(rule:Callable) -> Callable:
+        _skills[rule.__name__] = rule
+        _phrases[rule.__name__] = phrases
+        return rule
     return add
 
 # %% ../nbs/01_stream.ipynb #127f614a
 @skill("What color is the {}?", "Which color is the {}?", "What is the color of the {}?", "Name the color of the {}.",
        "Tell me the color of the {}.", "The {} has which color?")
-def color(r, domain):
-    if domain == "digits": ts = r.sample(two_digits(r), 2)
-    else: ts = scatter(r, "shape")
-    return Ask(ts, ts[0].kind, ts[0].color, color_names)
+def color(dice:Draw, domain:str) -> Ask:
+    if domain == "digits":
+        things = dice.sample(two_digits(dice), 2)
+    else:
+        things = scatter(dice, "shape")
+    return Ask(things, things[0].kind, things[0].color, color_names)
 
 @skill("What shape is {}?", "Which shape is {}?", "What is the shape that is {}?", "Name the shape that is {}.",
        "Tell me which shape is {}.", "The {} one has which shape?")
-def shape(r, domain):
-    ts = scatter(r, "color")
-    return Ask(ts, ts[0].color, ts[0].kind, shape_names)
+def shape(dice:Draw, domain:str) -> Ask:
+    things = scatter(dice, "color")
+    return Ask(things, things[0].color, things[0].kind, shape_names)
 
 @skill("What shape is at {}?", "Which shape is at {}?", "What is the shape at {}?", "Name the shape at {}.",
        "Tell me the shape at {}.", "At {} there is which shape?")
-def shape_at(r, domain):
-    ts = scatter(r)
-    return Ask(ts, places[ts[0].cell], ts[0].kind, shape_names)
+def shape_at(dice:Draw, domain:str) -> Ask:
+    things = scatter(dice)
+    return Ask(things, places[things[0].cell], things[0].kind, shape_names)
 
 # %% ../nbs/01_stream.ipynb #a4e8c68c
 @skill("How many {} are there?", "How many {} do you see?", "What is the number of {}?", "Count the {}.",
        "Tell me how many {} there are.", "The number of {} is what?")
-def count(r, domain, most=4, things=(3, 3)): # `most` of a kind among things[0] to sum(things) - 1
-    k, by = 1 + r.below(most), "shape" if domain == "night" else r.pick(("shape", "color"))
+def count(dice:Draw, domain:str,
+          most:int=4, # The largest answer
+          things:tuple=(3, 3), # `most` of a kind among things[0] to sum(things) - 1
+         ) -> Ask:
+    number = 1 + dice.below(most)
+    by = "shape" if domain == "night" else dice.pick(("shape", "color"))
     asked, other = (shape_names, color_names) if by == "shape" else (color_names, shape_names)
-    what, cells = r.pick(asked), r.sample(range(9), max(k, things[0] + r.below(things[1])))
-    pairs = [(what if i < k else r.pick([a for a in asked if a != what]), r.pick(other)) for i in range(len(cells))]
-    ts = [Thing(c, *(p if by == "shape" else p[::-1])) for c, p in zip(cells, pairs)]
-    r.pick(ts).framed = True
-    plural = f"{what} objects" if by == "color" else what + ("es" if what == "cross" else "s")
-    return Ask(ts, plural, count_words[k-1], count_words[:most])
+    what = dice.pick(asked)
+    cells = dice.sample(range(9), max(number, things[0] + dice.below(things[1])))
+
+    scene = []
+    for index, cell in enumerate(cells):
+        counted = what if index < number else dice.pick(_without(asked, what))
+        free = dice.pick(other)
+        kind, color = (counted, free) if by == "shape" else (free, counted)
+        scene.append(Thing(cell, kind, color))
+    dice.pick(scene).framed = True
+    return Ask(scene, _plural(what, by), count_words[number-1], count_words[:most])
+
+def _plural(what:str, by:str) -> str:
+    "Name all things of a shape or of a color."
+    if by == "color": return f"{what} objects"
+    return what + ("es" if what == "cross" else "s")
 
 @skill(*_phrases["count"])
-def count_few(r, domain): return count(r, domain, 3, (3, 1))
+def count_few(dice:Draw, domain:str) -> Ask: return count(dice, domain, 3, (3, 1))
 
 @skill("Where is the {}?", "Where do you see the {}?", "In which cell is the {}?", "Find the {}.",
        "Tell me where the {} is.", "The {} is in which cell?")
-def locate(r, domain):
-    ts = scatter(r, "shape")
-    return Ask(ts, ts[0].kind, grid_cells[ts[0].cell], grid_cells)
+def locate(dice:Draw, domain:str) -> Ask:
+    things = scatter(dice, "shape")
+    return Ask(things, things[0].kind, grid_cells[things[0].cell], grid_cells)
 
 # %% ../nbs/01_stream.ipynb #4e4e2236
 @skill("What digits are shown?", "Which digits are shown?", "What are the digits?", "Read the digits.",
        "Tell me the digits.", "The digits are which?")
-def read(r, domain):
-    ts = two_digits(r)
-    a, b = (t.kind for t in ts)
-    others = [k for k in "0123456789" if k not in (a, b)]
-    return Ask(ts, "", f"{a} {b}", (f"{a} {b}", f"{b} {a}", *(f"{a} {k}" for k in r.sample(others, 3)), *(f"{k} {b}" for k in r.sample(others, 3))))
+def read(dice:Draw, domain:str) -> Ask:
+    things = two_digits(dice)
+    first, second = (thing.kind for thing in things)
+    others = [digit for digit in "0123456789" if digit not in (first, second)]
+    closed = [f"{first} {second}", f"{second} {first}"]
+    closed += [f"{first} {digit}" for digit in dice.sample(others, 3)]
+    closed += [f"{digit} {second}" for digit in dice.sample(others, 3)]
+    return Ask(things, "", closed[0], tuple(closed))
 
-@skill("What digit is {}?", "Which digit is {}?", "What is the {} digit?", "Read the {} digit.", "Tell me the {} digit.",
-       "The {} digit is which?")
-def read_one(r, domain):
-    ts = r.sample(two_digits(r), 2)
-    return Ask(ts, ts[0].color, ts[0].kind, tuple("0123456789"))
+@skill("What digit is {}?", "Which digit is {}?", "What is the {} digit?", "Read the {} digit.",
+       "Tell me the {} digit.", "The {} digit is which?")
+def read_one(dice:Draw, domain:str) -> Ask:
+    things = dice.sample(two_digits(dice), 2)
+    return Ask(things, things[0].color, things[0].kind, tuple("0123456789"))
 
+# %% ../nbs/01_stream.ipynb #0a40fead
 @skill("Is the {} digit even?", "Is the {} number even?", "Is the digit in {} even?", "Is the number in {} even?",
        "Tell me if the {} digit is even.", "The {} digit, is it even?")
-def parity(r, domain):
-    t, *rest = r.sample(two_digits(r), 2)
-    return Ask([t, *rest], t.color, "no" if int(t.kind) % 2 else "yes", ("yes", "no"))
+def parity(dice:Draw, domain:str) -> Ask:
+    things = dice.sample(two_digits(dice), 2)
+    odd = int(things[0].kind) % 2
+    return Ask(things, things[0].color, "no" if odd else "yes", ("yes", "no"))
 
-@skill("Is there {}?", "Is {} there?", "Is {} in the image?", "Say if there is {}.", "Tell me if there is {}.", "There is {}, right?")
-def verify(r, domain):
-    ts, by = scatter(r), r.pick(("kind", "color"))
-    there = [getattr(t, by) for t in ts]
-    absent = [n for n in (shape_names if by == "kind" else color_names) if n not in there]
-    yes = r.below(2) or not absent
-    said = r.pick(there if yes else absent)
-    asked = f"{'an' if said[0] in 'aeiou' else 'a'} {said}{' object' if by == 'color' else ''}"
-    return Ask(ts, asked, "yes" if yes else "no", ("yes", "no"))
+@skill("Is there {}?", "Is {} there?", "Is {} in the image?", "Say if there is {}.", "Tell me if there is {}.",
+       "There is {}, right?")
+def verify(dice:Draw, domain:str) -> Ask:
+    things, by = scatter(dice), dice.pick(("kind", "color"))
+    names = shape_names if by == "kind" else color_names
+    there = [getattr(thing, by) for thing in things]
+    absent = [name for name in names if name not in there]
+    yes = dice.below(2) or not absent
+    said = dice.pick(there if yes else absent)
+    article = "an" if said[0] in "aeiou" else "a"
+    noun = " object" if by == "color" else ""
+    return Ask(things, f"{article} {said}{noun}", "yes" if yes else "no", ("yes", "no"))
 
 # %% ../nbs/01_stream.ipynb #3d9120e9
-@skill("List the colors.", "List all colors.", "What colors are there?", "Which colors are there?", "Name all colors.", "The colors are which?")
-def colors(r, domain):
-    ts = sorted(scatter(r), key=lambda t: t.cell)
-    cols = [t.color for t in ts]
-    flip = lambda i: ", ".join(r.pick([c for c in color_names if c != x]) if i == j else x for j, x in enumerate(cols))
-    return Ask(ts, "", ", ".join(cols), (", ".join(cols), *(flip(i) for i in range(3))))
+@skill("List the colors.", "List all colors.", "What colors are there?", "Which colors are there?", "Name all colors.",
+       "The colors are which?")
+def colors(dice:Draw, domain:str) -> Ask:
+    things = sorted(scatter(dice), key=lambda thing: thing.cell)
+    names = [thing.color for thing in things]
+    closed = [", ".join(names)]
+    for place in range(3):
+        wrong = list(names)
+        wrong[place] = dice.pick(_without(color_names, names[place]))
+        closed.append(", ".join(wrong))
+    return Ask(things, "", closed[0], tuple(closed))
 
-def bars(r:Draw) -> list:
-    "Three bars of different heights and colors."
-    hs, cs = r.sample(range(1, 6), 3), r.sample(color_names, 3)
-    return [Thing(c, "bar", col, height=h) for c, (h, col) in enumerate(zip(hs, cs))]
+def bars(dice:Draw) -> list:
+    "Draw three bars of different heights and colors."
+    heights, colors = dice.sample(range(1, 6), 3), dice.sample(color_names, 3)
+    return [Thing(column, "bar", colors[column], height=heights[column]) for column in range(3)]
 
 @skill("What color is the tallest bar?", "Which color is the tallest bar?", "What is the color of the tallest bar?",
-       "Name the color of the tallest bar.", "Tell me the color of the tallest bar.", "The tallest bar has which color?")
-def compare(r, domain):
-    ts = bars(r)
-    return Ask(ts, "", max(ts, key=lambda t: t.height).color, color_names)
+       "Name the color of the tallest bar.", "Tell me the color of the tallest bar.",
+       "The tallest bar has which color?")
+def compare(dice:Draw, domain:str) -> Ask:
+    things = bars(dice)
+    tallest = max(things, key=lambda thing: thing.height)
+    return Ask(things, "", tallest.color, color_names)
 
-@skill("What color is the framed object?", "Which color is the framed object?", "What is the color of the framed object?",
-       "Name the color of the framed object.", "Tell me the color of the framed object.", "The framed object has which color?")
-def framed_color(r, domain):
-    ts = {"digits": two_digits, "bars": bars}.get(domain, scatter)(r)
-    if domain in ("digits", "bars"): r.pick(ts).framed = True
-    return Ask(ts, "", next(t.color for t in ts if t.framed), color_names)
+# %% ../nbs/01_stream.ipynb #4f2f3a86
+def _framed(things:list) -> Thing:
+    "Find the framed thing of a scene."
+    return next(thing for thing in things if thing.framed)
+
+@skill("What color is the framed object?", "Which color is the framed object?",
+       "What is the color of the framed object?", "Name the color of the framed object.",
+       "Tell me the color of the framed object.", "The framed object has which color?")
+def framed_color(dice:Draw, domain:str) -> Ask:
+    scene = {"digits": two_digits, "bars": bars}.get(domain, scatter)
+    things = scene(dice)
+    if domain in ("digits", "bars"):
+        dice.pick(things).framed = True
+    return Ask(things, "", _framed(things).color, color_names)
 
 # %% ../nbs/01_stream.ipynb #49e0babf
-@skill("Describe the framed object.", "Describe the object in the frame.", "What is in the frame?", "Say what is framed.",
-       "Tell me about the framed object.", "The framed object is what?")
-def describe(r, domain):
-    if domain == "digits": ts = two_digits(r); r.pick(ts).framed = True
-    else: ts = scatter(r)
-    t = next(t for t in ts if t.framed)
-    true = {"place": places[t.cell], "color": t.color, "kind": t.kind}
-    pools = {"place": places, "color": color_names, "kind": "0123456789" if domain == "digits" else shape_names}
-    say = lambda place, color, kind: f"In the {place} there is a {color} {kind}."
-    wrong = [say(**{**true, k: r.pick([p for p in pool if p != true[k]])}) for k, pool in pools.items()]
-    return Ask(ts, "", say(**true), (say(**true), *wrong), true)
+@skill("Describe the framed object.", "Describe the object in the frame.", "What is in the frame?",
+       "Say what is framed.", "Tell me about the framed object.", "The framed object is what?")
+def describe(dice:Draw, domain:str) -> Ask:
+    if domain == "digits":
+        things = two_digits(dice)
+        dice.pick(things).framed = True
+    else:
+        things = scatter(dice)
+    thing = _framed(things)
+    true = {"place": places[thing.cell], "color": thing.color, "kind": thing.kind}
+    kinds = "0123456789" if domain == "digits" else shape_names
+    pools = {"place": places, "color": color_names, "kind": kinds}
 
-@skill("Describe the image.", "Describe this image.", "What is in the image?", "Write a caption.", "Caption this image.", "The image shows what?")
-def caption(r, domain):
-    ts = sorted(two_digits(r) if domain == "digits" else scatter(r), key=lambda t: t.cell)
-    text = ", ".join(looks(t, domain) for t in ts) + "."
-    return Ask(ts, "", text, (text,))
+    sentence = "In the {place} there is a {color} {kind}."
+    closed = [sentence.format(**true)]
+    for slot, pool in pools.items():
+        other = dice.pick(_without(pool, true[slot]))
+        closed.append(sentence.format(**{**true, slot: other}))
+    return Ask(things, "", closed[0], tuple(closed), true)
 
-def looks(t, domain): # at night things have no color name yet
-    return f"{'framed ' * t.framed}{(t.color + ' ') * (domain != 'night')}{t.kind} {places[t.cell]}"
+@skill("Describe the image.", "Describe this image.", "What is in the image?", "Write a caption.",
+       "Caption this image.", "The image shows what?")
+def caption(dice:Draw, domain:str) -> Ask:
+    drawn = two_digits(dice) if domain == "digits" else scatter(dice)
+    things = sorted(drawn, key=lambda thing: thing.cell)
+    text = ", ".join(looks(thing, domain) for thing in things) + "."
+    return Ask(things, "", text, (text,))
+
+def looks(thing:Thing, domain:str) -> str: # at night things have no color name yet
+    frame = "framed " if thing.framed else ""
+    color = "" if domain == "night" else f"{thing.color} "
+    return f"{frame}{color}{thing.kind} {places[thing.cell]}"
 
 # %% ../nbs/01_stream.ipynb #012ff880
-@skill("Describe the {}.", "Describe only the {}.", "Caption the {}.", "Write a caption of the {}.", "Tell me about the {}.", "The {} looks how?")
-def region(r, domain):
-    by = r.pick(("shape", "color"))
-    ts = r.sample(two_digits(r), 2) if domain == "digits" else scatter(r, by)
-    text = looks(ts[0], domain) + "."
-    return Ask(ts, ts[0].kind if by == "shape" else f"{ts[0].color} one", text, (text,))
+def _called(thing:Thing, by:str) -> str:
+    "Name a thing by its shape or by its color."
+    return thing.kind if by == "shape" else f"{thing.color} one"
 
-@skill("Point to the {}.", "Point at the {}.", "Show the {}.", "Show me the {}.", "Mark the {}.", "The {} is to be marked.")
-def point(r, domain):
-    by = "shape" if domain == "night" else r.pick(("shape", "color"))
-    ts = scatter(r, by)
-    text = places[ts[0].cell] + "."
-    return Ask(ts, ts[0].kind if by == "shape" else f"{ts[0].color} one", text, (text,))
+@skill("Describe the {}.", "Describe only the {}.", "Caption the {}.", "Write a caption of the {}.",
+       "Tell me about the {}.", "The {} looks how?")
+def region(dice:Draw, domain:str) -> Ask:
+    by = dice.pick(("shape", "color"))
+    things = dice.sample(two_digits(dice), 2) if domain == "digits" else scatter(dice, by)
+    text = looks(things[0], domain) + "."
+    return Ask(things, _called(things[0], by), text, (text,))
+
+@skill("Point to the {}.", "Point at the {}.", "Show the {}.", "Show me the {}.", "Mark the {}.",
+       "The {} is to be marked.")
+def point(dice:Draw, domain:str) -> Ask:
+    by = "shape" if domain == "night" else dice.pick(("shape", "color"))
+    things = scatter(dice, by)
+    text = places[things[0].cell] + "."
+    return Ask(things, _called(things[0], by), text, (text,))
 
 # %% ../nbs/01_stream.ipynb #9d47940f
-formats = {f.name: f for f in (
-    Format("word", r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d(?: \d)?".format("|".join(code_words)), 4), Format("letter", "[A-F]", 4),
-    Format("sentence", r"In the (?P<place>[a-z]+ [a-z]+) there is a (?P<color>[a-z]+) (?P<kind>\w+)\.", 14, "caption"),
-    Format("cell", "[abc][123]", 4), Format("yesno", "yes|no", 4), Format("code", "|".join(code_words), 4),
-    Format("list", "[a-z]+(, [a-z]+)*", 12), Format("caption", r"[^.]+\.", 32))}
+_word = r"(?!(?:yes|no|{})$)[a-z]{{2,}}|\d(?: \d)?".format("|".join(code_words))
+_sentence = r"In the (?P<place>[a-z]+ [a-z]+) there is a (?P<color>[a-z]+) (?P<kind>\w+)\."
+_formats = (
+    Format("word", _word, 4),
+    Format("letter", "[A-F]", 4),
+    Format("sentence", _sentence, 14, "caption"),
+    Format("cell", "[abc][123]", 4),
+    Format("yesno", "yes|no", 4),
+    Format("code", "|".join(code_words), 4),
+    Format("list", "[a-z]+(, [a-z]+)*", 12),
+    Format("caption", r"[^.]+\.", 32),
+)
+formats = {fmt.name: fmt for fmt in _formats}
 
-templates = {"word": "Answer the question using a single word or phrase.", "letter": "Answer with the letter of the right option.",
-             "sentence": "Answer with one full sentence.", "cell": "Answer with a cell of the grid.", "yesno": "Answer with yes or no.",
-             "code": "Answer in code words.", "list": "Answer with a list.", "caption": ""}
+templates = {
+    "word": "Answer the question using a single word or phrase.",
+    "letter": "Answer with the letter of the right option.",
+    "sentence": "Answer with one full sentence.",
+    "cell": "Answer with a cell of the grid.",
+    "yesno": "Answer with yes or no.",
+    "code": "Answer in code words.",
+    "list": "Answer with a list.",
+    "caption": "",
+}
 
 # %% ../nbs/01_stream.ipynb #3877c01d
-def in_format(ask:Ask, fmt:str, r:Draw) -> tuple: # what precedes the template line, the answer, the choices
-    "Answer, closed set and option lines in a format."
+def in_format(ask:Ask, fmt:str, dice:Draw) -> tuple: # what precedes the template line, the answer, the choices
+    "Return option lines, answer and closed set in a format."
     if fmt == "code":
         code = dict(zip(color_names, code_words))
         return "", code[ask.answer], code_words
     if fmt != "letter": return "", ask.answer, ask.closed
     letters = "ABCDEF"[:len(ask.closed)]
-    return "\n" + " ".join(f"{k}. {o}" for k, o in zip(letters, ask.closed)), letters[ask.closed.index(ask.answer)], tuple(letters)
+    options = " ".join(f"{letter}. {option}" for letter, option in zip(letters, ask.closed))
+    right = letters[ask.closed.index(ask.answer)]
+    return "\n" + options, right, tuple(letters)
 
 # %% ../nbs/01_stream.ipynb #3f5024ea
-def make_example(split:str, i:int, name:str, domain:str, skill:str, fmt:str, seed:int, held_out:bool=False, named:bool=False) -> Example:
-    "Draw example `i` of a split: scene, question, answer, picture."
-    r = Draw(seed, name, split, i)
-    ask = _skills[skill](r, domain)
-    p = 5 if held_out else r.below(5)
-    options, answer, choices = in_format(ask, fmt, r)
+def make_example(split:str,
+                 index:int,
+                 name:str, # Of the task
+                 domain:str, # One of `domain_names`
+                 skill:str, # A skill's name
+                 fmt:str, # A name in `formats`
+                 seed:int, # Which drawing of the task
+                 held_out:bool=False, # In the wording that training never shows
+                 named:bool=False, # The question names the domain
+                ) -> Example:
+    "Draw one example of a split: scene, question, answer, picture."
+    dice = Draw(seed, name, split, index)
+    ask = _skills[skill](dice, domain)
+    paraphrase = 5 if held_out else dice.below(5)
+    options, answer, choices = in_format(ask, fmt, dice)
     where = f"In the {domain} image: " if named else ""
-    question = f"{where}{_phrases[skill][p].format(ask.fill)}{options}\n{templates[fmt]}".strip()
-    meta = {"things": ask.things, "domain": domain, "paraphrase": p, **({"slots": ask.slots} if ask.slots else {})}
-    return Example(f"{name}/{split}/{i}", draw(ask.things, domain, r, split), question, answer, choices, meta)
+    asked = _phrases[skill][paraphrase].format(ask.fill)
+    question = f"{where}{asked}{options}\n{templates[fmt]}".strip()
+    meta = {"things": ask.things, "domain": domain, "paraphrase": paraphrase}
+    if ask.slots:
+        meta["slots"] = ask.slots
+    picture = draw(ask.things, domain, dice, split)
+    return Example(f"{name}/{split}/{index}", picture, question, answer, choices, meta)
 
 # %% ../nbs/01_stream.ipynb #f9dd61ef
-catalogue = {name: dict(zip(("domain", "skill", "fmt", "chance"), row)) for name, *row in (
-    ("col-word", "day", "color", "word", 100/6),     ("col-mcq", "day", "color", "letter", 100/6),
-    ("col-night", "night", "color", "word", 100/6),  ("col-code", "day", "color", "code", 100/6),
-    ("col-digits", "digits", "color", "letter", 100/6), ("col-para", "day", "color", "word", 100/6),
-    ("shp-word", "day", "shape", "word", 20.),       ("shp-night", "night", "shape", "word", 20.),
-    ("shp-mcq", "day", "shape", "letter", 20.),      ("shp-pos", "day", "shape_at", "word", 20.),
+_rows = [
+    ("col-word", "day", "color", "word", 100/6),
+    ("col-mcq", "day", "color", "letter", 100/6),
+    ("col-night", "night", "color", "word", 100/6),
+    ("col-code", "day", "color", "code", 100/6),
+    ("col-digits", "digits", "color", "letter", 100/6),
+    ("col-para", "day", "color", "word", 100/6),
+    ("shp-word", "day", "shape", "word", 20.),
+    ("shp-night", "night", "shape", "word", 20.),
+    ("shp-mcq", "day", "shape", "letter", 20.),
+    ("shp-pos", "day", "shape_at", "word", 20.),
     ("frm-code", "day", "framed_color", "code", 100/6),
-    ("cnt-day", "day", "count", "word", 25.),      ("cnt-night", "night", "count_few", "word", 100/3),
-    ("read", "digits", "read", "word", 1.),          ("read-one", "digits", "read_one", "word", 10.),
+    ("cnt-day", "day", "count", "word", 25.),
+    ("cnt-night", "night", "count_few", "word", 100/3),
+    ("read", "digits", "read", "word", 1.),
+    ("read-one", "digits", "read_one", "word", 10.),
     ("par-digits", "digits", "parity", "yesno", 50.),
-    ("box", "day", "locate", "cell", 100/9),         ("box-night", "night", "locate", "cell", 100/9),
-    ("mcq-digits", "digits", "framed_color", "letter", 100/6), ("frm-mcq", "day", "framed_color", "letter", 100/6), ("yes-day", "day", "verify", "yesno", 50.),
-    ("list-day", "day", "colors", "list", 0.),       ("cmp-bars", "bars", "compare", "word", 100/6),
-    ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3), ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
-    ("all-day", "day", "caption", "caption", 0.),    ("all-digits", "digits", "caption", "caption", 0.),
-    ("one-day", "day", "region", "caption", 0.),     ("one-digits", "digits", "region", "caption", 0.),
-    ("all-night", "night", "caption", "caption", 0.), ("at-night", "night", "point", "caption", 0.),
+    ("box", "day", "locate", "cell", 100/9),
+    ("box-night", "night", "locate", "cell", 100/9),
+    ("mcq-digits", "digits", "framed_color", "letter", 100/6),
+    ("frm-mcq", "day", "framed_color", "letter", 100/6),
+    ("yes-day", "day", "verify", "yesno", 50.),
+    ("list-day", "day", "colors", "list", 0.),
+    ("cmp-bars", "bars", "compare", "word", 100/6),
+    ("cap-day", "day", "describe", "sentence", 100*(1/6+1/5+1/9)/3),
+    ("cap-digits", "digits", "describe", "sentence", 100*(1/6+1/10+1/9)/3),
+    ("all-day", "day", "caption", "caption", 0.),
+    ("all-digits", "digits", "caption", "caption", 0.),
+    ("one-day", "day", "region", "caption", 0.),
+    ("one-digits", "digits", "region", "caption", 0.),
+    ("all-night", "night", "caption", "caption", 0.),
+    ("at-night", "night", "point", "caption", 0.),
     ("at-day", "day", "point", "caption", 0.),
-    *((f"frm-{d}{n}", d, "framed_color", "word", 100/6) for d in domain_names for n in ("", "-named")))}
+]
+for _domain in domain_names:
+    for _ending in ("", "-named"):
+        _rows.append((f"frm-{_domain}{_ending}", _domain, "framed_color", "word", 100/6))
 
+_columns = "domain", "skill", "fmt", "chance"
+catalogue = {name: dict(zip(_columns, row)) for name, *row in _rows}
+
+# %% ../nbs/01_stream.ipynb #90b096e3
 def make_task(name:str, # A name of the catalogue; with "-para", in the wording that training never shows
               n_train:int=2000, n_val:int=64, n_test:int=100, # Examples per split
               seed:int=0, # Which drawing of the task
              ) -> Task:
-    "A task of the catalogue."
-    c = catalogue[one_of("task", name if name in catalogue else name.removesuffix("-para"), catalogue)]
-    source = dict(name=name, domain=c["domain"], skill=c["skill"], fmt=c["fmt"], seed=seed, held_out=name.endswith("-para"),
+    "Make a task of the catalogue."
+    listed = name if name in catalogue else name.removesuffix("-para")
+    entry = catalogue[one_of("task", listed, catalogue)]
+    domain, skill, fmt = entry["domain"], entry["skill"], entry["fmt"]
+    source = dict(name=name, domain=domain, skill=skill, fmt=fmt, seed=seed, held_out=name.endswith("-para"),
                   named=name.endswith("-named"))
-    return Task(name, formats[c["fmt"]], c["domain"], c["skill"], {"train": n_train, "val": n_val, "test": n_test},
-                partial(make_example, **source), c["chance"], source)
+    counts = {"train": n_train, "val": n_val, "test": n_test}
+    return Task(name, formats[fmt], domain, skill, counts, partial(make_example, **source), entry["chance"], source)
 
 # %% ../nbs/01_stream.ipynb #e8900531
 @dataclass
 class ShapesArgs:
-    "Arguments of the embedded streams."
+    "Hold the arguments of the embedded streams."
     tasks:list|str|None = None # Names of the catalogue, in training order; default: the stream's own
     n_train:int = 2000
     n_val:int = 64
     n_test:int = 100
     seed:int = 0
-    paraphrases:bool = False # Unseen columns: every task in the wording that training never shows, in place of the stream's own
+    paraphrases:bool = False # Unseen columns: every task in the wording that training never shows, not the stream's own
 
 _held_in = "shp-pos shp-mcq par-digits list-day".split()
 _unseen = "shp-night col-digits col-para cmp-bars".split()
 
-def _names(stream, given, own): # the tasks asked for
-    names = given.split(",") if isinstance(given, str) else own if given is None else list(given)
-    if not names: raise CitError(f"stream {stream!r}: `tasks` is empty; name at least one task, or leave it out for all {len(own)}")
-    if len(set(names)) < len(names): raise CitError(f"stream {stream!r}: `tasks` names a task twice; each task may come once")
-    return [one_of(f"task of stream {stream!r}", n, catalogue) for n in names]
+def _names(stream:str, given:list|str|None, own:list) -> list: # the tasks asked for
+    "Check the names of the tasks that are asked for."
+    if given is None:
+        names = own
+    else:
+        names = given.split(",") if isinstance(given, str) else list(given)
+    if not names:
+        raise CitError(f"stream {stream!r}: `tasks` is empty; name at least one task, "
+                       f"or leave it out for all {len(own)}")
+    if len(set(names)) < len(names):
+        raise CitError(f"stream {stream!r}: `tasks` names a task twice; each task may come once")
+    return [one_of(f"task of stream {stream!r}", name, catalogue) for name in names]
 
 # %% ../nbs/01_stream.ipynb #561c190d
-def from_catalogue(name:str, about:str, tasks:str, # Names, in training order
-                   held_in:str=" ".join(_held_in), unseen:str=" ".join(_unseen), steps:int|None=None):
+def _checked(stream:str, args:dict) -> ShapesArgs:
+    "Check the arguments of a stream of the catalogue."
+    given = ShapesArgs(**check_args(ShapesArgs, args, f"stream {stream!r}"))
+    for name in ("n_train", "n_val", "n_test"):
+        number = getattr(given, name)
+        if number < 1: raise CitError(f"stream {stream!r}: `{name}` is {number}, but must be at least 1")
+    return given
+
+def from_catalogue(name:str, # Of the stream
+                   about:str, # One sentence
+                   tasks:str, # Names, in training order
+                   held_in:str=" ".join(_held_in), # Names; those among `tasks` are left out
+                   unseen:str=" ".join(_unseen), # Names; those among `tasks` are left out
+                   steps:int|None=None, # Optimiser steps per task it is meant for
+                  ) -> Callable:
     "Register a stream made of tasks of the catalogue."
     def make(**args):
-        a = ShapesArgs(**check_args(ShapesArgs, args, f"stream {name!r}"))
-        for k in ("n_train", "n_val", "n_test"):
-            if getattr(a, k) < 1: raise CitError(f"stream {name!r}: `{k}` is {getattr(a, k)}, but must be at least 1")
-        names = _names(name, a.tasks, tasks.split())
-        new = " ".join(f"{n}-para" for n in names) if a.paraphrases else unseen
-        parts = (names, *([n for n in ns.split() if n not in names] for ns in (held_in, new)))
-        return Stream(name, *([make_task(n, a.n_train, a.n_val, a.n_test, a.seed) for n in p] for p in parts), steps=steps)
+        given = _checked(name, args)
+        names = _names(name, given.tasks, tasks.split())
+        new = " ".join(f"{task}-para" for task in names) if given.paraphrases else unseen
+        groups = [names]
+        for listed in (held_in, new):
+            groups.append([task for task in listed.split() if task not in names])
+        made = [[make_task(task, given.n_train, given.n_val, given.n_test, given.seed) for task in group]
+                for group in groups]
+        return Stream(name, *made, steps=steps)
     make.__doc__, make.__name__ = about, name
     return register(make)
 
 # %% ../nbs/01_stream.ipynb #1f9bf5bf
 shapes = from_catalogue("shapes", "Eight tasks over day, night and handwriting; colors conflict between day and night.",
                         "col-mcq read-one cap-day shp-word col-word col-night box cnt-night")
-_shapes = [t.name for t in shapes()]
+_shapes = [task.name for task in shapes()]
 
 # %% ../nbs/01_stream.ipynb #57776b22
 _qa6 = "col-word col-night shp-word cnt-night read-one col-code"
@@ -616,9 +849,14 @@ for _args in (
     ("shapes-qa6", "Six questions answered in words.", _qa6),
     ("shapes-fmt6", "One image domain, six answer formats.", "col-word col-mcq cap-day box col-code yes-day"),
     ("shapes-domain", "One question in four image domains.", "frm-day frm-night frm-digits frm-bars"),
-    ("shapes-domain-named", "One question in four image domains, named in the instruction.", "frm-day-named frm-night-named frm-digits-named frm-bars-named"),
+    ("shapes-domain-named", "One question in four image domains, named in the instruction.",
+     "frm-day-named frm-night-named frm-digits-named frm-bars-named"),
     ("shapes-capability", "One image domain: name, verify, describe, locate.", "col-word yes-day cap-day box"),
-    ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.", "cap-day cap-digits col-word read-one shp-word", ""),
-    ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.", "cap-day col-night read-one shp-word"),
-    ("shapes-tune", "Four tasks of no other stream, for tuning only.", "frm-code mcq-digits box-night frm-mcq")): from_catalogue(*_args)
-from_catalogue("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, steps=600);
+    ("shapes-b1", "Five tasks for tiny-base, which knows no instruction: captions, questions, reading.",
+     "cap-day cap-digits col-word read-one shp-word", ""),
+    ("shapes-b2", "Four new tasks for tiny-instruct, which knows the held-in ones.",
+     "cap-day col-night read-one shp-word"),
+    ("shapes-tune", "Four tasks of no other stream, for tuning only.", "frm-code mcq-digits box-night frm-mcq"),
+):
+    from_catalogue(*_args)
+_long = from_catalogue("shapes-qa6-long", "Six questions answered in words, 600 steps each.", _qa6, steps=600)
