@@ -8,7 +8,19 @@ __all__ = ['CitError', 'leaves', 'one_of', 'not_finite', 'check_finite', 'check_
            'expanded', 'here', 'placed', 'locked', 'shared', 'Ended', 'hung_up', 'end', 'heeding']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
-import difflib, errno, fcntl, hashlib, json, os, re, signal, sys, tempfile, termios, threading
+import difflib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import termios
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -20,19 +32,20 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #281519c7
 class CitError(Exception):
-    "A mistake that the person at the keyboard can mend: one sentence, no traceback from `cit`."
+    "Report a mistake that the person at the keyboard can fix: one sentence, no traceback from `cit`."
 
 # %% ../nbs/00_core.ipynb #e1365534
-def leaves(table:dict, at=()): # Yields ((key, …), value)
-    "The values of nested tables with their paths."
-    for k, v in table.items():
-        if isinstance(v, dict): yield from leaves(v, (*at, k))
-        else: yield (*at, k), v
+def leaves(table:dict, at:tuple=()) -> Iterator: # Yields ((key, …), value)
+    "Yield the values of nested tables with their paths."
+    for key, value in table.items():
+        path = (*at, key)
+        if isinstance(value, dict): yield from leaves(value, path)
+        else: yield path, value
 
 # %% ../nbs/00_core.ipynb #cfb76260
 def one_of(what:str, # What kind of name this is: "method", "stream"
            name:str, # The name given
-           allowed, # Names that are allowed
+           allowed:Iterable, # Names that are allowed
           ) -> str: # `name`, when it is allowed
     "Return `name` or raise a `CitError` that lists what is allowed and guesses what was meant."
     allowed = sorted(map(str, allowed))
@@ -42,159 +55,209 @@ def one_of(what:str, # What kind of name this is: "method", "stream"
     raise CitError(f"unknown {what} {name!r}{hint}; allowed: {', '.join(allowed) or 'none'}")
 
 # %% ../nbs/00_core.ipynb #0265e0cf
-_named = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table", list: "a list", tuple: "a list"}
+_named = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+    tuple: "a list",
+}
 
-def _fits(v, t) -> bool:
-    if isinstance(t, str) or t is None: return True
-    if get_args(t) and get_origin(t) not in (list, dict, tuple): return any(_fits(v, o) or (o is type(None) and v is None) for o in get_args(t))
-    t = get_origin(t) or t
-    if t is float: return isinstance(v, (int, float)) and not isinstance(v, bool)
-    if t is int: return isinstance(v, int) and not isinstance(v, bool)
-    if t in (list, tuple): return isinstance(v, (list, tuple))
-    if t is type(None): return v is None
-    return t not in _named or isinstance(v, t)
+def _members(kind) -> tuple:
+    "List the members of a union of types; a list, dict or tuple of something is no union."
+    return () if get_origin(kind) in (list, dict, tuple) else get_args(kind)
 
-def _said(t) -> str:
-    return " or ".join(map(_said, get_args(t))) if get_args(t) and get_origin(t) not in (list, dict, tuple) else "nothing" if t is type(None) else _named.get(get_origin(t) or t, str(t))
+def _fits(value, kind) -> bool:
+    "Tell whether a value fits the type of a field."
+    if isinstance(kind, str) or kind is None: return True
+    if members := _members(kind):
+        return any(_fits(value, member) for member in members)
+    kind = get_origin(kind) or kind
+    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int: return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (list, tuple): return isinstance(value, (list, tuple))
+    if kind is type(None): return value is None
+    return kind not in _named or isinstance(value, kind)
+
+def _said(kind) -> str:
+    "Say in words what a type allows."
+    if members := _members(kind):
+        return " or ".join(map(_said, members))
+    if kind is type(None): return "nothing"
+    return _named.get(get_origin(kind) or kind, str(kind))
 
 # %% ../nbs/00_core.ipynb #340beaa5
-def not_finite(v, # A value, perhaps nested
+def not_finite(value, # Perhaps nested
                name:str="", # What it is called
-              ): # Yields (dotted name, number)
+              ) -> Iterator: # Yields (dotted name, number)
     "Find the NaNs and infinities in a value, at any depth."
-    if isinstance(v, dict):
-        for k, inner in v.items(): yield from not_finite(inner, f"{name}.{k}")
-    elif isinstance(v, (list, tuple, set, frozenset)):
-        for inner in v: yield from not_finite(inner, name)
-    elif isinstance(v, (float, np.floating)) and not np.isfinite(v): yield name, v
-    elif isinstance(v, int) and abs(v) > sys.float_info.max: yield name, float("inf" if v > 0 else "-inf")
+    if isinstance(value, dict):
+        for key, inner in value.items(): yield from not_finite(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for inner in value: yield from not_finite(inner, name)
+    elif isinstance(value, (float, np.floating)) and not np.isfinite(value):
+        yield name, value
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        yield name, float("inf" if value > 0 else "-inf")
 
 def check_finite(args:dict, # Values by field name
                  what:str, # How to call the thing in the message: "method 'ewc'"
-                ):
+                ) -> None:
     "Refuse a number that is not finite, at any depth; raises `CitError` naming the field."
-    for name, value in (found for k, v in args.items() for found in not_finite(v, k)):
-        raise CitError(f"{what}: field {name!r} is {value}, but must be a finite number")
+    for field, value in args.items():
+        for name, number in not_finite(value, field):
+            raise CitError(f"{what}: field {name!r} is {number}, but must be a finite number")
 
 # %% ../nbs/00_core.ipynb #aed36153
-def check_args(cls, # A dataclass
+def check_args(cls:type, # A dataclass
                args:dict, # Values by field name
                what:str, # How to call the thing in the message: "method 'ewc'"
               ) -> dict: # `args`, numbers turned into the field's type
     "Check names, types and finiteness of `args` against the fields of `cls`; raises `CitError`."
-    known = {f.name: f for f in fields(cls) if f.init}
-    for k in args: one_of(f"field of {what}", k, known)
-    for k, v in args.items():
-        t = known[k].type
-        if not _fits(v, t): raise CitError(f"{what}: field {k!r} is {v!r}, but must be {_said(t)}")
+    kinds = {field.name: field.type for field in fields(cls) if field.init}
+    for name in args: one_of(f"field of {what}", name, kinds)
+    for name, value in args.items():
+        kind = kinds[name]
+        if not _fits(value, kind): raise CitError(f"{what}: field {name!r} is {value!r}, but must be {_said(kind)}")
     check_finite(args, what)
-    return {k: float(v) if known[k].type is float else v for k, v in args.items()}
+    return {name: float(value) if kinds[name] is float else value for name, value in args.items()}
 
 # %% ../nbs/00_core.ipynb #9feaf749
-def plain(o):
-    "`o` as JSON knows it: NumPy scalars and arrays, paths, sets and tuples turned into plain values; NaN becomes None."
-    if isinstance(o, dict): return {str(k): plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple)): return [plain(v) for v in o]
-    if isinstance(o, (set, frozenset)): return sorted(map(plain, o))
-    if isinstance(o, np.ndarray): return plain(o.tolist())
-    if isinstance(o, np.generic): return plain(o.item())
-    if isinstance(o, float) and not np.isfinite(o): return None
-    return str(o) if isinstance(o, Path) else o
+def plain(value) -> object:
+    "Turn a value into what JSON knows: no NumPy, paths, sets or tuples; NaN becomes None."
+    if isinstance(value, dict): return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)): return [plain(inner) for inner in value]
+    if isinstance(value, (set, frozenset)): return sorted(map(plain, value))
+    if isinstance(value, np.ndarray): return plain(value.tolist())
+    if isinstance(value, np.generic): return plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value): return None
+    return str(value) if isinstance(value, Path) else value
 
-def canonical(o) -> str:
-    "`o` as JSON with sorted keys and no spaces."
-    return json.dumps(plain(o), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def canonical(value) -> str:
+    "Write a value as JSON with sorted keys and no spaces."
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 # %% ../nbs/00_core.ipynb #edcbc94c
 def digest(*parts, # JSON values, bytes or arrays
            n:int=16, # Hex digits
           ) -> str: # Hex digest
-    "A name for the content of `parts` (SHA-256)."
-    h = hashlib.sha256()
-    for p in parts:
-        if isinstance(p, np.ndarray): h.update(f"{p.dtype}{p.shape}".encode()); h.update(np.ascontiguousarray(p).tobytes())
-        else: h.update(p if isinstance(p, bytes) else canonical(p).encode())
-        h.update(b"\0")
-    return h.hexdigest()[:n]
+    "Name the content of `parts` by a digest (SHA-256)."
+    content = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            content.update(f"{part.dtype}{part.shape}".encode())
+            content.update(np.ascontiguousarray(part).tobytes())
+        elif isinstance(part, bytes):
+            content.update(part)
+        else:
+            content.update(canonical(part).encode())
+        content.update(b"\0")
+    return content.hexdigest()[:n]
 
 # %% ../nbs/00_core.ipynb #09fed4f6
 def seed_of(*key) -> int:
-    "A 63-bit seed from any tuple of strings and numbers."
-    return int.from_bytes(hashlib.sha256(canonical(key).encode()).digest()[:8], "little") >> 1
+    "Derive a 63-bit seed from any tuple of strings and numbers."
+    hashed = hashlib.sha256(canonical(key).encode()).digest()
+    return int.from_bytes(hashed[:8], "little") >> 1
 
 def rng(*key) -> np.random.Generator:
-    "A NumPy generator that depends on `key` alone."
+    "Make a NumPy generator that depends on `key` alone."
     return np.random.default_rng(seed_of(*key))
 
 # %% ../nbs/00_core.ipynb #1b6cfc1b
-def write_atomic(path, # Where to
-                 data, # str or bytes
+def write_atomic(path:Path|str, # Where to
+                 data:str|bytes,
                 ) -> Path: # `path`
     "Write through a temporary file in the same folder, fsync, rename; raises `CitError` when the disk refuses."
-    path, f = Path(path), None
+    path, file = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as f:
-            f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
-        os.chmod(f.name, 0o644); os.replace(f.name, path)
-    except OSError as e:
-        if f: Path(f.name).unlink(missing_ok=True)
-        raise disk_error(path, e) from e
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        if file: Path(file.name).unlink(missing_ok=True)
+        raise disk_error(path, error) from error
     return path
 
 # %% ../nbs/00_core.ipynb #cf201ea1
-def disk_error(path, # The file that could not be written
-               e:Exception, # What the system said; safetensors puts the number into its text
+_refusals = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EACCES: "permission is denied",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "a folder stands in its place",
+    errno.EFBIG: "the file would be larger than the system allows",
+}
+
+def disk_error(path:Path|str, # The file that could not be written
+               error:Exception, # What the system said; safetensors puts the number into its text
               ) -> CitError:
-    "The sentence for a disk that refuses: full, read-only, not permitted."
-    why = {errno.ENOSPC: "no space is left on the disk", errno.EACCES: "permission is denied", errno.EROFS: "the disk is read-only",
-           errno.ENOTDIR: "a part of the path is a file", errno.EISDIR: "a folder stands in its place",
-           errno.EFBIG: "the file would be larger than the system allows"}
-    number = getattr(e, "errno", None) or int((re.findall(r"os error (\d+)", str(e)) or [0])[0])
-    why = why.get(number, getattr(e, "strerror", None) or str(e))
-    return CitError(f"cannot write {path}: {why}; free space or choose another `out` folder (what is already recorded is kept)")
+    "Make the sentence for a disk that refuses: full, read-only, not permitted."
+    in_text = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
+    why = _refusals.get(number, getattr(error, "strerror", None) or str(error))
+    return CitError(f"cannot write {path}: {why}; free space or choose another `out` folder "
+                    "(what is already recorded is kept)")
 
 # %% ../nbs/00_core.ipynb #2970fd81
-def read_json(path, # A JSON file
+def read_json(path:Path|str, # A JSON file
               what:str="file", # How to call it in the message
-             ):
+             ) -> object:
     "Parse a JSON file; raises `CitError` naming the file and the place."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise CitError(f"{what} {path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise CitError(f"{what} {path} is not valid JSON: {e}") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CitError(f"{what} {path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CitError(f"{what} {path} is not valid JSON: {error}") from None
 
-def append_jsonl(path, # A .jsonl file
+def append_jsonl(path:Path|str, # A .jsonl file
                  row:dict, # One line
-                ):
+                ) -> None:
     "Append one line of canonical JSON in a single write."
     try:
-        with open(path, "ab") as f: f.write(canonical(row).encode() + b"\n")
-    except OSError as e: raise disk_error(path, e) from e
+        with open(path, "ab") as file: file.write(canonical(row).encode() + b"\n")
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 # %% ../nbs/00_core.ipynb #e30e2cf1
-def assets(*parts) -> Path:
-    "A path below the package's `assets` folder."
-    return Path(find_spec("cit_workbench").origin).parent.joinpath("assets", *parts)
+def assets(*parts:str) -> Path:
+    "Return a path below the package's `assets` folder."
+    package = Path(find_spec("cit_workbench").origin).parent
+    return package.joinpath("assets", *parts)
 
 def cache_dir() -> Path:
-    "Where answers already given are kept: `$CIT_CACHE`, else `~/.cache/cit_workbench`; may be deleted at any time."
+    "Return the folder of answers already given: `$CIT_CACHE`, else `~/.cache/cit_workbench`; it may be deleted."
     return expanded(os.environ.get("CIT_CACHE") or "~/.cache/cit_workbench")
 
-def progress(iterable=None, desc:str="", total:int|None=None, hide:bool=False, **kw):
-    "A progress bar that shows itself only for work longer than a second."
-    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hide or bool(os.environ.get("CIT_QUIET")), **kw)
+def progress(iterable:Iterable|None=None, desc:str="", total:int|None=None, hide:bool=False, **options) -> tqdm:
+    "Make a progress bar that shows itself only for work longer than a second."
+    hidden = hide or bool(os.environ.get("CIT_QUIET"))
+    return tqdm(iterable, desc=desc, total=total, delay=1, leave=False, dynamic_ncols=True, disable=hidden, **options)
 
 # %% ../nbs/00_core.ipynb #2865a00f
-def expanded(path) -> Path: # As a person writes it
-    "A path with `~` as the home folder; raises `CitError` for a user without one."
+def expanded(path:Path|str, # As a person writes it
+            ) -> Path:
+    "Read `~` in a path as the home folder; raises `CitError` for a user without one."
     if not str(path).startswith("~"): return Path(path) # ./~ is a folder of that name
-    try: return Path(path).expanduser()
-    except RuntimeError: raise CitError(f"{path} begins with the home folder of a user who has none here; write it out, or ./{path} for a folder of that name") from None
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CitError(f"{path} begins with the home folder of a user who has none here; "
+                       f"write it out, or ./{path} for a folder of that name") from None
 
 def here() -> str:
-    "The working directory; empty when it has been removed."
-    try: return os.getcwd()
-    except FileNotFoundError: return ""
+    "Return the working directory; empty when it has been removed."
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 # %% ../nbs/00_core.ipynb #5631deb9
 def placed(fields:dict, # Of a run: stream, stream_args, backbone
@@ -205,11 +268,17 @@ def placed(fields:dict, # Of a run: stream, stream_args, backbone
     def there(path):
         found = cwd/expanded(path)
         return str(found) if str(path).strip() and found.exists() else path
+
+    found = {}
     suite, colon, folder = str(fields.get("stream", "")).partition(":")
-    found = {"stream": f"{suite}:{there(folder)}"} if colon else {}
-    if images := (fields.get("stream_args") or {}).get("images"):
+    if colon:
+        found["stream"] = f"{suite}:{there(folder)}"
+    images = (fields.get("stream_args") or {}).get("images")
+    if images:
         found["stream_args"] = {**fields["stream_args"], "images": there(images)}
-    if (name := fields.get("backbone")) and not assets(name, "config.json").is_file(): found["backbone"] = there(name)
+    backbone = fields.get("backbone")
+    if backbone and not assets(backbone, "config.json").is_file():
+        found["backbone"] = there(backbone)
     return {**fields, **found}
 
 # %% ../nbs/00_core.ipynb #912339cb
@@ -217,17 +286,20 @@ def locked(fd:int, # Of an open file or folder
            how:int, # `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`
           ) -> bool:
     "Take a lock if it is free."
-    try: fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError: return False
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
-def _made_for_all(path:Path):
+def _made_for_all(path:Path) -> None:
     "Make a file that everybody may open, unless somebody else is first; it appears with these rights."
     fd, new = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
     try:
         os.fchmod(fd, 0o666)
         os.link(new, path)
-    except FileExistsError: pass
+    except FileExistsError:
+        pass
     except OSError: # A disk without links
         try: os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError: pass
@@ -239,50 +311,61 @@ def shared(path:Path) -> int|None: # File descriptor; None where another user ke
     "Open a file that everybody may lock, made if it is missing."
     while True:
         if not os.path.lexists(path): _made_for_all(path)
-        try: return os.open(path, os.O_RDONLY) # Never with O_CREAT, which a shared folder may forbid for another user's file
-        except PermissionError: return None
+        try: # Never with O_CREAT, which a shared folder may forbid for another user's file
+            return os.open(path, os.O_RDONLY)
+        except PermissionError:
+            return None
         except FileNotFoundError: # Whoever held it has just removed it
             if os.path.islink(path): raise
 
 # %% ../nbs/00_core.ipynb #00d8be10
 class Ended(SystemExit):
-    "A signal asked the process to end: no traceback, exit code 128 + its number."
+    "End the process because a signal asked for it: no traceback, exit code 128 + its number."
     def __init__(self, number:int, # Of the signal
                  said:str="the same command goes on from what is recorded", # What a person should know
                 ):
         super().__init__(128 + number)
-        self.number, self.said, self.told = number, said, False
-    def __str__(self): return f"ended by {signal.Signals(self.number).name}; {self.said}"
-    def tell(self):
+        self.number = number
+        self.said = said
+        self.told = False
+
+    def __str__(self) -> str: return f"ended by {signal.Signals(self.number).name}; {self.said}"
+
+    def tell(self) -> None:
         "Say it once, if there is still a terminal that hears it."
         if not self.told: print(f"cit: {self}", file=sys.stderr, flush=True)
         self.told = True
 
-def hung_up(number:int): # Of the signal
-    "After SIGHUP nothing can be written to the terminal that went: its place takes /dev/null."
+def hung_up(number:int, # Of the signal
+           ) -> None:
+    "Put /dev/null in the place of a terminal that went with SIGHUP, since nothing can be written to it."
     if number != signal.SIGHUP: return
     for stream in (1, 2):
-        try: termios.tcgetattr(stream)
-        except termios.error as e:
-            if e.args[0] == errno.EIO: os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO: os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-def end(number:int, frame):
-    "The handler of a program that has nothing to finish."
+def end(number:int, frame) -> None:
+    "Handle a signal in a program that has nothing to finish."
     hung_up(number)
     raise Ended(number)
 
 # %% ../nbs/00_core.ipynb #eb9d2f8f
 def _kernel() -> bool:
-    "Does this process serve a notebook?"
+    "Tell whether this process serves a notebook."
     app = sys.modules.get("ipykernel.kernelapp")
     return app is not None and app.IPKernelApp.initialized()
 
 @contextmanager
-def heeding(handler): # Called with the number and a frame, as `signal.signal` says
+def heeding(handler:Callable, # Called with the number and a frame, as `signal.signal` says
+           ) -> Iterator:
     "Let SIGTERM and SIGHUP call a handler meanwhile, where nobody else has one."
     main = threading.current_thread() is threading.main_thread() and not _kernel()
-    free = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) in (signal.SIG_DFL, end)]
-    was = {n: signal.signal(n, handler) for n in free}
-    try: yield
+    free = [number for number in (signal.SIGTERM, signal.SIGHUP)
+            if main and signal.getsignal(number) in (signal.SIG_DFL, end)]
+    before = {number: signal.signal(number, handler) for number in free}
+    try:
+        yield
     finally:
-        for n, old in was.items(): signal.signal(n, old)
+        for number, old in before.items(): signal.signal(number, old)
