@@ -24,13 +24,22 @@ def reading_of(config:dict, # What a run was asked to be
 
 # %% ../nbs/01a_pictures.ipynb #1fa5dcea
 _turn = Image.Transpose
-_turns = {2: _turn.FLIP_LEFT_RIGHT, 3: _turn.ROTATE_180, 4: _turn.FLIP_TOP_BOTTOM, 5: _turn.TRANSPOSE,
-          6: _turn.ROTATE_270, 7: _turn.TRANSVERSE, 8: _turn.ROTATE_90}
+_turns = {
+    2: _turn.FLIP_LEFT_RIGHT,
+    3: _turn.ROTATE_180,
+    4: _turn.FLIP_TOP_BOTTOM,
+    5: _turn.TRANSPOSE,
+    6: _turn.ROTATE_270,
+    7: _turn.TRANSVERSE,
+    8: _turn.ROTATE_90,
+}
 
 def _orientation(image:Image.Image) -> int: # 1 to 8
-    "The orientation that EXIF names; 1 where EXIF is missing or damaged."
-    try: return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception: return 1 # The readers of EXIF raise whatever the damage leads them to
+    "Return the orientation that EXIF names; 1 where EXIF is missing or damaged."
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception: # The readers of EXIF raise whatever the damage leads them to
+        return 1
 
 def _upright(image:Image.Image) -> Image.Image:
     "Turn a picture as EXIF says."
@@ -50,14 +59,18 @@ def _eight_bits(image:Image.Image, # Of mode I, I;16 or F
     "Bring greys of more than eight bits between 0 and 255."
     grey = np.nan_to_num(np.asarray(image, np.float32))
     most = 65535 if image.mode.startswith("I;16") else float(grey.max())
-    white = next((w for w in (1 if image.mode == "F" else 255, 255, 65535) if most <= w), most)
-    seen = Image.fromarray((grey.clip(0, white)*(255/white)).astype(np.uint8))
+    usual = (1 if image.mode == "F" else 255, 255, 65535)
+    white = next((value for value in usual if most <= value), most)
+    shades = grey.clip(0, white)*(255/white)
+    seen = Image.fromarray(shades.astype(np.uint8))
     clear = image.info.get("transparency")
-    if clear is not None: seen.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    if clear is not None:
+        alpha = np.where(grey == clear, 0, 255)
+        seen.putalpha(Image.fromarray(alpha.astype(np.uint8)))
     return seen
 
 def _seen(image:Image.Image) -> Image.Image: # RGB
-    "What a viewer shows."
+    "Return a picture as a viewer shows it."
     image.load()
     image = _upright(image)
     if image.mode.startswith(("I", "F")): image = _eight_bits(image)
@@ -66,24 +79,24 @@ def _seen(image:Image.Image) -> Image.Image: # RGB
 
 # %% ../nbs/01a_pictures.ipynb #18afee39
 def _opened(image) -> Image.Image:
-    "The picture as Pillow knows it; pixels of a file are not read yet."
+    "Open a picture with Pillow; pixels of a file are not read yet."
     if isinstance(image, Image.Image): return image
     if isinstance(image, np.ndarray): return Image.fromarray(image)
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 def _allowed(image) -> str:
-    "What is allowed in place of a picture that cannot be read."
+    "Say what is allowed in place of a picture that cannot be read."
     if isinstance(image, np.ndarray): return "arrays [height, width, 3 or 4] of uint8"
     return "PNG, JPEG and other files that Pillow opens"
 
 def _called(image) -> str:
-    "How to call a picture in a message."
+    "Name a picture in a message."
     if isinstance(image, (str, Path)): return f"image {image}"
     if isinstance(image, np.ndarray): return f"image of shape {image.shape} and type {image.dtype}"
     return "image"
 
 # %% ../nbs/01a_pictures.ipynb #dc8d5ef8
-def load_image(image, # A path, a file's bytes, a PIL image, or an array [height, width, 3 or 4] of uint8
+def load_image(image:str|Path|bytes|np.ndarray|Image.Image, # Arrays are [height, width, 3 or 4] of uint8
                reading:str="seen", # "seen": upright, transparency on white; "published": as released code reads it
                name:str="", # How to call it in a message
               ) -> Image.Image: # RGB
@@ -103,6 +116,7 @@ def load_image(image, # A path, a file's bytes, a PIL image, or an array [height
     except Image.DecompressionBombError:
         most = 2*Image.MAX_IMAGE_PIXELS
         raise CitError(f"{what} has more than {most:,} pixels, the most that are opened; make it smaller") from None
-    except Exception as e:
-        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else str(e) or type(e).__name__
-        raise CitError(f"{what} cannot be read: {why}; {_allowed(image)} are allowed") from e
+    except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "its format is not known" if unknown else str(error) or type(error).__name__
+        raise CitError(f"{what} cannot be read: {why}; {_allowed(image)} are allowed") from error
