@@ -6,7 +6,8 @@
 __all__ = ['all_backbones', 'lasting_name', 'family', 'judge', 'file_digest', 'named_shards', 'start_hash']
 
 # %% ../nbs/01b_loading.ipynb #8ead3794
-import hashlib, warnings
+import hashlib
+import warnings
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -15,65 +16,82 @@ from .core import CitError, assets, cache_dir, digest, progress, read_json, writ
 
 # %% ../nbs/01b_loading.ipynb #891ebc48
 def all_backbones() -> list:
-    "Names of the embedded start models."
-    return sorted(p.parent.name for p in assets().glob("*/config.json"))
+    "List the names of the embedded start models."
+    return sorted(path.parent.name for path in assets().glob("*/config.json"))
 
 # %% ../nbs/01b_loading.ipynb #d4b0dcf2
 _wanted = "a LLaVA checkpoint in the Hugging Face format is needed"
 
 def _no_checkpoint(folder:Path) -> str|None: # The end of a sentence that begins with the folder
-    "Why a folder cannot be a start model; None where it has what one needs."
+    "Say why a folder cannot be a start model; None where it has what one needs."
     if (folder/"adapter_config.json").is_file():
         adapter = read_json(folder/"adapter_config.json", "adapter")
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         return f"holds a peft adapter and not a start model; name the model that it was trained on ({base})"
     if (folder/"config.json").is_file(): return None
     if any(folder.glob("*.gguf")): return f"holds GGUF weights; {_wanted}"
-    deeper = sorted({p.parent for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern)})
+    patterns = "*/config.json", "*/*/config.json"
+    deeper = sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
     hint = f"; {deeper[0]} has one" if deeper else ""
     return f"has no config.json{hint}; {_wanted}"
 
 # %% ../nbs/01b_loading.ipynb #68333398
 def _where(name:str) -> str:
-    "The folder of an embedded model, the folder itself, or a hub id as it is in the local cache."
+    "Return the folder of an embedded model, the folder itself, or a hub id's folder in the local cache."
     if name in all_backbones(): return str(assets(name))
-    p = Path(name).expanduser()
-    if p.is_dir():
-        if why := _no_checkpoint(p): raise CitError(f"backbone folder {p} {why}")
-        return str(p.absolute())
-    if p.is_file(): raise CitError(f"backbone {name!r} is a file; name the folder that holds it: {_wanted}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        why = _no_checkpoint(path)
+        if why: raise CitError(f"backbone folder {path} {why}")
+        return str(path.absolute())
+    if path.is_file():
+        raise CitError(f"backbone {name!r} is a file; name the folder that holds it: {_wanted}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CitError(f"unknown backbone {name!r}; allowed: {', '.join(all_backbones())}, a folder that holds a LLaVA "
                        "checkpoint, or a hub id org/name that is already in the local cache")
-    try: return snapshot_download(name, local_files_only=True)
+    try:
+        return snapshot_download(name, local_files_only=True)
     except (OSError, ValueError):
         raise CitError(f"backbone {name!r} is neither a folder nor in the local cache; nothing is fetched here: "
                        "download it first, or name a folder") from None
 
 def lasting_name(name:str, # As `get_backbone` takes it
                 ) -> str: # An absolute path, or a hub id
-    "The name by which other programs, in other folders, find a start model."
-    return str(Path(_where(name)).absolute()) if name in all_backbones() or Path(name).expanduser().is_dir() else name
+    "Return the name by which other programs, in other folders, find a start model."
+    if name in all_backbones() or Path(name).expanduser().is_dir():
+        return str(Path(_where(name)).absolute())
+    return name
 
 # %% ../nbs/01b_loading.ipynb #15c10a74
 _class = "LlavaForConditionalGeneration"
 
+def _part_type(config:dict, part:str) -> str|None:
+    "Return the model type of a part of a configuration."
+    found = config.get(part)
+    return found.get("model_type") if isinstance(found, dict) else None
+
 def family(config:dict, # config.json
           ) -> str:
-    "Which model a configuration describes: model type, architectures, language model and vision tower."
-    inner = lambda key: config[key].get("model_type") if isinstance(config.get(key), dict) else None
-    said = {"model_type": config.get("model_type"), "architectures": config.get("architectures"),
-            "language model": inner("text_config"), "vision tower": inner("vision_config")}
-    flat = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in said.items()}
-    return ", ".join(f"{k} {v}" for k, v in flat.items() if v) or "no model type"
+    "Describe the model of a configuration: model type, architectures, language model and vision tower."
+    said = {
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "language model": _part_type(config, "text_config"),
+        "vision tower": _part_type(config, "vision_config"),
+    }
+    lines = []
+    for what, value in said.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        if text: lines.append(f"{what} {text}")
+    return ", ".join(lines) or "no model type"
 
 def _original(config:dict) -> bool:
-    "Is it LLaVA as its authors store it, with the sizes of the language model at the top?"
-    return any(k in config for k in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
+    "Tell whether it is LLaVA as its authors store it, with the sizes of the language model at the top."
+    return any(key in config for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
 
 # %% ../nbs/01b_loading.ipynb #069c3567
 def _unfit(config:dict) -> str|None: # The end of a sentence
-    "What keeps a configuration from being loaded; None where nothing does."
+    "Say what keeps a configuration from being loaded; None where nothing does."
     supported = f"supported: model_type llava, architecture {_class}"
     if _original(config):
         return (f"in the original layout; {_class}'s layout is needed, which convert_llava_weights_to_hf.py "
@@ -87,7 +105,8 @@ def _unfit(config:dict) -> str|None: # The end of a sentence
         if not isinstance(config.get(part), dict): return f"without {part}, so its sizes are not known; {supported}"
         if "quantization_config" in config[part]:
             return f"whose weights are quantised ({part}: quantization_config); {full}"
-    if (how := config.get("quantization_config")) is not None:
+    how = config.get("quantization_config")
+    if how is not None:
         how = how.get("quant_method") if isinstance(how, dict) else how
         hint = "`compute four_bit=true` holds them in 4"
         return f"whose weights are quantised (quantization_config: {how}); {full}, {hint}"
@@ -103,47 +122,59 @@ def judge(name:str, # As `get_backbone` takes it
     config = read_json(Path(where)/"config.json", "configuration")
     if not isinstance(config, dict):
         raise CitError(f"configuration {where}/config.json is {type(config).__name__}, but must be a table")
-    if why := _unfit(config): raise CitError(f"backbone {name!r} is a model ({family(config)}) {why}")
+    why = _unfit(config)
+    if why: raise CitError(f"backbone {name!r} is a model ({family(config)}) {why}")
     ends = Path(where)/"generation_config.json"
     if ends.is_file(): read_json(ends, "generation configuration")
     return where
 
 # %% ../nbs/01b_loading.ipynb #22d26113
 def file_digest(path:Path) -> str: # Hex digits
-    "SHA-256 of a whole file; read again only when its size, a time of change or its inode is another."
-    s = path.stat()
-    kept = cache_dir()/"files"/digest(str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-    if kept.is_file() and len(known := kept.read_text()) == 64: return known
+    "Return the SHA-256 of a whole file; it is read again only when its size, a time of change or its inode is another."
+    stat, folder = path.stat(), cache_dir()/"files"
+    kept = folder/digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    if kept.is_file():
+        known = kept.read_text()
+        if len(known) == 64: return known
+
     found = hashlib.sha256()
-    bar = progress(desc=f"reading {path.name}", total=s.st_size, unit="B", unit_scale=True)
-    with open(path, "rb") as f, bar:
-        while part := f.read(1 << 24):
+    bar = progress(desc=f"reading {path.name}", total=stat.st_size, unit="B", unit_scale=True)
+    with open(path, "rb") as file, bar:
+        while part := file.read(1 << 24):
             found.update(part)
             bar.update(len(part))
-    try: write_atomic(kept, found.hexdigest())
-    except CitError as e: warnings.warn(f"the digest of {path} is not kept ({e}); $CIT_CACHE names another folder")
+    try:
+        write_atomic(kept, found.hexdigest())
+    except CitError as error:
+        warnings.warn(f"the digest of {path} is not kept ({error}); $CIT_CACHE names another folder")
     return found.hexdigest()
 
 # %% ../nbs/01b_loading.ipynb #5138a63d
 _kinds, _small = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"), 64e6
 
 def named_shards(folder:Path) -> list: # Paths
-    "The weight files that an index names, in whatever folder they lie."
+    "List the weight files that an index names, in whatever folder they lie."
     tables = [read_json(index, "index of weights") for index in sorted(folder.glob("*.index.json"))]
-    maps = [t["weight_map"] for t in tables if isinstance(t, dict) and isinstance(t.get("weight_map"), dict)]
-    return sorted({folder/str(file) for m in maps for file in m.values()})
+    shards = set()
+    for table in tables:
+        files = table.get("weight_map") if isinstance(table, dict) else None
+        if isinstance(files, dict):
+            shards |= {folder/str(file) for file in files.values()}
+    return sorted(shards)
 
 def _content(folder:Path) -> list: # Paths
-    "The files that a model, its tokenizer, its template and its processor are made of."
+    "List the files that a model, its tokenizer, its template and its processor are made of."
     files = {*folder.iterdir(), *folder.glob("additional_chat_templates/*"), *named_shards(folder)}
-    return sorted(p for p in files if p.suffix in _kinds and p.name != "start.json" and p.is_file())
+    return sorted(file for file in files if file.suffix in _kinds and file.name != "start.json" and file.is_file())
 
 def start_hash(name:str, # As `get_backbone` takes it
                four_bit:bool=False, # Held in 4 bits
               ) -> str:
-    "Digest of a checkpoint: all weights, configurations, tokenizer, template; raises `CitError` as `judge` does."
-    folder, parts = Path(judge(name)), [four_bit]
-    for f in _content(folder):
-        size = f.stat().st_size
-        parts += [f.name, size, f.read_bytes() if size < _small else file_digest(f)]
+    "Digest a whole checkpoint: weights, configurations, tokenizer, template; raises `CitError` as `judge` does."
+    folder = Path(judge(name))
+    parts = [four_bit]
+    for file in _content(folder):
+        size = file.stat().st_size
+        content = file.read_bytes() if size < _small else file_digest(file)
+        parts += [file.name, size, content]
     return digest(*parts)
