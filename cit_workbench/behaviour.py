@@ -38,29 +38,35 @@ def modules_of(room:str, # A key of `rooms`
     found = []
     for name in rooms[room]:
         files = sorted((root or package()).glob(f"{name}.py"))
-        if not files: raise CitError(f"room {room!r} names the module {name!r}, which the package does not have")
+        if not files:
+            raise CitError(f"room {room!r} names the module {name!r}, which the package does not have")
         found += [file for file in files if file.stem != "__init__"]
     return found
 
 # %% ../nbs/00a_behaviour.ipynb #dbe208f0
 _documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
+def _names_all(node:ast.stmt) -> bool:
+    "Tell whether a statement assigns `__all__`."
+    return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+
 def normalised(source:str, # Python
               ) -> str: # Python
     "Return `source` without comments, docstrings, blank lines and the generated `__all__`."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        has_text = isinstance(node, _documented) and ast.get_docstring(node, clean=False) is not None
-        if has_text: node.body = node.body[1:] or [ast.Pass()]
-    names_all = lambda node: isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-    tree.body = [node for node in tree.body if not names_all(node)]
+        if isinstance(node, _documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    tree.body = [node for node in tree.body if not _names_all(node)]
     return ast.unparse(tree)
 
 # %% ../nbs/00a_behaviour.ipynb #6f0ea3c6
-def git(root:Path, *words) -> str|None:
+def git(root:Path, *words:str) -> str|None:
     "Return what git prints; None where it fails, as in an installation that is no clone."
-    try: done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-    except FileNotFoundError: return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 def _differs(file:Path, # A module that git names as changed
@@ -68,7 +74,8 @@ def _differs(file:Path, # A module that git names as changed
             ) -> bool:
     "Tell whether a module's code differs from that of the last commit."
     before = git(root, "show", f"HEAD:./{file.relative_to(root)}")
-    return before is None or not file.exists() or normalised(before) != normalised(file.read_text(encoding="utf-8"))
+    if before is None or not file.exists(): return True
+    return normalised(before) != normalised(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/00a_behaviour.ipynb #3f3efef2
 def changed_source(root:Path|None = None, # The package's folder; None: this package
@@ -80,9 +87,11 @@ def changed_source(root:Path|None = None, # The package's folder; None: this pac
     if not status: return ""
     top = Path(git(root, "rev-parse", "--show-toplevel").strip())
     named = {top/line[3:].split(" -> ")[-1].strip('"') for line in status.splitlines()}
-    files = [file for room in rooms for file in modules_of(room, root, rooms)] + sorted(root.glob("methods/*.py"))
+    files = [file for room in rooms for file in modules_of(room, root, rooms)]
+    files += sorted(root.glob("methods/*.py"))
     if not any(_differs(file, root) for file in files if file.resolve() in named): return ""
-    return digest([(str(file.relative_to(root)), normalised(file.read_text(encoding="utf-8"))) for file in files])
+    sources = [(str(file.relative_to(root)), normalised(file.read_text(encoding="utf-8"))) for file in files]
+    return digest(sources)
 
 source_now = cache(changed_source) # The code of a process is that of its first import
 
@@ -95,7 +104,8 @@ def class_facts(sources:list, # Export cells of a method's page
         if not isinstance(node, ast.ClassDef): continue
         for line in node.body:
             target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
-            if getattr(target, "id", None) in facts and line.value: facts[target.id] = ast.literal_eval(line.value)
+            if getattr(target, "id", None) in facts and line.value:
+                facts[target.id] = ast.literal_eval(line.value)
     return facts
 
 def as_before(fields:dict, # Values by name
@@ -122,13 +132,15 @@ def raised(then:dict, # What a result was made by
         if kind not in then: continue
         old, new = then[kind], now.get(kind, {})
         said += [f"{name} {old.get(name, 'unknown')} → {new[name]}" for name in new if old.get(name) != new[name]]
-    return said + ["uncommitted code"]*(then.get("source", "") != now.get("source", ""))
+    if then.get("source", "") != now.get("source", ""):
+        said.append("uncommitted code")
+    return said
 
 # %% ../nbs/00a_behaviour.ipynb #23e43fc9
 _before_versions = "0727940224c235b5" # What records called their scorers
 
 def scored_by() -> str: # "scoring 1"
-    "Name what made the scores of a run: runs in one block of a table share it. A table names scorers that are older."
+    "Name what made the scores of a run; runs in one block of a table share it."
     return f"scoring {VERSIONS['scoring']}"
 
 def scorers_said(text:str, # The field `scorers` of a record's protocol
@@ -142,9 +154,12 @@ def _table(file:Path, changed:int) -> dict:
     "Read a table of versions."
     return read_json(file, "table of versions")
 
-def admitted(path, # A packed run
+def admitted(path:Path|str, # A packed run
             ) -> dict|None: # What made it, as `behaviour` says it, with the digest of its data; None: not in the table
     "Look up what made a packed run that was written before there were versions."
-    file = Path(path).absolute().parent.parent/"keys.json"
+    path = Path(path)
+    folder = path.absolute().parent
+    file = folder.parent/"keys.json"
     if not file.is_file(): return None
-    return _table(file, file.stat().st_mtime_ns).get(f"{Path(path).absolute().parent.name}/{Path(path).name}")
+    table = _table(file, file.stat().st_mtime_ns)
+    return table.get(f"{folder.name}/{path.name}")
