@@ -8,14 +8,17 @@ __all__ = ['linears', 'Tune', 'block_linears', 'every_linear', 'left_out', 'Fuse
            'SlotLinear', 'swap_linears', 'inserted', 'add_slots', 'mixed']
 
 # %% ../nbs/03_adapt.ipynb #d8f5599c
-import json, re, warnings
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,12 +31,14 @@ linears = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|dow
 
 @dataclass
 class Tune:
-    "What is trained when a method inserts nothing itself."
+    "Describe what is trained when a method inserts nothing itself."
     r: int = 16 # Rank of LoRA
     alpha: float = 64. # Its scale is alpha / r
-    targets: str|None = None # Full-match regex over the names of linear layers; None: all of the language model, but the first block of a tiny start
+    # Full-match regex over names of linear layers; None: all of the language model, but the first block of a tiny start
+    targets: str|None = None
     train: str|None = None # Full-match regex of the start model's own parameters to train too, e.g. the projector's
     dropout: float = 0. # On LoRA's input
+
     @property
     def layers(self) -> str: return self.targets or linears
 
@@ -41,83 +46,116 @@ class Tune:
 _block = re.compile(r".*language_model\.layers\.\d+\.(.+)")
 
 def block_linears(model:nn.Module) -> list: # Names
-    "The linear layers in the blocks of the language model."
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and _block.fullmatch(n)]
+    "Name the linear layers in the blocks of the language model."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if _block.fullmatch(name)]
 
 def every_linear(model:nn.Module) -> str: # Full-match regex
     "Name all linear layers in the blocks of the language model: `linears` where it does, else by the names they have."
     names = block_linears(model)
-    if all(re.fullmatch(linears, n) for n in names): return linears
+    if all(re.fullmatch(linears, name) for name in names):
+        return linears
     generic = lambda part: r"\d+" if part.isdigit() else re.escape(part)
-    tails = {r"\.".join(map(generic, _block.fullmatch(n)[1].split("."))) for n in names}
+    inner = [_block.fullmatch(name)[1].split(".") for name in names]
+    tails = {r"\.".join(map(generic, parts)) for parts in inner}
     return rf".*language_model\.layers\.\d+\.({'|'.join(sorted(tails))})"
 
 def left_out(model:nn.Module) -> list: # Names within a block
-    "Matrices in the blocks of the language model that are no linear layers, such as fused experts: LoRA skips them."
-    inside = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
-    names = [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) not in inside and _block.fullmatch(n)]
-    return [*dict.fromkeys(_block.fullmatch(n)[1] for n in names)]
+    "Name matrices in the blocks of the language model that LoRA skips: they are no linear layers, as fused experts."
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inside = {id(weight) for layer in layers for weight in layer.parameters()}
+    outside = [name for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in inside]
+    found = [_block.fullmatch(name) for name in outside]
+    return [*dict.fromkeys(match[1] for match in found if match)]
 
 # %% ../nbs/03_adapt.ipynb #6d8550c4
 class _Lora(torch.autograd.Function):
-    "y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, gradients for x, A and B."
+    "Compute y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, and gradients for x, A and B."
     @staticmethod
-    def forward(ctx, x, W, b, A, B, s):
-        x2 = x.reshape(-1, x.shape[-1]).to(W.dtype)
-        z = x2 @ A.to(W.dtype).T
-        ctx.save_for_backward(x2, z, W, A, B); ctx.s, ctx.x = s, (x.shape, x.dtype)
-        return F.linear(x2, W, b).addmm_(z, B.to(W.dtype).T, alpha=s).view(*x.shape[:-1], -1)
+    def forward(ctx, x, W, b, A, B, s) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(W.dtype)
+        inner = rows @ A.to(W.dtype).T
+        ctx.save_for_backward(rows, inner, W, A, B)
+        ctx.scale, ctx.shape, ctx.dtype = s, x.shape, x.dtype
+        out = F.linear(rows, W, b).addmm_(inner, B.to(W.dtype).T, alpha=s)
+        return out.view(*x.shape[:-1], -1)
+
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x2, z, W, A, B = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1]).to(W.dtype)
-        gz = (g2 @ B.to(W.dtype)).mul_(ctx.s)
-        dx = (g2 @ W).addmm_(gz, A.to(W.dtype)).view(ctx.x[0]).to(ctx.x[1]) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[3]: return dx, *[None]*5
-        return dx, None, None, (gz.T @ x2).to(A.dtype), (g2.T @ z).mul_(ctx.s).to(B.dtype), None
+    def backward(ctx, grad) -> tuple: # A gradient, or None, for each argument of `forward`
+        rows, inner, W, A, B = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1]).to(W.dtype)
+        grad_inner = (grad @ B.to(W.dtype)).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ W).addmm_(grad_inner, A.to(W.dtype))
+            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+        if not ctx.needs_input_grad[3]:
+            return grad_x, None, None, None, None, None
+        grad_A = (grad_inner.T @ rows).to(A.dtype)
+        grad_B = (grad.T @ inner).mul_(ctx.scale).to(B.dtype)
+        return grad_x, None, None, grad_A, grad_B, None
 
 # %% ../nbs/03_adapt.ipynb #3e2823ab
 class FusedLora(PeftLinear):
-    "peft's LoRA layer with a faster forward; peft's own where anything but one plain adapter is at work."
+    "Run peft's LoRA layer by a faster forward; by peft's own where anything but one plain adapter is at work."
     local = True # Acts on each position alone
     tape = None # A list notes the layer, its input and its output at every forward
     whole = None # A, B and the W + s B A made of them, while nothing is trained
+
     @property
     def plain(self) -> bool: # One adapter, no dropout, nobody listening to its parts
-        on, base = self.active_adapters, self.base_layer
-        if self.disable_adapters or self.merged or len(on) != 1 or on[0] not in self.lora_A or on[0] in self.lora_variant: return False
-        A, B, drop = self.lora_A[on[0]], self.lora_B[on[0]], self.lora_dropout[on[0]]
-        heard = any(hooked(m) for m in (A, B, base, drop))
-        return not heard and type(base) is nn.Linear and B.bias is None and not base.weight.requires_grad and not (self.training and getattr(drop, "p", 0))
-    def forward(self, x, *args, **kw):
-        if args or kw or not self.plain: return super().forward(x, *args, **kw)
-        (k,), base = self.active_adapters, self.base_layer
-        A, B = self.lora_A[k].weight, self.lora_B[k].weight
-        if self.whole is not None and not torch.is_grad_enabled() and self.whole[0] is A and self.whole[1] is B: return F.linear(x, self.whole[2], base.bias)
-        y = _Lora.apply(x, base.weight, base.bias, A, B, self.scaling[k])
-        if self.tape is not None: self.tape.append((self, x.detach(), y if y.requires_grad else y.requires_grad_()))
+        names, base = self.active_adapters, self.base_layer
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return False
+        (name,) = names
+        if name not in self.lora_A or name in self.lora_variant:
+            return False
+        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        if any(hooked(module) for module in (A, B, base, dropout)):
+            return False
+        if type(base) is not nn.Linear or B.bias is not None or base.weight.requires_grad:
+            return False
+        return not (self.training and getattr(dropout, "p", 0))
+
+    def forward(self, x:torch.Tensor, *args, **kw) -> torch.Tensor:
+        if args or kw or not self.plain:
+            return super().forward(x, *args, **kw)
+        (name,), base = self.active_adapters, self.base_layer
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        if self.whole is not None and not torch.is_grad_enabled():
+            of_A, of_B, weight = self.whole
+            if of_A is A and of_B is B:
+                return F.linear(x, weight, base.bias)
+        y = _Lora.apply(x, base.weight, base.bias, A, B, self.scaling[name])
+        if self.tape is not None:
+            self.tape.append((self, x.detach(), y if y.requires_grad else y.requires_grad_()))
         return y
+
     @torch.no_grad()
     def per_sample(self,
-                   x, # Inputs [B, T, i]
-                   g, # Gradients of the outputs [B, T, o]
+                   x:torch.Tensor, # Inputs [B, T, i]
+                   grad:torch.Tensor, # Gradients of the outputs [B, T, o]
                   ) -> dict: # {parameter: gradient of every sample [B, …]}
-        "Gradients of A and B, sample by sample."
-        (k,) = self.active_adapters; A, B, s = self.lora_A[k].weight, self.lora_B[k].weight, self.scaling[k]
-        x, g = x.to(A.dtype), g.to(A.dtype)
-        return {A: torch.einsum("btr,bti->bri", g @ B*s, x), B: torch.einsum("bto,btr->bor", g, x @ A.T*s)}
+        "Compute the gradients of A and B, sample by sample."
+        (name,) = self.active_adapters
+        A, B, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        x, grad = x.to(A.dtype), grad.to(A.dtype)
+        of_A = torch.einsum("btr,bti->bri", grad @ B*scale, x)
+        of_B = torch.einsum("bto,btr->bor", grad, x @ A.T*scale)
+        return {A: of_A, B: of_B}
 
 def fused(model:nn.Module, # A `peft.PeftModel`, changed in place
          ) -> nn.Module: # The same model
     "Give peft's LoRA layers the faster forward; names, values and files stay as they are."
-    for m in model.modules():
-        if type(m) is PeftLinear: m.__class__ = FusedLora
+    for module in model.modules():
+        if type(module) is PeftLinear:
+            module.__class__ = FusedLora
     return model
 
 # %% ../nbs/03_adapt.ipynb #916c8f6f
 def in_tower(name:str) -> bool:
-    "Does a layer or parameter belong to the vision tower?"
+    "Tell whether a layer or parameter belongs to the vision tower."
     return "vision_tower" in name.split(".")
 
 def no_gradient(names:list) -> str: # The end of a sentence
@@ -128,73 +166,83 @@ def no_gradient(names:list) -> str: # The end of a sentence
 
 # %% ../nbs/03_adapt.ipynb #cdd2bb56
 def seeded(key:tuple, # What the draws are for
-           f, # Called with torch's global generator seeded by `key`
-          ):
-    "Run `f` under a seed of its own; torch's generator is left as it was found."
+           make:Callable, # Called with torch's global generator seeded by `key`
+          ) -> object: # What it returns
+    "Call `make` under a separate seed; torch's generator is left as it was found."
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(*key))
-        return f()
+        return make()
 
 def matched(model:nn.Module, # Any model
             targets:str, # Full-match regex over names of linear layers
            ) -> list: # (name, layer) pairs
-    "The linear layers that `targets` names; raises `CitError` for none, and for layers without gradient."
-    all_ = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    hit = [(n, m) for n, m in all_ if re.fullmatch(targets, n)]
-    if not hit:
-        like = next(iter(block_linears(model)), all_[0][0] if all_ else "none")
-        raise CitError(f"tune: targets {targets!r} matches no linear layer; names look like {like!r}")
-    if frozen := [n for n, _ in hit if in_tower(n)]: raise CitError(f"tune: targets {targets!r} {no_gradient(frozen)}")
-    return hit
+    "Find the linear layers that `targets` names; raise `CitError` for none, and for layers without gradient."
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [(name, layer) for name, layer in linear if re.fullmatch(targets, name)]
+    if not found:
+        names = [*block_linears(model), *(name for name, _ in linear), "none"]
+        raise CitError(f"tune: targets {targets!r} matches no linear layer; names look like {names[0]!r}")
+    frozen = [name for name, _ in found if in_tower(name)]
+    if frozen:
+        raise CitError(f"tune: targets {targets!r} {no_gradient(frozen)}")
+    return found
 
 def add_lora(model:nn.Module, # A Hugging Face model, changed in place
              tune:Tune, # Rank, scale, layers
              key:tuple, # Seeds A; B starts at zero
-            ): # `peft.PeftModel` around `model`
-    "Put LoRA into `model` through peft (arXiv 2106.09685); raises `CitError` when `targets` names no linear layer."
+            ) -> PeftModel: # Around `model`
+    "Put LoRA into `model` through peft (arXiv 2106.09685); raise `CitError` when `targets` names no linear layer."
     targets = tune.targets or every_linear(model)
-    names = [n for n, _ in matched(model, targets)]
-    others = [n for n, _ in model.named_modules() if re.fullmatch(targets, n) and n not in names]
-    if tune.r < 1 or not 0 <= tune.dropout < 1: raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; allowed: r from 1, dropout from 0 up to but not 1")
-    cfg = LoraConfig(r=tune.r, lora_alpha=tune.alpha, target_modules=names if others else targets, lora_dropout=tune.dropout,
-                     task_type="CAUSAL_LM")
+    names = [name for name, _ in matched(model, targets)]
+    named = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    others = [name for name in named if name not in names]
+    if tune.r < 1 or not 0 <= tune.dropout < 1:
+        raise CitError(f"tune: r is {tune.r} and dropout is {tune.dropout}; "
+                       "allowed: r from 1, dropout from 0 up to but not 1")
+    config = LoraConfig(r=tune.r, lora_alpha=tune.alpha, lora_dropout=tune.dropout,
+                        target_modules=names if others else targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return fused(seeded(key, lambda: get_peft_model(model, cfg)))
+        return fused(seeded(key, lambda: get_peft_model(model, config)))
 
 # %% ../nbs/03_adapt.ipynb #72695527
 @contextmanager
 def whole(model:nn.Module, # With plain LoRA
           room:float=1e9, # Bytes; a larger model, or one that is not float32, stays as it is
-         ):
-    "One matrix product per layer while many questions are answered."
-    layers = [m for m in model.modules() if isinstance(m, FusedLora) and m.plain]
-    ws = [m.base_layer.weight for m in layers]
-    if all(w.dtype == torch.float32 for w in ws) and sum(w.numel()*4 for w in ws) <= room:
-        for m in layers:
-            k, W = m.active_adapters[0], m.base_layer.weight
-            m.whole = m.lora_A[k].weight, m.lora_B[k].weight, W + m.get_delta_weight(k).detach().to(W.dtype)
-    try: yield
+         ) -> Iterator[None]:
+    "Compute one matrix product per layer while many questions are answered."
+    layers = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain]
+    weights = [layer.base_layer.weight for layer in layers]
+    exact = all(weight.dtype == torch.float32 for weight in weights)
+    if exact and sum(weight.numel()*4 for weight in weights) <= room:
+        for layer, W in zip(layers, weights):
+            name = layer.active_adapters[0]
+            change = layer.get_delta_weight(name).detach().to(W.dtype)
+            layer.whole = layer.lora_A[name].weight, layer.lora_B[name].weight, W + change
+    try:
+        yield
     finally:
-        for m in layers: m.whole = None
+        for layer in layers:
+            layer.whole = None
 
 # %% ../nbs/03_adapt.ipynb #c1f0a4f7
 def whole_modules(model:nn.Module, # A start model with LoRA
                   params:list, # Trained parameters that are not LoRA's
                  ) -> dict: # {name: module}
-    "The modules that hold the parameters."
-    ids = {id(p) for p in params}
-    return {n: m for n, m in model.named_modules() if any(id(p) in ids for p in m.parameters(recurse=False))}
+    "Find the modules that hold the parameters."
+    trained = {id(weight) for weight in params}
+    holds = lambda module: any(id(weight) in trained for weight in module.parameters(recurse=False))
+    return {name: module for name, module in model.named_modules() if holds(module)}
 
 def add_modules(folder:Path, # An adapter as peft saved it
                 modules:dict, # {name: module}
-               ):
+               ) -> None:
     "Put modules into a saved adapter as peft's `modules_to_save`."
     weights, about = folder/"adapter_model.safetensors", folder/"adapter_config.json"
     tensors = load_file(weights)
-    for name, m in modules.items():
-        own = {k: v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}
-        tensors |= {f"base_model.model.{name}.{k}": v for k, v in own.items()}
+    for name, module in modules.items():
+        for part, value in module.state_dict().items():
+            tensors[f"base_model.model.{name}.{part}"] = value.detach().cpu().clone().contiguous()
     save_file(tensors, weights, metadata={"format": "pt"})
     config = read_json(about, "adapter") | {"modules_to_save": sorted(modules)}
     about.write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -207,8 +255,10 @@ def adapter_card(base:str, # Hub id or absolute path of the start model
                  padded:bool=False, # Were pictures made square first?
                 ) -> str: # Markdown
     "Say what an adapter holds and how it is loaded."
-    more = f", and the trained modules {', '.join(f'`{m}`' for m in modules)} as a whole" if modules else ""
-    square = "\nThe run made pictures square first, with the mean colour of the processor around them.\n" if padded else ""
+    names = ", ".join(f"`{module}`" for module in modules)
+    more = f", and the trained modules {names} as a whole" if modules else ""
+    square = "\nThe run made pictures square first, with the mean colour of the processor around them.\n"
+    square = square if padded else ""
     return f"""---
 library_name: peft
 base_model: {base}
@@ -230,75 +280,90 @@ processor = AutoProcessor.from_pretrained(start, backend="pil")
 ```
 {square}"""
 
-def save_adapter(peft, # A `peft.PeftModel`
+def save_adapter(peft:PeftModel,
                  folder:Path, # Where to
                  params:list, # Trained parameters that are not LoRA's
                  task:str, # After which it is saved
                  dtype:str, # Of the start model
                  padded:bool=False, # Were pictures made square first?
-                ):
+                ) -> None:
     "Write an adapter that `PeftModel.from_pretrained` loads, with all that was trained."
     peft.save_pretrained(folder)
     modules = whole_modules(peft.get_base_model(), params)
-    if modules: add_modules(folder, modules)
+    if modules:
+        add_modules(folder, modules)
     base = read_json(folder/"adapter_config.json", "adapter")["base_model_name_or_path"]
-    (folder/"README.md").write_text(adapter_card(base, task, dtype, [*modules], padded), encoding="utf-8")
+    card = adapter_card(base, task, dtype, [*modules], padded)
+    (folder/"README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/03_adapt.ipynb #794f8559
 class SlotLinear(nn.Module):
-    "A frozen linear layer with named LoRA slots: y = W x + alpha/r · B_s A_s x, s given per row by `route['slot']`."
+    "Hold a frozen linear layer with LoRA slots: y = W x + alpha/r · B_s A_s x, s given per row by `route['slot']`."
     local = True # Acts on each position alone
+
     def __init__(self, base:nn.Linear, r:int, alpha:float, dropout:float=0.):
         super().__init__()
-        self.base, self.r, self.scale, self.dropout, self.A, self.B = base, r, alpha/r, dropout, nn.ParameterList(), nn.ParameterList()
-    def add(self, like:int|None=None): # Slot to copy
+        self.base, self.r, self.scale, self.dropout = base, r, alpha/r, dropout
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+
+    def add(self, like:int|None=None) -> None: # Slot to copy
         "Append a slot that starts as no change, or as a copy of another, and freeze the ones before it."
-        for p in [*self.A, *self.B]: p.requires_grad_(False)
-        w = dict(device=self.base.weight.device, dtype=torch.float32)
-        A, B = torch.empty(self.r, self.base.in_features, **w), torch.zeros(self.base.out_features, self.r, **w)
-        A, B = (nn.init.kaiming_uniform_(A, a=5**.5), B) if like is None else (self.A[like].detach().clone(), self.B[like].detach().clone())
-        self.A.append(nn.Parameter(A)); self.B.append(nn.Parameter(B))
-    def change(self, x, s:int): # b t o
-        return F.dropout(x, self.dropout, self.training).to(self.A[s].dtype) @ self.A[s].T @ self.B[s].T*self.scale
-    def forward(self, x): # b t d
-        y, slot = self.base(x), current().route["slot"]
-        for s in slot.unique().tolist():
-            if s < 0: continue
-            rows = slot == s
-            d = self.change(x[rows], s).to(y.dtype)
-            y = y + d if rows.all() else y.index_add(0, rows.nonzero()[:, 0], d)
+        for weight in [*self.A, *self.B]:
+            weight.requires_grad_(False)
+        if like is None:
+            where = dict(device=self.base.weight.device, dtype=torch.float32)
+            A = nn.init.kaiming_uniform_(torch.empty(self.r, self.base.in_features, **where), a=5**.5)
+            B = torch.zeros(self.base.out_features, self.r, **where)
+        else:
+            A, B = self.A[like].detach().clone(), self.B[like].detach().clone()
+        self.A.append(nn.Parameter(A))
+        self.B.append(nn.Parameter(B))
+
+    def change(self, x:torch.Tensor, slot:int) -> torch.Tensor: # [B, T, o]
+        A, B = self.A[slot], self.B[slot]
+        return F.dropout(x, self.dropout, self.training).to(A.dtype) @ A.T @ B.T*self.scale
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # [B, T, i] to [B, T, o]
+        y, slots = self.base(x), current().route["slot"]
+        for slot in slots.unique().tolist():
+            if slot < 0:
+                continue
+            rows = slots == slot
+            change = self.change(x[rows], slot).to(y.dtype)
+            y = y + change if rows.all() else y.index_add(0, rows.nonzero()[:, 0], change)
         return y
 
 # %% ../nbs/03_adapt.ipynb #11eb3ce2
 def swap_linears(model:nn.Module, # Changed in place
                  targets:str, # Full-match regex over names of linear layers
-                 make, # Takes the layer, returns its replacement
+                 make:Callable, # Takes the layer, returns its replacement
                 ) -> list: # The replacements
     "Replace every matching linear layer by `make(layer)`."
-    new = []
-    for name, m in matched(model, targets):
+    made = []
+    for name, layer in matched(model, targets):
         parent, _, leaf = name.rpartition(".")
-        new.append(make(m))
-        setattr(model.get_submodule(parent), leaf, new[-1])
-    return new
+        made.append(make(layer))
+        setattr(model.get_submodule(parent), leaf, made[-1])
+    return made
 
 # %% ../nbs/03_adapt.ipynb #20f5895e
 def inserted(model:nn.Module, # Any model
-             kind, # A class of layers
+             kind:type, # A class of layers
             ) -> list: # In the order of the model
-    "The layers of a class."
-    return [m for m in model.modules() if isinstance(m, kind)]
+    "List the layers of a class."
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 # %% ../nbs/03_adapt.ipynb #0bc95b3e
 def add_slots(model:nn.Module, # Changed in place
               tune:Tune, # Rank, scale, layers, dropout
-              n:int, # Slots of every layer
-              kind=SlotLinear, # Or a class derived from it
+              count:int, # Slots of every layer
+              kind:type=SlotLinear, # Or a class derived from it
              ) -> list: # The layers
-    "Replace every layer that `tune` names by one with `n` slots."
-    def make(base):
+    "Replace every layer that `tune` names by one with `count` slots."
+    def make(base:nn.Linear) -> SlotLinear:
         layer = kind(base, tune.r, tune.alpha, tune.dropout)
-        for _ in range(n): layer.add()
+        for _ in range(count):
+            layer.add()
         return layer
     return swap_linears(model, tune.layers, make)
 
@@ -308,7 +373,8 @@ def mixed(x:torch.Tensor, # Inputs [B, T, i]
           B:torch.Tensor, # [E, o, r]
           w:torch.Tensor, # Weight of every expert, per row [B, E] or per token [B, T, E]
          ) -> torch.Tensor: # [B, T, o]
-    "Σ_e w_e B_e A_e x."
+    "Compute Σ_e w_e B_e A_e x."
     w = w[:, None] if w.dim() == 2 else w
-    z = (x.to(A.dtype) @ A.flatten(0, 1).T).unflatten(-1, A.shape[:2])*w[..., None].to(A.dtype)
-    return z.flatten(-2) @ B.transpose(1, 2).flatten(0, 1)
+    inner = (x.to(A.dtype) @ A.flatten(0, 1).T).unflatten(-1, A.shape[:2])
+    inner = inner*w[..., None].to(A.dtype)
+    return inner.flatten(-2) @ B.transpose(1, 2).flatten(0, 1)
