@@ -572,7 +572,8 @@ def row(self:Run, net:Net, writer:RecordWriter,
     got = net.evaluate(columns, oracle=bool(number and oracle), model_id=f"{net.method.name}/{number}")
     for column, (_, lines) in got.items(): writer.answers(number, column, lines)
     found = self.found(net, writer, number, name)
-    writer.row(number, name, {column: scores | found.get(column, {}) for column, (scores, _) in got.items()})
+    scores = {column: score | found.get(column, {}) for column, (score, _) in got.items()}
+    writer.row(number, name, scores)
     samples = sum(len(lines) for _, lines in got.values())
     writer.time("evaluate", time.time() - tic, task=name, samples=samples)
 
@@ -822,7 +823,8 @@ def check_rows(self:Run, net:Net):
     for task, split in asked:
         net.check_rows(task.name, split, range(task.n[split]))
         room, cut, longest = net.room(task.name, split)
-        if cut and net.rank == 0: warnings.warn(_cut.format(cut, task.n[split], split, task.name, room, longest))
+        if cut and net.rank == 0:
+            warnings.warn(_cut.format(cut, task.n[split], split, task.name, room, longest))
 
 _cut = ("{} of {} true {} answers of task {!r} do not fit into its room of {} tokens (the longest needs {}): "
         "a model that says them is cut; max_new_tokens of the task's format says how much room there is")

@@ -64,11 +64,13 @@ def planned(watch:Watch,
     when = {step: how for step, how in found.items() if how}
     light = [step for step, how in when.items() if how == "light"]
     full = 1 + len(when) - len(light) # The one at the end, too
-    room = watch.share*steps/rows - _costs["full"]*full if watch.share else np.inf
+    room = np.inf
+    if watch.share: room = watch.share*steps/rows - _costs["full"]*full
     kept = set()
     if light:
         count = int(np.clip(room/_costs["light"], 1, len(light)))
-        kept = {light[round(place)] for place in np.linspace(0, len(light) - 1, count)}
+        places = np.linspace(0, len(light) - 1, count)
+        kept = {light[round(place)] for place in places}
     return {step: how for step, how in when.items() if how == "full" or step in kept}
 
 # %% ../nbs/06b_watch.ipynb #08cb1b30
@@ -87,8 +89,10 @@ def cka(then:np.ndarray, # States then [..., n, d]
     centred = [states - states.mean(-2, keepdims=True) for states in (then, now)]
     old, new = (states @ states.swapaxes(-1, -2) for states in centred)
     with np.errstate(invalid="ignore"):
-        sizes = (old*old).sum((-2, -1))*(new*new).sum((-2, -1))
-        return (old*new).sum((-2, -1))/np.sqrt(sizes)
+        shared = (old*new).sum((-2, -1))
+        old_size = (old*old).sum((-2, -1))
+        new_size = (new*new).sum((-2, -1))
+        return shared/np.sqrt(old_size*new_size)
 
 # %% ../nbs/06b_watch.ipynb #43f385f1
 def spanned(states:np.ndarray, # [..., n, d]
@@ -98,8 +102,10 @@ def spanned(states:np.ndarray, # [..., n, d]
     states = states.astype(float)
     centred = states - states.mean(-2, keepdims=True)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
-    flat = sizes[..., k-1] <= 1e-6*np.maximum(sizes[..., 0], 1e-30)
-    return np.where(flat[..., None, None], np.nan, directions[..., :k, :].swapaxes(-1, -2))
+    largest = np.maximum(sizes[..., 0], 1e-30)
+    flat = sizes[..., k-1] <= 1e-6*largest
+    columns = directions[..., :k, :].swapaxes(-1, -2)
+    return np.where(flat[..., None, None], np.nan, columns)
 
 def turned(then:np.ndarray, # States then [..., n, d]
            now:np.ndarray, # States now [..., n, d]
@@ -122,7 +128,8 @@ def listening(lm:torch.nn.Module, # A language model
         prompt = current().prompt
         if isinstance(states, tuple): states = states[0]
         share = (prompt/prompt.sum(1, keepdim=True)).to(states.dtype)
-        heard.append(torch.bmm(share[:, None], states.detach())[:, 0].float())
+        means = torch.bmm(share[:, None], states.detach())[:, 0]
+        heard.append(means.float())
     hooks = [layer.register_forward_hook(hear) for layer in lm.layers]
     try: yield heard
     finally:
@@ -184,7 +191,8 @@ class Watcher:
     def refs(self, name:str) -> list: # (task name, index) pairs
         "Draw the fixed validation rows of a task."
         count = self.run.data.task(name).n["val"]
-        chosen = rng(self.run.seed, name, "watch").choice(count, min(count, self.watch.rows), replace=False)
+        draw = rng(self.run.seed, name, "watch")
+        chosen = draw.choice(count, min(count, self.watch.rows), replace=False)
         return [(name, int(index)) for index in sorted(chosen)]
 
     def _stored(self, name:str) -> np.ndarray|None: # [layers, rows, d]
@@ -240,7 +248,8 @@ def parted(self:Watcher,
     "Split what was heard, task by task."
     states = torch.stack(heard).cpu().numpy()
     counts = [len(self.refs(name)) for name in names]
-    return dict(zip(names, np.split(states, np.cumsum(counts)[:-1], axis=1)))
+    pieces = np.split(states, np.cumsum(counts)[:-1], axis=1)
+    return dict(zip(names, pieces))
 
 @patch
 def light(self:Watcher,
@@ -255,7 +264,10 @@ def light(self:Watcher,
     whose = np.repeat(np.arange(len(names)), counts)[out.row.cpu()]
     losses = losses.cpu().numpy()
     states = self.parted(names, heard)
-    return {name: (float(losses[whose == number].mean()), states[name]) for number, name in enumerate(names)}
+    found = {}
+    for number, name in enumerate(names):
+        found[name] = float(losses[whose == number].mean()), states[name]
+    return found
 
 # %% ../nbs/06b_watch.ipynb #c330eea8
 @patch
@@ -364,7 +376,8 @@ def _look_in_full(self:Watcher, names:list) -> tuple: # ({task: answers and cosi
     now = self.net.task
     own = {name: self.gradient([name]) for name in names if name == now or self.merged()}
     reference = {}
-    if own: reference = {param: sum(grads[param] for grads, _ in own.values()) for param in self.net.params}
+    if own:
+        for param in self.net.params: reference[param] = sum(grads[param] for grads, _ in own.values())
     said = self.answers(names)
     more, got = {}, {}
     for name in names:
