@@ -16,33 +16,36 @@ from .core import CitError, canonical, disk_error, read_json, write_atomic
 
 # %% ../nbs/06a_checkpoint.ipynb #d3d77ffc
 def unshared(tensors:dict) -> dict:
-    "The same tensors, each with storage of its own, as safetensors wants them."
-    first = {t.untyped_storage().data_ptr(): k for k, t in reversed(tensors.items())}
-    return {k: t if first[t.untyped_storage().data_ptr()] == k else t.clone() for k, t in tensors.items()}
+    "Return the same tensors, each with separate storage, as safetensors wants them."
+    def storage(tensor): return tensor.untyped_storage().data_ptr()
+    first = {storage(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensor if first[storage(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
 
 def pack(tensors:dict) -> bytes:
-    "Tensors as the bytes of a safetensors file."
-    return save(unshared({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
+    "Pack tensors as the bytes of a safetensors file."
+    return save(unshared({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 def unpack(data:bytes) -> dict:
-    "Tensors from such bytes, by name, each where torch itself would have put it: alignment decides which kernel runs."
-    return {k: t.clone() for k, t in sorted(load(data).items())}
+    "Unpack tensors by name, each where torch itself would have put it: alignment decides which kernel runs."
+    return {name: tensor.clone() for name, tensor in sorted(load(data).items())}
 
 # %% ../nbs/06a_checkpoint.ipynb #e9e138d8
-def sync(*paths): # Files and folders; those that do not exist are left out
+def sync(*paths:Path): # Files and folders; those that do not exist are left out
     "Wait until the disk holds them; a folder stands for its list of names."
-    for p in paths:
-        try: fd = os.open(p, os.O_RDONLY)
+    for path in paths:
+        try: handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError: continue
-        try: os.fsync(fd)
-        finally: os.close(fd)
+        try: os.fsync(handle)
+        finally: os.close(handle)
 
-def sha256(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
+def sha256(data:bytes) -> str:
+    "Return the SHA-256 of bytes as hexadecimal digits."
+    return hashlib.sha256(data).hexdigest()
 
-def holds(path, # A file
+def holds(path:Path, # A file
           sha:str, # SHA-256 of what it should hold
          ) -> bool:
-    "Does a file hold the bytes of that hash?"
+    "Tell whether a file holds the bytes of that hash."
     return path.is_file() and sha256(path.read_bytes()) == sha
 
 # %% ../nbs/06a_checkpoint.ipynb #265a0fca
@@ -51,20 +54,25 @@ def write_checkpoint(root:Path, # Folder of all checkpoints of a run
                      state:dict, # Plain values
                      tensors:dict, # {"weights": {name: tensor}, "optim": {…}, "mem": {…}}
                     ) -> Path: # The checkpoint
-    "Write a checkpoint whole or not at all; raises `CitError` naming the file when the disk refuses."
-    tmp, path, sums = root/f".tmp-{name}", root/name, {}
+    "Write a checkpoint whole or not at all; raise `CitError` naming the file when the disk refuses."
+    tmp = root/f".tmp-{name}"
+    sums = {}
     _drop(tmp)
-    for k, ts in tensors.items():
-        data = pack(ts); sha = sha256(data)
-        file = f"../mem-{sha}.safetensors" if k == "mem" else f"{k}.safetensors"
-        at = root/file[3:] if k == "mem" else tmp/file
-        if k != "mem" or not holds(at, sha): write_atomic(at, data)
+    for kind, values in tensors.items():
+        data = pack(values)
+        sha = sha256(data)
+        if kind == "mem":
+            file, path = f"../mem-{sha}.safetensors", root/f"mem-{sha}.safetensors"
+        else:
+            file, path = f"{kind}.safetensors", tmp/f"{kind}.safetensors"
+        if kind != "mem" or not holds(path, sha): write_atomic(path, data)
         sums[file] = sha
     data = json.dumps(state, ensure_ascii=False).encode()
-    write_atomic(tmp/"state.json", data); sums["state.json"] = sha256(data)
+    write_atomic(tmp/"state.json", data)
+    sums["state.json"] = sha256(data)
     write_atomic(tmp/"manifest.json", canonical(sums))
-    rename(tmp, path)
-    return path
+    rename(tmp, root/name)
+    return root/name
 
 def rename(tmp:Path, # A finished folder
            path:Path, # Its name
@@ -72,42 +80,53 @@ def rename(tmp:Path, # A finished folder
     "Give a finished folder its name, on the disk too; one that has it already goes."
     try:
         sync(tmp, path.parent)
-        if path.exists(): os.replace(path, old := path.with_name(f".tmp-old-{path.name}")); _drop(old)
+        if path.exists(): _replace(path)
         os.replace(tmp, path)
         sync(path.parent)
-    except OSError as e: raise disk_error(path, e) from e
+    except OSError as error: raise disk_error(path, error) from error
+
+def _replace(path:Path):
+    "Take a folder's name away, then remove the folder: a kill meanwhile leaves no half of a checkpoint."
+    old = path.with_name(f".tmp-old-{path.name}")
+    os.replace(path, old)
+    _drop(old)
 
 def _drop(path:Path):
-    "Remove a temporary file or folder; raises `CitError` when the disk refuses."
-    try: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    "Remove a temporary file or folder; raise `CitError` when the disk refuses."
+    try:
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink(missing_ok=True)
     except FileNotFoundError: pass
-    except OSError as e: raise disk_error(path, e) from e
+    except OSError as error: raise disk_error(path, error) from error
 
 # %% ../nbs/06a_checkpoint.ipynb #f63892e4
 def manifest(path:Path) -> dict: # {file: SHA-256}
-    "What a checkpoint must hold."
+    "Read what a checkpoint must hold."
     return read_json(path/"manifest.json", "checkpoint manifest")
 
 def read_checkpoint(path:Path) -> dict: # The state, with "weights", "optim" and the memory's "tensors"
-    "State and tensors of a checkpoint; raises `CitError` when a file is missing or its hash differs."
+    "Read state and tensors of a checkpoint; raise `CitError` when a file is missing or its hash differs."
     data = {}
     for name, sha in manifest(path).items():
-        f = path/name; key = "tensors" if "mem-" in name else f.stem
-        data[key] = f.read_bytes() if f.is_file() else b""
-        if sha256(data[key]) != sha: raise CitError(f"checkpoint {path} is damaged: {f.name} is not what its manifest says")
-    return json.loads(data.pop("state")) | {k: unpack(d) for k, d in data.items()}
+        file = path/name
+        key = "tensors" if "mem-" in name else file.stem
+        data[key] = file.read_bytes() if file.is_file() else b""
+        if sha256(data[key]) != sha:
+            raise CitError(f"checkpoint {path} is damaged: {file.name} is not what its manifest says")
+    state = json.loads(data.pop("state"))
+    return state | {key: unpack(packed) for key, packed in data.items()}
 
 # %% ../nbs/06a_checkpoint.ipynb #dcc09186
 def checkpoints(root:Path) -> list: # Folders, oldest first
-    "The checkpoints of a run, whole or damaged."
-    return sorted(p for p in root.glob("[0-9]*") if p.is_dir())
+    "List the checkpoints of a run, whole or damaged."
+    return sorted(path for path in root.glob("[0-9]*") if path.is_dir())
 
 def last_checkpoint(root:Path, # Folder of all checkpoints of a run
                    ) -> tuple: # (path, what `read_checkpoint` returns); (None, {}) when there is none
-    "The last checkpoint that is whole; a warning names each one that is not."
+    "Find the last checkpoint that is whole; warn of each one that is not."
     for path in reversed(checkpoints(root)):
         try: return path, read_checkpoint(path)
-        except CitError as e: warnings.warn(f"{e}; the one before it is used")
+        except CitError as error: warnings.warn(f"{error}; the one before it is used")
     return None, {}
 
 # %% ../nbs/06a_checkpoint.ipynb #95befaee
@@ -115,17 +134,19 @@ def prune(root:Path, # Folder of all checkpoints of a run
           keep:int=2, # How many between task ends
          ):
     "Remove older checkpoints, and every memory to which none of the rest refers."
-    def refers(p):
-        try: return manifest(p)
-        except CitError: return {}
     try:
-        for p in [p for p in checkpoints(root) if not p.name.endswith("z-end")][:-keep]:
-            os.replace(p, old := p.with_name(f".tmp-old-{p.name}")); _drop(old)
-        used = {Path(f).name for p in checkpoints(root) for f in refers(p)}
-        for f in root.glob("mem-*"):
-            if f.name not in used: f.unlink()
-    except OSError as e: raise disk_error(root, e) from e
+        between = [path for path in checkpoints(root) if not path.name.endswith("z-end")]
+        for path in between[:-keep]: _replace(path)
+        used = {Path(name).name for path in checkpoints(root) for name in _files(path)}
+        for path in root.glob("mem-*"):
+            if path.name not in used: path.unlink()
+    except OSError as error: raise disk_error(root, error) from error
+
+def _files(path:Path) -> dict: # {file: SHA-256}
+    "Read a manifest; {} where it is damaged."
+    try: return manifest(path)
+    except CitError: return {}
 
 def sweep(folder:Path): # Of a run
     "Remove what a kill left half-written."
-    for f in sorted(folder.rglob(".tmp-*")): _drop(f)
+    for path in sorted(folder.rglob(".tmp-*")): _drop(path)

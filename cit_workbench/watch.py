@@ -17,269 +17,423 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .adapt import whole
-from .backbone import at, current
+from .backbone import Batch, at, current
 from .checkpoint import sync
 from .core import CitError, rng
 from .evaluate import column_scores, score_line
-from .record import Lines, Record
+from .method import Net
+from .record import Lines, Record, RecordWriter
 from .similarity import gradient_cosine
 from .spectra import angles
+from .stream import Task
 
 # %% ../nbs/06b_watch.ipynb #596f3e6c
 @dataclass
 class Watch:
-    "When old tasks are probed while a model trains, and on how much."
+    "Say when old tasks are probed while a model trains, and on how much."
     every: int = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
     full: int = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
     rows: int = 4 # Validation rows per task, at least 3: of two, CKA is always 1
-    share: float = .03 # Of a task's training that its probes may cost: light ones go until they fit; 0: no bound, all that `every` asks for
+    share: float = .03 # Of a task's training that its probes may cost; light ones go until they fit; 0: no bound
+
     def __post_init__(self):
-        if not 0 <= self.share < 1: raise CitError(f"watch: field 'share' is {self.share}, but must be at least 0 and below 1")
+        if not 0 <= self.share < 1:
+            raise CitError(f"watch: field 'share' is {self.share}, but must be at least 0 and below 1")
 
 at_launch = {"every": 10} # What `Watch` is where a run is started to be watched: by the form, by `launch`, by `cit run`
 
-def due(watch:Watch, step:int, # Optimiser steps done in the task
+def due(watch:Watch,
+        step:int, # Optimiser steps done in the task
        ) -> str: # "", "light" or "full"
-    "What probe comes after so many steps; a task's end, which is always full, comes beside these."
+    "Name the probe that comes after so many steps; a task's end is always probed in full, too."
     if not watch.every: return ""
     if watch.full and step and step % watch.full == 0: return "full"
-    return "light" if (step & (step - 1) == 0 if step < watch.every else step % watch.every == 0) else ""
+    if step < watch.every: light = step & (step - 1) == 0 # 0, 1, 2, 4, 8, …
+    else: light = step % watch.every == 0
+    return "light" if light else ""
 
 # %% ../nbs/06b_watch.ipynb #67f70f49
 _costs = {"light": .72, "full": 2.8} # Rows of a training step that a row of a probe costs, as measured below
 
-def planned(watch:Watch, steps:int, # Of the task
+def planned(watch:Watch,
+            steps:int, # Of the task
             rows:float, # Of a probe, over the rows of a training step
            ) -> dict: # {step: "light" or "full"}
-    "The probes of a task before its end."
-    when = {s: how for s in range(steps) if (how := due(watch, s))}
-    light = [s for s, how in when.items() if how == "light"]
-    room = watch.share*steps/rows - _costs["full"]*(1 + len(when) - len(light)) if watch.share else np.inf
-    keep = np.linspace(0, len(light) - 1, int(np.clip(room/_costs["light"], 1, len(light)))) if light else []
-    return {s: how for s, how in when.items() if how == "full" or s in {light[round(k)] for k in keep}}
+    "Plan the probes of a task before its end."
+    found = {step: due(watch, step) for step in range(steps)}
+    when = {step: how for step, how in found.items() if how}
+    light = [step for step, how in when.items() if how == "light"]
+    full = 1 + len(when) - len(light) # The one at the end, too
+    room = np.inf
+    if watch.share: room = watch.share*steps/rows - _costs["full"]*full
+    kept = set()
+    if light:
+        count = int(np.clip(room/_costs["light"], 1, len(light)))
+        places = np.linspace(0, len(light) - 1, count)
+        kept = {light[round(place)] for place in places}
+    return {step: how for step, how in when.items() if how == "full" or step in kept}
 
 # %% ../nbs/06b_watch.ipynb #08cb1b30
-def drift(a:np.ndarray, # States then [..., n, d]
-          b:np.ndarray, # States now [..., n, d]
+def drift(then:np.ndarray, # States then [..., n, d]
+          now:np.ndarray, # States now [..., n, d]
          ) -> np.ndarray: # [...]
-    "‖b − a‖ / ‖a‖ in Frobenius norms."
-    norm = lambda x: np.linalg.norm(x, axis=(-2, -1))
-    return norm(b - a)/norm(a)
+    "Measure ‖now − then‖ / ‖then‖ in Frobenius norms."
+    moved = np.linalg.norm(now - then, axis=(-2, -1))
+    return moved/np.linalg.norm(then, axis=(-2, -1))
 
 # %% ../nbs/06b_watch.ipynb #dab5b875
-def cka(a:np.ndarray, # States then [..., n, d]
-        b:np.ndarray, # States now [..., n, d]
+def cka(then:np.ndarray, # States then [..., n, d]
+        now:np.ndarray, # States now [..., n, d]
        ) -> np.ndarray: # [...]; NaN where all rows are the same
-    "Linear centred kernel alignment, by the n × n products of rows."
-    K, L = (c @ c.swapaxes(-1, -2) for c in (x - x.mean(-2, keepdims=True) for x in (a, b)))
-    with np.errstate(invalid="ignore"): return (K*L).sum((-2, -1))/np.sqrt((K*K).sum((-2, -1))*(L*L).sum((-2, -1)))
+    "Measure linear centred kernel alignment, by the n × n products of rows."
+    centred = [states - states.mean(-2, keepdims=True) for states in (then, now)]
+    old, new = (states @ states.swapaxes(-1, -2) for states in centred)
+    with np.errstate(invalid="ignore"):
+        shared = (old*new).sum((-2, -1))
+        old_size = (old*old).sum((-2, -1))
+        new_size = (new*new).sum((-2, -1))
+        return shared/np.sqrt(old_size*new_size)
 
 # %% ../nbs/06b_watch.ipynb #43f385f1
-def spanned(x:np.ndarray, # States [..., n, d]
+def spanned(states:np.ndarray, # [..., n, d]
             k:int, # Dimensions
            ) -> np.ndarray: # Orthonormal columns [..., d, k]; NaN where the states vary in fewer dimensions
-    "The k directions in which centred states vary most."
-    _, s, v = np.linalg.svd((x := x.astype(float)) - x.mean(-2, keepdims=True), full_matrices=False)
-    flat = s[..., k-1] <= 1e-6*np.maximum(s[..., 0], 1e-30)
-    return np.where(flat[..., None, None], np.nan, v[..., :k, :].swapaxes(-1, -2))
+    "Find the k directions in which centred states vary most."
+    states = states.astype(float)
+    centred = states - states.mean(-2, keepdims=True)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    largest = np.maximum(sizes[..., 0], 1e-30)
+    flat = sizes[..., k-1] <= 1e-6*largest
+    columns = directions[..., :k, :].swapaxes(-1, -2)
+    return np.where(flat[..., None, None], np.nan, columns)
 
-def turned(a:np.ndarray, # States then [..., n, d]
-           b:np.ndarray, # States now [..., n, d]
+def turned(then:np.ndarray, # States then [..., n, d]
+           now:np.ndarray, # States now [..., n, d]
            k:int|None=None, # Dimensions; None: half the rows
           ) -> np.ndarray: # Degrees, ascending [..., k]; NaN where there is no such subspace
-    "Principal angles between the subspaces of two sets of states."
-    U, V = (spanned(x, k or max(1, a.shape[-2]//2)) for x in (a, b))
-    return np.where(np.isnan(U + V).any(-2), np.nan, angles(np.nan_to_num(U), np.nan_to_num(V)))
+    "Measure the principal angles between the subspaces of two sets of states."
+    count = k or max(1, then.shape[-2]//2)
+    old, new = spanned(then, count), spanned(now, count)
+    found = angles(np.nan_to_num(old), np.nan_to_num(new))
+    return np.where(np.isnan(old + new).any(-2), np.nan, found)
 
 # %% ../nbs/06b_watch.ipynb #01f661d7
 @contextmanager
-def listening(lm): # A language model; gives a list that the first forward fills with one [B, d] per layer
-    "Mean hidden states of the prompts, after every layer."
+def listening(lm:torch.nn.Module, # A language model
+             ): # Gives a list that the first forward fills with one [B, d] per layer
+    "Keep the mean hidden states of the prompts, after every layer."
     heard = []
-    def hear(m, args, y):
+    def hear(layer, args, states):
         if len(heard) == len(lm.layers): return
-        p = current().prompt; y = y[0] if isinstance(y, tuple) else y
-        share = (p/p.sum(1, keepdim=True)).to(y.dtype)
-        heard.append(torch.bmm(share[:, None], y.detach())[:, 0].float())
-    hooks = [l.register_forward_hook(hear) for l in lm.layers]
+        prompt = current().prompt
+        if isinstance(states, tuple): states = states[0]
+        share = (prompt/prompt.sum(1, keepdim=True)).to(states.dtype)
+        means = torch.bmm(share[:, None], states.detach())[:, 0]
+        heard.append(means.float())
+    hooks = [layer.register_forward_hook(hear) for layer in lm.layers]
     try: yield heard
     finally:
-        for h in hooks: h.remove()
+        for hook in hooks: hook.remove()
 
 # %% ../nbs/06b_watch.ipynb #502e717a
 @contextmanager
-def traceless(net): # A `Net`
-    "Evaluation mode; afterwards the net is as it was found."
+def traceless(net:Net):
+    "Set evaluation mode, and put the net back as it was found."
     was, spent, observed = net.model.training, net.extra_forwards, set(net.observed)
     devices = [net.backbone.device] if net.backbone.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         net.model.eval()
         try: yield
-        finally: net.model.train(was); net.extra_forwards, net.observed = spent, observed
+        finally:
+            net.model.train(was)
+            net.extra_forwards = spent
+            net.observed = observed
 
 # %% ../nbs/06b_watch.ipynb #bbd30cea
 class Watcher:
-    "Probes of a run; the trainer calls `begin`, `step` and `end`."
-    def __init__(self, run, net, w, # A `Run`, its `Net`, the writer of its record
+    "Take the probes of a run; the trainer calls `begin`, `step` and `end`."
+    def __init__(self,
+                 run, # A `Run`, whose old tasks are probed
+                 net:Net, # Its model and method
+                 writer:RecordWriter, # Of its record
                  state:dict={}, # Of the checkpoint that the run goes on from
                 ):
-        self.run, self.net, self.w, self.watch = run, net, w, run.watching
-        self.ends, self.first, self.last, self.seconds, self._kept, self._feats = {}, None, None, 0., {}, {}
+        self.run, self.net, self.w, self.watch = run, net, writer, run.watching
+        self.ends = {} # {task: states at its own end}
+        self.first = None # Steps of the run before the task
+        self.last = None # Steps of the run at the task's end
+        self.seconds = 0. # That the task's probes have taken
+        self._kept, self._feats = {}, {}
         done = net.seen if state.get("stage") == "end" else net.seen[:-1]
-        if self.watch.every and not net.rank: self.ends = {n: h for n in self.names() if n in done and (h := self._stored(n)) is not None}
+        if self.watch.every and not net.rank:
+            for name in self.names():
+                states = self._stored(name) if name in done else None
+                if states is not None: self.ends[name] = states
         self.before = state.get("done", 0) - state.get("step", 0) # Steps before the phase that the run goes on in
+
     def names(self) -> list:
-        "The tasks to look at, in training order."
-        planned = {t.name for t in self.run.plan.tasks}
-        return [t.name for t in self.run.data.tasks if t.n["val"] and (t.name in self.net.seen or t.name not in planned)]
-    def _probed(self, name) -> bool:
-        "Do the events say that a task's own end was probed? A run may be watched from some later task on."
-        own = {t.name for t in self.run.data.tasks} - {name}
-        ends = [e for e in Lines(self.run.folder/"events.jsonl").read() if (e["kind"], e.get("phase")) == ("watch", "end")]
-        return any(e["task"] not in own and name in e["tasks"] for e in ends)
+        "List the tasks to look at, in training order."
+        planned = {task.name for task in self.run.plan.tasks}
+        valid = [task.name for task in self.run.data.tasks if task.n["val"]]
+        return [name for name in valid if name in self.net.seen or name not in planned]
+
+    def _probed(self, name:str) -> bool:
+        "Tell whether the events hold a probe of a task's own end; a run may be watched from some later task on."
+        others = {task.name for task in self.run.data.tasks} - {name}
+        events = Lines(self.run.folder/"events.jsonl").read()
+        ends = [event for event in events if (event["kind"], event.get("phase")) == ("watch", "end")]
+        return any(event["task"] not in others and name in event["tasks"] for event in ends)
+
     def merged(self) -> bool:
-        "Is the current task none of the stream's, but made of them?"
-        return all(t.name != self.net.task for t in self.run.data.tasks)
+        "Tell whether the current task is none of the stream's, but made of them."
+        return all(task.name != self.net.task for task in self.run.data.tasks)
+
     def refs(self, name:str) -> list: # (task name, index) pairs
-        "The fixed validation rows of a task."
-        n = self.run.data.task(name).n["val"]
-        return [(name, int(i)) for i in sorted(rng(self.run.seed, name, "watch").choice(n, min(n, self.watch.rows), replace=False))]
-    def _stored(self, name):
-        "States at a task's own end, from the run folder; None where that end was not probed."
+        "Draw the fixed validation rows of a task."
+        count = self.run.data.task(name).n["val"]
+        draw = rng(self.run.seed, name, "watch")
+        chosen = draw.choice(count, min(count, self.watch.rows), replace=False)
+        return [(name, int(index)) for index in sorted(chosen)]
+
+    def _stored(self, name:str) -> np.ndarray|None: # [layers, rows, d]
+        "Read states at a task's own end from the run folder; None where that end was not probed."
         if not self._probed(name): return None
         try: return Record(self.run.folder).array(f"watch-{name}")
-        except (OSError, ValueError, EOFError) as e: raise CitError(f"array watch-{name} of {self.run.folder}, which the probes of this run need to go on, cannot be read: {e}") from e
+        except (OSError, ValueError, EOFError) as error:
+            raise CitError(f"array watch-{name} of {self.run.folder}, which the probes of this run need to go on, "
+                           f"cannot be read: {error}") from error
 
 # %% ../nbs/06b_watch.ipynb #3e087cc4
 @patch
-def batch(self:Watcher, names:list, # Tasks
+def batch(self:Watcher,
+          names:list, # Tasks
           answers:bool=True, # With answers, or prompts only
-         ): # `Batch`
-    "The rows of some tasks; made once, as is what the tower sees in them."
-    if (key := (*names, answers)) in self._kept: return self._kept[key]
-    bb, net = self.net.backbone, self.net
-    refs = [r for n in names for r in self.refs(n)]; ex = [net.example(n, "val", i) for n, i in refs]
-    for n in names:
-        pics = [e.image for r, e in zip(refs, ex) if r[0] == n and e.image is not None]
-        if n not in self._feats: self._feats[n] = bb.tower(bb.pixels(pics)) if pics else None
-    feats = [f for n in names if (f := self._feats[n]) is not None]
+         ) -> Batch:
+    "Collate the rows of some tasks, once; what the tower sees in them is kept, too."
+    key = (*names, answers)
+    if key in self._kept: return self._kept[key]
+    backbone, net = self.net.backbone, self.net
+    refs = [ref for name in names for ref in self.refs(name)]
+    examples = [net.example(name, "val", index) for name, index in refs]
+    for name in names:
+        if name in self._feats: continue
+        own = [example.image for (task, _), example in zip(refs, examples) if task == name]
+        images = [image for image in own if image is not None]
+        self._feats[name] = backbone.tower(backbone.pixels(images)) if images else None
+    feats = [self._feats[name] for name in names if self._feats[name] is not None]
     told = self.run.shown(net)
-    self._kept[key] = bb.collate(ex, torch.cat(feats) if feats else None, answers, refs=refs, split="val", task=[n if told else None for n, _ in refs])
+    tasks = [name if told else None for name, _ in refs]
+    self._kept[key] = backbone.collate(examples, torch.cat(feats) if feats else None, answers,
+                                       refs=refs, split="val", task=tasks)
     return self._kept[key]
 
 # %% ../nbs/06b_watch.ipynb #bdebb93b
 _most = 24_000 # Tokens in a forward
 
 @patch
-def forward(self:Watcher, names:list, # Tasks
+def forward(self:Watcher,
+            names:list, # Tasks
            ) -> tuple: # (routed forward's cross-entropies [n], its `Out`)
-    "A routed forward over the rows of some tasks, which costs the method nothing."
-    net = self.net; b = net.method.route(net, replace(self.batch(names), ctx={}))
-    with at(b): out = net.forward(b)
+    "Run a routed forward over the rows of some tasks, which costs the method nothing."
+    net = self.net
+    batch = net.method.route(net, replace(self.batch(names), ctx={}))
+    with at(batch): out = net.forward(batch)
     return F.cross_entropy(out.logits, out.labels, reduction="none"), out
 
 @patch
-def parted(self:Watcher, names:list, heard:list) -> dict: # {task: states [L, rows, d]}
-    "What was heard, task by task."
+def parted(self:Watcher,
+           names:list, # Tasks
+           heard:list, # [B, d] per layer, as `listening` gives them
+          ) -> dict: # {task: states [L, rows, d]}
+    "Split what was heard, task by task."
     states = torch.stack(heard).cpu().numpy()
-    return dict(zip(names, np.split(states, np.cumsum([len(self.refs(n)) for n in names])[:-1], axis=1)))
+    counts = [len(self.refs(name)) for name in names]
+    pieces = np.split(states, np.cumsum(counts)[:-1], axis=1)
+    return dict(zip(names, pieces))
 
 @patch
-def light(self:Watcher, names:list) -> dict: # {task: (mean loss per answer token, states [L, rows, d])}
-    "Losses and states of some tasks."
-    if len(names) > 1 and self.batch(names).ids.numel() > _most: return self.light(names[::2]) | self.light(names[1::2])
-    with torch.no_grad(), whole(self.net.model), listening(self.net.backbone.lm) as heard: ce, out = self.forward(names)
-    whose = np.repeat(np.arange(len(names)), [len(self.refs(n)) for n in names])[out.row.cpu()]; ce = ce.cpu().numpy()
-    return {n: (float(ce[whose == k].mean()), h) for k, (n, h) in enumerate(self.parted(names, heard).items())}
+def light(self:Watcher,
+          names:list, # Tasks
+         ) -> dict: # {task: (mean loss per answer token, states [L, rows, d])}
+    "Measure losses and states of some tasks."
+    if len(names) > 1 and self.batch(names).ids.numel() > _most:
+        return self.light(names[::2]) | self.light(names[1::2])
+    with torch.no_grad(), whole(self.net.model), listening(self.net.backbone.lm) as heard:
+        losses, out = self.forward(names)
+    counts = [len(self.refs(name)) for name in names]
+    whose = np.repeat(np.arange(len(names)), counts)[out.row.cpu()]
+    losses = losses.cpu().numpy()
+    states = self.parted(names, heard)
+    found = {}
+    for number, name in enumerate(names):
+        found[name] = float(losses[whose == number].mean()), states[name]
+    return found
 
 # %% ../nbs/06b_watch.ipynb #c330eea8
 @patch
 @torch.enable_grad()
-def gradient(self:Watcher, names:list, # Tasks
+def gradient(self:Watcher,
+             names:list, # Tasks
             ) -> tuple: # ({parameter: gradient}; mean loss)
-    "The gradient of the probe rows' mean loss with respect to all that is trained now."
-    ps = self.net.params; loss = self.forward(names)[0].mean()
-    gs = torch.autograd.grad(loss, list(ps.values()), allow_unused=True) if ps and loss.requires_grad else [None]*len(ps)
-    return {n: (torch.zeros_like(p) if g is None else g).detach().float().cpu().numpy() for (n, p), g in zip(ps.items(), gs)}, float(loss.detach())
+    "Compute the gradient of the probe rows' mean loss with respect to all that is trained now."
+    params = self.net.params
+    loss = self.forward(names)[0].mean()
+    grads = [None]*len(params)
+    if params and loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    found = {}
+    for (name, param), grad in zip(params.items(), grads):
+        if grad is None: grad = torch.zeros_like(param)
+        found[name] = grad.detach().float().cpu().numpy()
+    return found, float(loss.detach())
 
 @patch
-def pull(self:Watcher, a:dict, b:dict, # Gradients by parameter
+def pull(self:Watcher,
+         one:dict, # {parameter: gradient}
+         other:dict, # {parameter: gradient}
         ) -> dict: # {"grad_cos": of all, "grad_cos_layers": [L]}; NaN where one is zero
-    "Cosines between two gradients, by `gradient_cosine`."
-    got = gradient_cosine([a], [b])
-    return {"grad_cos": float(got["all"][0, 0]), "grad_cos_layers": [float(got[f"layer {k}"][0, 0]) if f"layer {k}" in got else np.nan for k in range(len(self.net.backbone.lm.layers))]}
+    "Measure the cosines between two gradients, by `gradient_cosine`."
+    got = gradient_cosine([one], [other])
+    layers = [f"layer {number}" for number in range(len(self.net.backbone.lm.layers))]
+    each = [float(got[layer][0, 0]) if layer in got else np.nan for layer in layers]
+    return {"grad_cos": float(got["all"][0, 0]), "grad_cos_layers": each}
 
 # %% ../nbs/06b_watch.ipynb #9c80e518
 @patch
 @torch.no_grad()
-def answers(self:Watcher, names:list, # Tasks
-           ) -> dict: # {task: ({"choice", "valid", "formatted": percent, "answers": [[text, [task, …]], …]}, states [L, rows, d])}
-    "Greedy answers and forced choice on the probe rows, and the states that the prompts give."
-    bb, tasks = self.net.backbone, {n: self.run.data.task(n) for n in names}
-    b = self.batch(names, answers=False)
-    choices = [bb.options(e) for e in b.examples]
-    long = {n for (n, _), cs in zip(b.refs, choices) if max(map(len, cs), default=1) > 1}
-    if 0 < len(long) < len(names): return self.answers([n for n in names if n not in long]) | self.answers([n for n in names if n in long])
-    if len(names) > 1 and b.ids.numel() > _most: return self.answers(names[::2]) | self.answers(names[1::2])
-    room, lines = [self.net.room(n, "val")[0] for n, _ in b.refs], {n: [] for n in names}
-    with whole(self.net.model), listening(bb.lm) as heard: ids, lls = self.net.answer(b, max(room), choices)
-    for (n, _), e, m, i, ll in zip(b.refs, b.examples, room, ids, lls or [None]*len(ids)): lines[n].append(score_line(tasks[n], e, bb.decode(i[:m]), ll))
-    scores = {n: column_scores(tasks[n], ls) for n, ls in lines.items()}
-    accept = lambda text: [t.name for t in self.run.data.tasks if t.format.valid(text)]
-    said = {n: {"choice": s["content"], "valid": s["valid"], "formatted": s["formatted"], "answers": [[l["text"], accept(l["text"])] for l in lines[n]]} for n, s in scores.items()}
-    return {n: (said[n], h) for n, h in self.parted(names, heard).items()}
+def answers(self:Watcher,
+            names:list, # Tasks
+           ) -> dict: # {task: (as `_summed` returns it, states [L, rows, d])}
+    "Answer the probe rows greedily and by forced choice, and keep the states that the prompts give."
+    batch = self.batch(names, answers=False)
+    choices = [self.net.backbone.options(example) for example in batch.examples]
+    lengths = [max(map(len, tokens), default=1) for tokens in choices]
+    long = {name for (name, _), length in zip(batch.refs, lengths) if length > 1}
+    if 0 < len(long) < len(names):
+        brief = [name for name in names if name not in long]
+        return self.answers(brief) | self.answers([name for name in names if name in long])
+    if len(names) > 1 and batch.ids.numel() > _most:
+        return self.answers(names[::2]) | self.answers(names[1::2])
+
+    lines, states = self._answered(names, batch, choices)
+    said = {name: self._summed(self.run.data.task(name), lines[name]) for name in names}
+    return {name: (said[name], states[name]) for name in names}
+
+@patch
+def _answered(self:Watcher,
+              names:list, # Tasks
+              batch:Batch, # Their prompts
+              choices:list, # Per row: token ids of each choice
+             ) -> tuple: # ({task: lines, as `score_line` returns them}, {task: states [L, rows, d]})
+    "Answer prompts, score the answers and listen."
+    room = [self.net.room(name, "val")[0] for name, _ in batch.refs]
+    with whole(self.net.model), listening(self.net.backbone.lm) as heard:
+        answers, likelihoods = self.net.answer(batch, max(room), choices)
+    likelihoods = likelihoods or [None]*len(answers)
+    lines = {name: [] for name in names}
+    for (name, _), example, most, tokens, likelihood in zip(batch.refs, batch.examples, room, answers, likelihoods):
+        text = self.net.backbone.decode(tokens[:most])
+        lines[name].append(score_line(self.run.data.task(name), example, text, likelihood))
+    return lines, self.parted(names, heard)
+
+@patch
+def _summed(self:Watcher, task:Task, lines:list,
+           ) -> dict: # {"choice", "valid", "formatted": percent, "answers": [[text, [task, …]], …]}
+    "Sum up the answers to a task's probe rows."
+    scores = column_scores(task, lines)
+    said = []
+    for line in lines:
+        accepting = [other.name for other in self.run.data.tasks if other.format.valid(line["text"])]
+        said.append([line["text"], accepting])
+    return {"choice": scores["content"], "valid": scores["valid"], "formatted": scores["formatted"], "answers": said}
 
 # %% ../nbs/06b_watch.ipynb #30341b70
-def short(o):
-    "Numbers to five significant digits, everywhere; arrays become lists."
-    if isinstance(o, dict): return {k: short(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, np.ndarray)): return [short(v) for v in o]
-    return float(f"{o:.5g}") if isinstance(o, (float, np.floating)) else o
+def short(value:object) -> object:
+    "Round numbers to five significant digits, everywhere; arrays become lists."
+    if isinstance(value, dict): return {name: short(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)): return [short(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, (float, np.floating)) else value
 
 _full = ("choice", "valid", "formatted", "answers", "grad_cos", "grad_cos_layers")
+_moves = ("drift", "cka", "angle", "angle_mean")
 
 @patch
 def look(self:Watcher, full:bool) -> tuple: # ({task: what a probe holds}, {task: states})
     "Measure all tasks so far."
-    names, now, out = self.names(), self.net.task, {}
-    if not full or not names: got = self.light(names) if names else {}
-    else:
-        first = {n: self.gradient([n]) for n in names if n == now or self.merged()}
-        ref = {k: sum(g[k] for g, _ in first.values()) for k in self.net.params} if first else {}
-        got, said = {}, self.answers(names)
-        for n in names:
-            g, nll = first.get(n) or self.gradient([n])
-            out[n], got[n] = said[n][0] | (self.pull(g, ref) if ref and n != now else {}), (nll, said[n][1])
-    for n, (nll, h) in got.items():
-        then = self.ends.get(n) if n != now else None
-        far = {} if then is None else {"drift": drift(then, h), "cka": cka(then, h), "angle": (t := turned(then, h))[:, -1], "angle_mean": t.mean(-1)}
-        out[n] = dict.fromkeys((*_full, "drift", "cka", "angle", "angle_mean")) | out.get(n, {}) | {"nll": nll} | far
-    return out, {n: h for n, (_, h) in got.items()}
+    names = self.names()
+    more, got = {}, {}
+    if full and names: more, got = self._look_in_full(names)
+    elif names: got = self.light(names)
+    seen = {}
+    for name, (nll, states) in got.items():
+        empty = dict.fromkeys((*_full, *_moves))
+        seen[name] = empty | more.get(name, {}) | {"nll": nll} | self._moved(name, states)
+    return seen, {name: states for name, (_, states) in got.items()}
+
+@patch
+def _look_in_full(self:Watcher, names:list) -> tuple: # ({task: answers and cosines}, {task: (loss, states)})
+    "Take answers and gradients of some tasks; the reference of the cosines is the current task's gradient."
+    now = self.net.task
+    own = {name: self.gradient([name]) for name in names if name == now or self.merged()}
+    reference = {}
+    if own:
+        for param in self.net.params: reference[param] = sum(grads[param] for grads, _ in own.values())
+    said = self.answers(names)
+    more, got = {}, {}
+    for name in names:
+        grads, nll = own.get(name) or self.gradient([name])
+        answers, states = said[name]
+        cosines = self.pull(grads, reference) if reference and name != now else {}
+        more[name] = answers | cosines
+        got[name] = nll, states
+    return more, got
+
+@patch
+def _moved(self:Watcher, name:str, states:np.ndarray) -> dict: # {} for the current task and before a task's end
+    "Measure how far a task's states are from those at its own end."
+    then = self.ends.get(name) if name != self.net.task else None
+    if then is None: return {}
+    degrees = turned(then, states)
+    return {"drift": drift(then, states), "cka": cka(then, states),
+            "angle": degrees[:, -1], "angle_mean": degrees.mean(-1)}
 
 # %% ../nbs/06b_watch.ipynb #627120cb
 @patch
-def probe(self:Watcher, phase:str, full:bool):
-    "One event, on the first process; what it took is no part of the time of training."
+def probe(self:Watcher,
+          phase:str, # The trainer's; "begin" or "end" there
+          full:bool, # With answers and gradients
+         ) -> dict|None: # {task: states} on the first process
+    "Write one event, on the first process; what it took is no part of the time of training."
     self.run.verify()
-    tic, net = time.time(), self.net
+    tic = time.time()
+    net = self.net
     with traceless(net):
-        stats = {k: float(v) for k, v in net.method.stats(net).items()}
+        stats = {name: float(value) for name, value in net.method.stats(net).items()}
         if net.rank: return
         tasks, states = self.look(full)
-    self.w.event("watch", task=net.task, phase=phase, step=self.run.done - self.first, **{"global": self.run.done}, **short({"tasks": tasks, "stats": stats}))
+    done = self.run.done
+    measured = short({"tasks": tasks, "stats": stats})
+    self.w.event("watch", task=net.task, phase=phase, step=done - self.first, **{"global": done}, **measured)
     self.seconds += time.time() - tic
     return states
 
 @patch
-def starts(self:Watcher, done:int): # Steps of the run before the task
+def starts(self:Watcher,
+           done:int, # Steps of the run before the task
+          ):
     "Place a task on the axis of steps."
-    net, self.first, self._kept = self.net, done, {}
-    task = net.find(net.task); self.last = done + sum(self.run.steps(task, p) for p in net.method.phases(task))
-    self.when = planned(self.watch, self.last - done, sum(len(self.refs(n)) for n in self.names())/self.run.opt.batch)
+    net = self.net
+    self.first = done
+    self._kept = {}
+    task = net.find(net.task)
+    steps = sum(self.run.steps(task, phase) for phase in net.method.phases(task))
+    self.last = done + steps
+    rows = sum(len(self.refs(name)) for name in self.names())
+    self.when = planned(self.watch, steps, rows/self.run.opt.batch)
 
 @patch
 def begin(self:Watcher):
-    "Before the first step of a task."
+    "Probe before the first step of a task."
     if not self.watch.every: return
     self.starts(self.run.done)
     self.probe("begin", False)
@@ -287,25 +441,33 @@ def begin(self:Watcher):
 # %% ../nbs/06b_watch.ipynb #044775e5
 @patch
 def step(self:Watcher, phase:str):
-    "After a step."
+    "Probe after a step, where the plan says so."
     if not self.watch.every: return
     if self.first is None: self.starts(self._began())
     if self.run.done == self.last: return # `end` comes next
-    if how := self.when.get(self.run.done - self.first): self.probe(phase, how == "full")
+    how = self.when.get(self.run.done - self.first)
+    if how: self.probe(phase, how == "full")
 
 @patch
-def _began(self:Watcher) -> int:
-    "Where the task began, for a run that goes on inside it."
-    return [self.before, *(e["global"] for e in Lines(self.run.folder/"events.jsonl").read() if (e["kind"], e.get("task"), e.get("phase")) == ("watch", self.net.task, "begin"))][-1]
+def _began(self:Watcher) -> int: # Steps of the run before the task
+    "Find where the task began, for a run that goes on inside it."
+    begun = self.before
+    for event in Lines(self.run.folder/"events.jsonl").read():
+        what = event["kind"], event.get("task"), event.get("phase")
+        if what == ("watch", self.net.task, "begin"): begun = event["global"]
+    return begun
 
 @patch
 def end(self:Watcher):
-    "After the method's `end`: the states are the task's own from now on."
+    "Probe after the method's `end`: the states are the task's own from now on."
     if not self.watch.every: return
     if self.first is None: self.starts(self._began())
-    states = self.probe("end", True)
+    found = self.probe("end", True)
     if self.net.rank: return
-    for n, h in states.items():
-        if n == self.net.task or self.merged(): self.ends[n] = h; self.w.array(f"watch-{n}", h)
+    for name, states in found.items():
+        if name != self.net.task and not self.merged(): continue
+        self.ends[name] = states
+        self.w.array(f"watch-{name}", states)
     sync(self.w.path/"arrays")
-    self.w.time("watch", self.seconds, task=self.net.task); self.seconds = 0.
+    self.w.time("watch", self.seconds, task=self.net.task)
+    self.seconds = 0.
