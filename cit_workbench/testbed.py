@@ -167,10 +167,11 @@ def zero_shot(content:dict, # {task: forced choice of the start model, percent}
             none.append(task)
         elif percent < 60:
             half.append(task)
-    some, others = f"{len(half)}: {', '.join(half)}", f"{len(none)}: {', '.join(none)}"
+    def listed(tasks:list) -> str:
+        return f"{len(tasks)}: {', '.join(tasks)}"
     return [
-        gate("zero-shot, forced choice: above chance + 5, below 60", some, "≥ 3 tasks", len(half) >= 3),
-        gate("zero-shot, forced choice: at chance", others, "≥ 3 tasks", len(none) >= 3),
+        gate("zero-shot, forced choice: above chance + 5, below 60", listed(half), "≥ 3 tasks", len(half) >= 3),
+        gate("zero-shot, forced choice: at chance", listed(none), "≥ 3 tasks", len(none) >= 3),
     ]
 
 # %% ../nbs/14_testbed.ipynb #98a6d4e5
@@ -247,8 +248,10 @@ def tuned_too(found, # A `Table`
               name:str, # A method
              ) -> list: # Sentences
     "Say how far the method ends above plain tuning at its tuned rate."
-    finetune = [line for line in found.rows if line["name"] == "finetune"]
-    plain = [line["method"] for line in finetune if line["tuned"].startswith("tuned on")]
+    plain = []
+    for line in found.rows:
+        if line["name"] == "finetune" and line["tuned"].startswith("tuned on"):
+            plain.append(line["method"])
     if name == "finetune" or len(plain) != 1: return []
     said = []
     for line in found.against(plain[0]).rows:
@@ -330,10 +333,10 @@ def lock_of(stream, # A `Stream`
     if start not in lock.get("starts", {}).values(): return None
     locked = lock["recipe"]
     steps = stream.steps or locked["optim"]["steps"]
-    needed = {"optim": {**locked["optim"], "lr": optim["lr"], "steps": steps}, "tune": locked["tune"]}
-    now = {"optim": optim, "tune": tune}
-    same = all(now[part][key] == value for part in needed for key, value in needed[part].items())
-    return digest(lock) if same else None
+    own = {**locked["optim"], "lr": optim["lr"], "steps": steps}
+    for now, needed in ((optim, own), (tune, locked["tune"])):
+        if any(now[key] != value for key, value in needed.items()): return None
+    return digest(lock)
 
 # %% ../nbs/14_testbed.ipynb #4a7899f0
 def frozen(starts:dict, # {name: hash of its weights}
@@ -426,8 +429,13 @@ def usual(records:list) -> dict: # {(protocol, method): records of one setting}
         orders = len({tuple(record.tasks) for record in same})
         own = config_of(get_method(method)) if method in known else args
         choices = [field for field, value in own.items() if isinstance(value, str)]
-        default = all(args.get(field) == own[field] for field in choices)
-        return default, {*args} == {*own}, min(orders, 3), bool(config["tuned_on"]), orders
+        return (
+            all(args.get(field) == own[field] for field in choices),
+            {*args} == {*own}, # No field is missing or left over
+            min(orders, 3), # Three give an interval
+            bool(config["tuned_on"]),
+            orders,
+        )
     return {key[:2]: groups[key] for key in sorted(groups, key=rank)} # The best comes last and stays
 
 def _setting(record) -> str:
@@ -502,8 +510,15 @@ class Overview(list):
             self._score(line, "forgetting"),
             self._score(line, "learning_accuracy"),
         ]
-        told, paper = ", ".join(line["told"]) or "–", linked(line["paper"]) or "–"
-        return shown, [name, *self._cost(line), told, self._kept(line), line["tuned"], paper]
+        costs = [
+            name,
+            *self._cost(line),
+            ", ".join(line["told"]) or "–",
+            self._kept(line),
+            line["tuned"],
+            linked(line["paper"]) or "–",
+        ]
+        return shown, costs
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
         parts = []
@@ -555,14 +570,17 @@ def _told(line:dict, own:dict, base:dict, share:float) -> dict:
     "Join a line of the table with what the method says of itself and what has been shown."
     scores = {key: value for key, value in line.items() if key != "units"}
     tuned = "tuned" if line["tuned"].startswith("tuned") else "defaults"
-    return scores | own | {"tuned": tuned, "share": share, "verdict": finding(line, base, share)}
+    verdict = finding(line, base, share)
+    return scores | own | {"tuned": tuned, "share": share, "verdict": verdict}
 
 def _runs_of(records:str|Path) -> list: # Records
     "Read all finished runs, of `finetune` those at the recipe's rate, as in `verdict`."
     from cit_workbench.record import Record
     zoo = sorted(Path(records).glob("zoo/*.jsonl"))
-    files = dict.fromkeys([*judges(records), *zoo])
-    def wanted(record) -> bool:
-        config = record.config
-        return config["method"] != "finetune" or not config["tuned_on"]
-    return [record for record in map(Record, files) if record.finished and wanted(record)]
+    runs = []
+    for path in dict.fromkeys([*judges(records), *zoo]):
+        record = Record(path)
+        if not record.finished: continue
+        if record.config["method"] != "finetune" or not record.config["tuned_on"]:
+            runs.append(record)
+    return runs
