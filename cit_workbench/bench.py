@@ -9,6 +9,7 @@ __all__ = ['ARMS', 'turns', 'interval', 'Arm', 'verdict', 'opened', 'counted', '
 
 # %% ../nbs/15_bench.ipynb #47ca32ac
 import json as json_, os, subprocess, sys, tempfile, threading, time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,35 +29,38 @@ from .train import Run, draw, recipe
 from .watch import Watch, Watcher
 
 # %% ../nbs/15_bench.ipynb #c0c5d798
-def turns(a, # Does some steps, given their number; returns how much it did
-          b, # The same, of the peer
+def turns(ours:Callable, # Does some steps, given their number; returns how much it did
+          peer:Callable, # The same, of the peer
           blocks:int=20, # Blocks of each
           steps:int=10, # Steps in a block
-          seen=lambda: None, # Called after every block
+          seen:Callable=lambda: None, # Called after every block
          ) -> np.ndarray: # Seconds per unit of work [blocks, 2]
     "Time A B, B A, A B … after one untimed block of each."
-    out = np.zeros((blocks, 2))
-    for k in range(-1, blocks):
-        for j in ((0, 1), (1, 0))[k % 2]:
-            tic = time.perf_counter(); done = (a, b)[j](steps)
-            if k >= 0: out[k, j] = (time.perf_counter() - tic)/done
+    seconds = np.zeros((blocks, 2))
+    for block in range(-1, blocks):
+        for side in ((0, 1), (1, 0))[block % 2]:
+            began = time.perf_counter()
+            done = (ours, peer)[side](steps)
+            if block >= 0:
+                seconds[block, side] = (time.perf_counter() - began)/done
             seen()
-    return out
+    return seconds
 
 # %% ../nbs/15_bench.ipynb #358b5058
 def interval(times:np.ndarray, # From `turns`
              key:str="ratio", # Keys the draws
              draws:int=4000, # Resamples
-            ) -> tuple: # (b/a, low, high)
-    "Ratio of summed times and its 95 % bootstrap interval over blocks."
-    pick = rng(0, "bench", key).integers(0, len(times), (draws, len(times)))
-    a, b = times[pick].sum(1).T
-    return times[:, 1].sum()/times[:, 0].sum(), *np.quantile(b/a, (.025, .975))
+            ) -> tuple: # (peer/ours, low, high)
+    "Compute the ratio of summed times and its 95 % bootstrap interval over blocks."
+    picked = rng(0, "bench", key).integers(0, len(times), (draws, len(times)))
+    ours, peer = times[picked].sum(1).T
+    ratio = times[:, 1].sum()/times[:, 0].sum()
+    return ratio, *np.quantile(peer/ours, (.025, .975))
 
 # %% ../nbs/15_bench.ipynb #ec4b5621
 @dataclass
 class Arm:
-    "A comparison: what prepares it, its goal, and about how many seconds it takes where a core does 100 GFLOP/s."
+    "Describe a comparison: what prepares it, its goal, and about how many seconds it takes at 100 GFLOP/s a core."
     make: object # A context manager that gives (a, b)
     goal: float|None # Ratio to reach; None: for information
     seconds: float # At 20 blocks
@@ -69,9 +73,17 @@ class Arm:
     named: bool = False # Measured only when asked for by name
 
 def verdict(arm:Arm, ratio:float, low:float, high:float) -> dict:
-    "A result line."
-    ok = None if arm.goal is None else bool(low <= arm.goal if arm.most else high >= arm.goal)
-    return {"ratio": round(float(ratio), 4), "low": round(float(low), 4), "high": round(float(high), 4), "goal": arm.goal, "ok": ok}
+    "Return a result line."
+    met = None
+    if arm.goal is not None:
+        met = bool(low <= arm.goal if arm.most else high >= arm.goal)
+    return {
+        "ratio": round(float(ratio), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "goal": arm.goal,
+        "ok": met,
+    }
 
 # %% ../nbs/15_bench.ipynb #38872d03
 def opened(method:str="finetune", # Method
@@ -81,404 +93,725 @@ def opened(method:str="finetune", # Method
            batch:int=32, # Rows per step
            lr:float=3e-3, # Held constant
            **args, # Fields of the method
-          ): # run, net, task, opt, and `step(s)`
-    "A run that stands in the middle of a task."
-    run = Run(method=method, method_args=args, stream="shapes", stream_args={"tasks": tasks} if tasks else {}, optim={"batch": batch, "lr": lr}, tune={"targets": linears}, out="unused")
-    bb = bb or get_backbone(); run.opt, run.tuning = recipe(run.opt, run.tuning, bb)
-    net = Net(bb, run.data, fresh(run.m), tuning=run.tuning); run.insert(net)
-    for k, task in enumerate(run.plan.tasks[:stand + 1]):
-        net.task = task.name; net.seen.append(task.name); net.tick(task.name, "begin"); net.first = not k; net.hook(net.method.begin, task); net.first = False; net.refresh()
-        phase = net.method.phases(task)[-1]; opt = torch.optim.AdamW(run.groups(net, phase), betas=(.9, .999), foreach=True)
-        step = lambda s, task=task, phase=phase, opt=opt: run.one_step(net, opt, task, phase, s, draw(0, task, batch, s))
-        if k < stand: [step(s) for s in range(3)]; net.tick(task.name, "end"); net.model.eval(); net.hook(net.method.end, task)
+          ) -> SimpleNamespace: # run, net, task, opt, and `step(number)`
+    "Open a run in the middle of a task."
+    run = Run(method=method, method_args=args, stream="shapes", stream_args={"tasks": tasks} if tasks else {},
+              optim={"batch": batch, "lr": lr}, tune={"targets": linears}, out="unused")
+    bb = bb or get_backbone()
+    run.opt, run.tuning = recipe(run.opt, run.tuning, bb)
+    net = Net(bb, run.data, fresh(run.m), tuning=run.tuning)
+    run.insert(net)
+    for place, task in enumerate(run.plan.tasks[:stand + 1]):
+        opt, step = _begun(run, net, task, batch, first=not place)
+        if place < stand:
+            _ended(net, task, step)
     return SimpleNamespace(run=run, net=net, task=task, opt=opt, step=step)
 
+def _begun(run:Run, net:Net, task, batch:int, first:bool) -> tuple: # Its optimiser and `step(number)`
+    "Begin a task and prepare its last phase."
+    net.task = task.name
+    net.seen.append(task.name)
+    net.tick(task.name, "begin")
+    net.first = first
+    net.hook(net.method.begin, task)
+    net.first = False
+    net.refresh()
+    phase = net.method.phases(task)[-1]
+    opt = torch.optim.AdamW(run.groups(net, phase), betas=(.9, .999), foreach=True)
+    def step(number:int) -> dict:
+        return run.one_step(net, opt, task, phase, number, draw(0, task, batch, number))
+    return opt, step
+
+def _ended(net:Net, task, step:Callable) -> None:
+    "End a task after three steps."
+    for number in range(3):
+        step(number)
+    net.tick(task.name, "end")
+    net.model.eval()
+    net.hook(net.method.end, task)
+
 # %% ../nbs/15_bench.ipynb #ec7c85b0
-def counted(step, # Takes the number of a step
-           ): # Takes how many steps to do, returns it
+def counted(step:Callable, # Takes the number of a step
+           ) -> Callable: # Takes how many steps to do, returns it
     "Go on where the last block stopped."
-    at_ = iter(range(10**9))
-    return lambda n: [step(next(at_)) for _ in range(n)] and n
+    numbers = iter(range(10**9))
+    def go(count:int) -> int:
+        done = [step(next(numbers)) for _ in range(count)]
+        return len(done)
+    return go
 
 # %% ../nbs/15_bench.ipynb #e40f487e
 def theirs_of(net:Net, # A net with plain LoRA
-             ): # `peft.PeftModel`
-    "A second copy of the model as transformers and peft build it, with the same adapter weights."
-    bb, t = net.backbone, net.tuning
-    model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype) if bb.name == "shape" else LlavaForConditionalGeneration.from_pretrained(_where(bb.name), dtype=bb.dtype, local_files_only=True)
-    model = get_peft_model(model, LoraConfig(r=t.r, lora_alpha=t.alpha, target_modules=t.layers, task_type="CAUSAL_LM"))
+             ) -> torch.nn.Module: # `peft.PeftModel`
+    "Build a second copy of the model with transformers and peft, with the same adapter weights."
+    bb, tuning = net.backbone, net.tuning
+    random_weights = bb.name == "shape"
+    if random_weights:
+        model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype)
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(_where(bb.name), dtype=bb.dtype, local_files_only=True)
+    lora = LoraConfig(r=tuning.r, lora_alpha=tuning.alpha, target_modules=tuning.layers, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
     own = dict(model.base_model.model.named_parameters())
     with torch.no_grad():
-        for n, p in (net.model.named_parameters() if bb.name == "shape" else net.params.items()): own[n].copy_(p)
+        for name, parameter in (net.model.named_parameters() if random_weights else net.params.items()):
+            own[name].copy_(parameter)
     return model.to(bb.device)
 
 # %% ../nbs/15_bench.ipynb #14c79767
-def written(proc, # An `LlavaProcessor`
+def written(processor:Callable, # An `LlavaProcessor`
             examples:list, # `Example`s
             answers:bool=True, # With answers, or prompts only
            ) -> dict: # Tensors for the model
-    "Examples through the processor, as its documentation shows: chat template, pixels, padding, labels on the answers."
-    ask = lambda e: [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": e.question}]}]
-    prompts = [proc.apply_chat_template(ask(e), add_generation_prompt=True) for e in examples]
-    texts = [f"{p} {e.answer}{proc.tokenizer.eos_token}" for p, e in zip(prompts, examples)] if answers else prompts
-    b = proc(images=[load_image(e.image) for e in examples], text=texts, padding=True, padding_side="right" if answers else "left", return_tensors="pt")
-    if not answers: return b
-    size = lambda ts: [len(i) for i in proc.tokenizer(ts)["input_ids"]]
-    n, said = b["attention_mask"].sum(1, keepdim=True), torch.tensor([a - p for a, p in zip(size(texts), size(prompts))])[:, None]
-    col = torch.arange(b["input_ids"].shape[1])[None]
-    return {**b, "labels": b["input_ids"].masked_fill((col < n - said) | (col >= n), -100)}
+    "Write examples as the processor's documentation shows: chat template, pixels, padding, labels on the answers."
+    chats = [_chat(example.question) for example in examples]
+    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    texts = prompts
+    if answers:
+        end = processor.tokenizer.eos_token
+        texts = [f"{prompt} {example.answer}{end}" for prompt, example in zip(prompts, examples)]
+    images = [load_image(example.image) for example in examples]
+    side = "right" if answers else "left"
+    batch = processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
+    if not answers: return batch
+    return {**batch, "labels": _labels(processor, batch, prompts, texts)}
+
+def _chat(question:str) -> list: # Messages of a chat template
+    "Ask one question about one picture."
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+def _labels(processor, batch:dict, prompts:list, texts:list) -> torch.Tensor: # [B, L]
+    "Label the tokens of the answers, which end the rows; all other places hold -100."
+    def lengths(some:list) -> list:
+        return [len(ids) for ids in processor.tokenizer(some)["input_ids"]]
+    end = batch["attention_mask"].sum(1, keepdim=True)
+    said = torch.tensor([both - prompt for both, prompt in zip(lengths(texts), lengths(prompts))])[:, None]
+    column = torch.arange(batch["input_ids"].shape[1])[None]
+    return batch["input_ids"].masked_fill((column < end - said) | (column >= end), -100)
 
 # %% ../nbs/15_bench.ipynb #7ff193f4
 class Peer(TrainerCallback):
-    "Hugging Face's Trainer in a thread, which waits before every block."
-    def __init__(self, model, rows, collate, batch:int, lr:float, device="cpu"):
-        self.go, self.ready, self.left, self.losses, self.error, peer = threading.Semaphore(0), threading.Semaphore(0), 1, [], None, self
+    "Run Hugging Face's Trainer in a thread, which waits before every block."
+    def __init__(self, model:torch.nn.Module, rows, collate:Callable, batch:int, lr:float, device="cpu"):
+        peer = self
         class Noting(Trainer):
-            def training_step(self, *a, **k): loss = super().training_step(*a, **k); peer.losses.append(loss); return loss
-        cuda = str(device).startswith("cuda")
+            def training_step(self, *args, **kw):
+                loss = super().training_step(*args, **kw)
+                peer.losses.append(loss)
+                return loss
+        self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
+        self.left, self.losses, self.error = 1, [], None
         self.folder = tempfile.TemporaryDirectory()
-        args = TrainingArguments(self.folder.name, per_device_train_batch_size=batch, max_steps=10**6, learning_rate=lr, lr_scheduler_type="constant", max_grad_norm=1., use_cpu=not cuda, bf16=cuda,
-                                 train_sampling_strategy="sequential", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=cuda)
-        self.threads, self.trainer = torch.get_num_threads(), Noting(model, args, train_dataset=rows, data_collator=collate, callbacks=[self])
+        args = _training_arguments(self.folder.name, batch, lr, cuda=str(device).startswith("cuda"))
+        self.threads = torch.get_num_threads()
+        self.trainer = Noting(model, args, train_dataset=rows, data_collator=collate, callbacks=[self])
         self.trainer.remove_callback(PrinterCallback)
-        self.thread = threading.Thread(target=self.run, daemon=True); self.thread.start(); self.wait()
-    def run(self):
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        self.wait()
+    def run(self) -> None:
+        "Train, and keep the error that ended it."
         torch.set_num_threads(self.threads)
-        try: self.trainer.train()
-        except BaseException as e: self.error = e
+        try:
+            self.trainer.train()
+        except BaseException as error:
+            self.error = error
         self.ready.release()
-    def wait(self):
+    def wait(self) -> None:
+        "Wait until the thread is ready, and raise its error."
         self.ready.acquire()
         if self.error: raise self.error
-    def on_train_begin(self, args, state, control, **kw): self.ready.release(); self.go.acquire()
-    def on_step_end(self, args, state, control, **kw):
+    def on_train_begin(self, args, state, control, **kw) -> None:
+        self.ready.release()
+        self.go.acquire()
+    def on_step_end(self, args, state, control, **kw) -> None:
         self.left -= 1
-        if self.left == 0: self.ready.release(); self.go.acquire()
+        if self.left == 0:
+            self.ready.release()
+            self.go.acquire()
         control.should_training_stop = self.left < 0
-    def __call__(self, n): self.left = n; self.go.release(); self.wait(); return n
-    def close(self): self.left = 0; self.go.release(); self.thread.join(60); self.folder.cleanup()
+    def __call__(self, steps:int) -> int:
+        self.left = steps
+        self.go.release()
+        self.wait()
+        return steps
+    def close(self) -> None:
+        "Stop training and remove the folder."
+        self.left = 0
+        self.go.release()
+        self.thread.join(60)
+        self.folder.cleanup()
+
+def _training_arguments(folder:str, batch:int, lr:float, cuda:bool) -> TrainingArguments:
+    "Set Trainer to the steps of `opened`: constant rate, rows in order, nothing reported or saved."
+    return TrainingArguments(
+        folder, per_device_train_batch_size=batch, max_steps=10**6, learning_rate=lr, lr_scheduler_type="constant",
+        max_grad_norm=1., use_cpu=not cuda, bf16=cuda, train_sampling_strategy="sequential", report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=cuda)
 
 # %% ../nbs/15_bench.ipynb #8b614aaf
 class _Order(torch.utils.data.Dataset):
-    "The rows of a task in the order of a run's steps."
-    def __init__(self, rows, task, batch, steps=1000): self.rows = rows; self.order = [i for s in range(steps) for _, i in draw(0, task, batch, s)]
+    "Hold the rows of a task in the order of a run's steps."
+    def __init__(self, rows:dict, task, batch:int, steps:int=1000):
+        self.rows = rows
+        self.order = [index for number in range(steps) for _, index in draw(0, task, batch, number)]
     def __len__(self): return len(self.order)
-    def __getitem__(self, k): return self.rows[self.order[k]]
+    def __getitem__(self, place): return self.rows[self.order[place]]
 
 def stacked(rows:list) -> dict:
     "Pad rows that were written in advance and stack them."
-    n = max(len(r["input_ids"]) for r in rows)
-    fill = lambda k, v: torch.stack([torch.nn.functional.pad(r[k], (0, n - len(r[k])), value=v) for r in rows])
-    return {"input_ids": fill("input_ids", 0), "attention_mask": fill("attention_mask", 0), "labels": fill("labels", -100), "pixel_values": torch.stack([r["pixel_values"] for r in rows])}
+    longest = max(len(row["input_ids"]) for row in rows)
+    def padded(key:str, value:int) -> torch.Tensor:
+        pad = torch.nn.functional.pad
+        return torch.stack([pad(row[key], (0, longest - len(row[key])), value=value) for row in rows])
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": padded("labels", -100),
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+    }
+
+def _written_alone(processor, example) -> dict: # Tensors of one row, for `stacked`
+    "Write one example and take it out of its batch."
+    return {key: value[0] for key, value in written(processor, [example]).items()}
 
 # %% ../nbs/15_bench.ipynb #42544b7f
-def _trained(prepared=False, bb=None, batch=32, lr=3e-3):
-    "Our step against Trainer's on the same rows in the same order; losses of the first steps agree."
-    x = opened(bb=bb, batch=batch, lr=lr); proc = x.net.backbone.processor
-    rows = {i: x.net.example(x.task.name, "train", i) for i in range(len(x.task))}
-    if prepared: rows = {i: {k: v[0] for k, v in written(proc, [e]).items()} for i, e in rows.items()}
-    order = _Order(rows, x.task, batch)
-    peer = Peer(theirs_of(x.net), order, stacked if prepared else lambda es: written(proc, es), batch, lr, x.net.backbone.device)
-    ours = [float(x.step(s)["loss"][0]) for s in range(5)]; peer(5)
-    np.testing.assert_allclose(ours, [float(l) for l in peer.losses], rtol=.02 if x.net.backbone.dtype != torch.float32 else 1e-3)
-    def step(s):
-        if s == 10: x.net._feats.clear() # after the untimed block: the tower's work is timed
-        return x.step(s + 5)
-    return x, peer, counted(step)
+def _trained(prepared:bool=False, bb:Backbone|None=None, batch:int=32, lr:float=3e-3,
+            ) -> tuple: # What `opened` gives, the peer, our steps
+    "Do five steps of ours and of Trainer's on the same rows in the same order; their losses agree."
+    training = opened(bb=bb, batch=batch, lr=lr)
+    net, task = training.net, training.task
+    processor = net.backbone.processor
+    rows = {index: net.example(task.name, "train", index) for index in range(len(task))}
+    if prepared:
+        rows = {index: _written_alone(processor, example) for index, example in rows.items()}
+    order = _Order(rows, task, batch)
+    collate = stacked if prepared else lambda examples: written(processor, examples)
+    peer = Peer(theirs_of(net), order, collate, batch, lr, net.backbone.device)
+
+    ours = [float(training.step(number)["loss"][0]) for number in range(5)]
+    peer(5)
+    theirs = [float(loss) for loss in peer.losses]
+    np.testing.assert_allclose(ours, theirs, rtol=.02 if net.backbone.dtype != torch.float32 else 1e-3)
+
+    def step(number:int) -> dict:
+        if number == 10:
+            net._feats.clear() # after the untimed block: the tower's work is timed
+        return training.step(number + 5)
+    return training, peer, counted(step)
 
 @contextmanager
-def against_trainer(**kw):
-    x, peer, ours = _trained(**kw)
-    try: yield ours, peer
-    finally: peer.close()
+def against_trainer(**kw) -> Iterator[tuple]: # Gives our steps and the peer's
+    "Compare a step of training with one of Trainer."
+    training, peer, ours = _trained(**kw)
+    try:
+        yield ours, peer
+    finally:
+        peer.close()
 
 # %% ../nbs/15_bench.ipynb #d55db17f
 @contextmanager
-def overhead(method):
-    "A step of finetune, then of a method, on the second of two tasks whose prompts are equally long."
+def overhead(method:str) -> Iterator[tuple]: # Gives steps of finetune, and of the method
+    "Compare a step of finetune with one of a method, on the second of two tasks whose prompts are equally long."
     tasks = ["shp-word", "col-word"]
-    small = {"n": 32} if "n" in {f.name for f in fields(get_method(method))} else {}
-    a, b = opened("finetune", tasks, 1), opened(method, tasks, 1, **small)
-    assert overrides(b.net.method, "wrap") or all(torch.equal(p, q) for p, q in zip(a.net.params.values(), b.net.params.values()))
-    yield counted(a.step), counted(b.step)
+    takes_n = "n" in {field.name for field in fields(get_method(method))}
+    plain = opened("finetune", tasks, 1)
+    other = opened(method, tasks, 1, **({"n": 32} if takes_n else {}))
+    pairs = zip(plain.net.params.values(), other.net.params.values())
+    assert overrides(other.net.method, "wrap") or all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    yield counted(plain.step), counted(other.step)
 
 # %% ../nbs/15_bench.ipynb #c4af0d27
 @contextmanager
 def probed(stand:int=4, # Task that is trained; probes look at it and at those before
            steps:int=140, # Steps per task
            watch:Watch=Watch(every=50),
-          ):
-    "Processor seconds of a task's steps, then of the same steps and the probes between them; noise of the machine meets both alike."
-    x = opened(stand=stand); run, net, spent, number = x.run, x.net, np.zeros(2), iter(range(10**9))
-    def timed(k, f, *args):
-        tic = time.process_time(); f(*args); spent[k] += time.process_time() - tic
-    with tempfile.TemporaryDirectory() as tmp:
-        run.done, run.opt.steps, w = 0, steps, Watcher(run, net, RecordWriter(Path(tmp)))
-        w.watch = watch; w.ends = {n: h for n, (_, h) in w.light(w.names()).items()}
-        def task():
-            spent[:] = 0; timed(1, w.begin)
-            for _ in range(steps): timed(0, x.step, next(number)); run.done += 1; timed(1, w.step, "tune")
-            timed(1, w.end)
+          ) -> Iterator[tuple]: # Gives seconds of the steps, and of steps and probes
+    "Count processor seconds of a task's steps, and with the probes between them; noise of the machine meets both."
+    training = opened(stand=stand)
+    run, net = training.run, training.net
+    spent, numbers = np.zeros(2), iter(range(10**9))
+    def timed(part:int, does:Callable, *args) -> None:
+        began = time.process_time()
+        does(*args)
+        spent[part] += time.process_time() - began
+
+    with tempfile.TemporaryDirectory() as folder:
+        watcher = Watcher(run, net, RecordWriter(Path(folder)))
+        run.done, run.opt.steps = 0, steps
+        watcher.watch = watch
+        watcher.ends = {name: states for name, (_, states) in watcher.light(watcher.names()).items()}
+        def task() -> float:
+            spent[:] = 0
+            timed(1, watcher.begin)
+            for _ in range(steps):
+                timed(0, training.step, next(numbers))
+                run.done += 1
+                timed(1, watcher.step, "tune")
+            timed(1, watcher.end)
             return spent[0]
         yield task, spent.sum
 
 # %% ../nbs/15_bench.ipynb #fa25f119
 @contextmanager
-def fisher(hf=False):
-    "`sample_grads` against a loop of batch-1 backwards: of our forward, or of transformers' and peft's."
-    x = opened(); [x.step(s) for s in range(3)]; net = x.net; net.model.eval()
-    name, total = x.task.name, len(x.task)
-    pick = np.sort(rng(0, name, "sample_grads").choice(total, 32, replace=False))
-    model = theirs_of(net).eval() if hf else None
-    rows = {int(i): written(net.backbone.processor, [x.task.example("train", int(i))]) for i in pick} if hf else {}
-    ps = [p for p in model.parameters() if p.requires_grad] if hf else list(net.params.values())
-    def nll(i):
-        if hf: return model(**rows[i]).loss*(rows[i]["labels"] != -100).sum()
-        b = net.rows([(name, i)], task=[name])
-        with at(b): return row_nll(net.forward(b)).sum()
-    def loop(n, mean=None):
-        mean = [torch.zeros_like(p) for p in ps]
-        for i in pick[:n]:
-            for m, g in zip(mean, torch.autograd.grad(nll(int(i)), ps)): m += g.square()/n
-        loop.mean = mean; return n
+def fisher(hf:bool=False, # The peer's model is that of transformers and peft, else ours
+          ) -> Iterator[tuple]: # Gives `sample_grads`, and the loop
+    "Compare `sample_grads` with a loop of batch-1 backwards."
+    training = opened()
+    for number in range(3):
+        training.step(number)
+    net, task = training.net, training.task
+    net.model.eval()
+    picked = np.sort(rng(0, task.name, "sample_grads").choice(len(task), 32, replace=False))
+    nll, parameters = (_their_nll if hf else _our_nll)(net, task, picked)
+
+    def loop(count:int) -> int:
+        mean = [torch.zeros_like(parameter) for parameter in parameters]
+        for index in picked[:count]:
+            for part, grad in zip(mean, torch.autograd.grad(nll(int(index)), parameters)):
+                part += grad.square()/count
+        loop.mean = mean
+        return count
     loop(32)
-    for f, m in zip(net.sample_grads(name, n=32).values(), loop.mean): assert (f - m).abs().max() <= 1e-5*max(1, m.abs().max())
-    size = lambda n: 32*max(1, n//5)
-    yield lambda n: net.sample_grads(name, n=size(n)) and size(n), loop
+    for fast, slow in zip(net.sample_grads(task.name, n=32).values(), loop.mean):
+        assert (fast - slow).abs().max() <= 1e-5*max(1, slow.abs().max())
+
+    def ours(steps:int) -> int:
+        count = 32*max(1, steps//5)
+        return net.sample_grads(task.name, n=count) and count
+    yield ours, loop
+
+def _our_nll(net:Net, task, picked) -> tuple: # `nll(index)`, and the parameters that it depends on
+    "Take the loss of one sample from our forward."
+    def nll(index:int) -> torch.Tensor:
+        batch = net.rows([(task.name, index)], task=[task.name])
+        with at(batch):
+            return row_nll(net.forward(batch)).sum()
+    return nll, list(net.params.values())
+
+def _their_nll(net:Net, task, picked) -> tuple: # `nll(index)`, and the parameters that it depends on
+    "Take the loss of one sample from the model of transformers and peft; inputs are made in advance."
+    model = theirs_of(net).eval()
+    processor = net.backbone.processor
+    batches = {int(index): written(processor, [task.example("train", int(index))]) for index in picked}
+    def nll(index:int) -> torch.Tensor:
+        batch = batches[index]
+        return model(**batch).loss*(batch["labels"] != -100).sum()
+    return nll, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 # %% ../nbs/15_bench.ipynb #6466ac3b
 @contextmanager
 def answers(size:int, # Questions per call of the peer
-            cold=False, # Forget the tower's features before every block
-            ask=False, # With what `generate` does not give: scores and the likelihood of every choice
-           ):
-    "Evaluation against `generate`, which gets its questions through the processor; answers are equal token by token."
-    x = opened(); net = x.net; [x.step(s) for s in range(20)]
-    model, proc, tasks, bb, turn = theirs_of(net).eval(), net.backbone.processor, list(x.run.data), net.backbone, [0, 0]
-    refs = {t.name: [(t.name, i) for i in range(t.n["test"])] for t in tasks}
-    for rs in refs.values(): net.rows(rs, "test", answers=False)
-    @torch.no_grad()
-    def generate(t, rs):
-        b = written(proc, [net.example(n, "test", i) for n, i in rs], answers=False)
-        out = model.generate(**b, do_sample=False, max_new_tokens=t.format.max_new_tokens, pad_token_id=bb.pad, eos_token_id=[*bb.stops])
-        return [s.strip() for s in proc.tokenizer.batch_decode(out[:, b["input_ids"].shape[1]:], skip_special_tokens=True)]
-    def ours(n):
-        if cold: net._feats.clear()
-        t = tasks[turn[0] % len(tasks)]; turn[0] += 1
-        if ask: return len(net.ask(refs[t.name], "test"))
-        with whole(net.model): ids, _ = net.answer(net.rows(refs[t.name], "test", answers=False), t.format.max_new_tokens)
-        return len([bb.decode(i) for i in ids])
-    def theirs(n):
-        k, turn[1] = turn[1], turn[1] + 1; t = tasks[k % len(tasks)]; rs = refs[t.name]
-        some = [rs[(k*n + j) % len(rs)] for j in range(n)] if size == 1 else rs
-        return sum(len(generate(t, some[j:j+size])) for j in range(0, len(some), size))
-    for t in tasks:
-        got = net.ask(refs[t.name], "test"); said, asked = [got[r]["text"] for r in refs[t.name]], refs[t.name][:5 if size == 1 else None]
-        assert said[:len(asked)] == sum((generate(t, asked[j:j+size]) for j in range(0, len(asked), size)), []), t.name
-    yield ours, theirs
+            cold:bool=False, # Forget the tower's features before every block
+            ask:bool=False, # With what `generate` does not give: scores and the likelihood of every choice
+           ) -> Iterator[tuple]: # Gives our answering and the peer's
+    "Compare evaluation with `generate`, which gets its questions through the processor; answers agree token by token."
+    training = opened()
+    net = training.net
+    for number in range(20):
+        training.step(number)
+    model, tasks = theirs_of(net).eval(), list(training.run.data)
+    refs = {task.name: [(task.name, index) for index in range(task.n["test"])] for task in tasks}
+    for pairs in refs.values():
+        net.rows(pairs, "test", answers=False)
+
+    def generated(task, pairs:list) -> Iterator[list]: # Texts, call by call
+        for first in range(0, len(pairs), size):
+            yield _generate(model, net, task, pairs[first:first + size])
+
+    for task in tasks:
+        got = net.ask(refs[task.name], "test")
+        said = [got[pair]["text"] for pair in refs[task.name]]
+        asked = refs[task.name][:5 if size == 1 else None]
+        assert said[:len(asked)] == sum(generated(task, asked), []), task.name
+    yield _our_answers(net, tasks, refs, cold, ask), _their_answers(generated, tasks, refs, each=size == 1)
+
+@torch.no_grad()
+def _generate(model, net:Net, task, pairs:list) -> list: # Texts
+    "Answer test questions with `generate`."
+    bb = net.backbone
+    examples = [net.example(name, "test", index) for name, index in pairs]
+    batch = written(bb.processor, examples, answers=False)
+    out = model.generate(**batch, do_sample=False, max_new_tokens=task.format.max_new_tokens,
+                         pad_token_id=bb.pad, eos_token_id=[*bb.stops])
+    new = out[:, batch["input_ids"].shape[1]:]
+    return [text.strip() for text in bb.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+def _our_answers(net:Net, tasks:list, refs:dict, cold:bool, ask:bool) -> Callable:
+    "Answer all questions of the next task in every block."
+    numbers = iter(range(10**9))
+    def ours(steps:int) -> int:
+        if cold:
+            net._feats.clear()
+        task = tasks[next(numbers) % len(tasks)]
+        if ask:
+            return len(net.ask(refs[task.name], "test"))
+        with whole(net.model):
+            ids, _ = net.answer(net.rows(refs[task.name], "test", answers=False), task.format.max_new_tokens)
+        return len([net.backbone.decode(answer) for answer in ids])
+    return ours
+
+def _their_answers(generated:Callable, tasks:list, refs:dict, each:bool) -> Callable:
+    "Answer all questions of the next task in every block, or the next few where each is asked alone."
+    numbers = iter(range(10**9))
+    def theirs(steps:int) -> int:
+        number = next(numbers)
+        task = tasks[number % len(tasks)]
+        pairs = refs[task.name]
+        if each:
+            pairs = [pairs[(number*steps + place) % len(pairs)] for place in range(steps)]
+        return sum(len(texts) for texts in generated(task, pairs))
+    return theirs
 
 # %% ../nbs/15_bench.ipynb #fc0064a6
 _time = "import time; t = time.perf_counter(); import cit_workbench; print(time.perf_counter() - t)"
 _help = [sys.executable, "-c", "from cit_workbench.cli import main; main(['--help'])"]
 
 @contextmanager
-def start_of(what, seconds):
-    "Seconds allowed, over the seconds that a fresh process needs."
-    def importing(): return float(subprocess.run([sys.executable, "-c", _time], capture_output=True, text=True, check=True).stdout.split()[-1])
-    def helping():
-        tic = time.perf_counter(); subprocess.run(_help, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - tic
+def start_of(what:str, # "import" or "help"
+             seconds:float, # Allowed
+            ) -> Iterator[tuple]: # Gives the seconds needed, and those allowed
+    "Compare the seconds that a fresh process needs with those allowed."
+    def importing() -> float:
+        done = subprocess.run([sys.executable, "-c", _time], capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+    def helping() -> float:
+        began = time.perf_counter()
+        subprocess.run(_help, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
     yield {"import": importing, "help": helping}[what], lambda: seconds
 
 # %% ../nbs/15_bench.ipynb #e5cbb00b
-def matmul_speed(lm, # A language model
+def matmul_speed(lm:torch.nn.Module, # A language model
                  rows:int, # Tokens in a batch
                 ) -> float: # FLOP/s
-    "Best rate of the layer's own matrix products, weighted by their work."
-    shapes, best = [m.weight for m in lm.layers[0].modules() if isinstance(m, torch.nn.Linear) and min(m.weight.shape) > 64], 0.
-    xs = [torch.randn(rows, w.shape[1], device=w.device, dtype=w.dtype) for w in shapes]
+    "Measure the best rate of the layer's own matrix products, weighted by their work."
+    linear = [layer for layer in lm.layers[0].modules() if isinstance(layer, torch.nn.Linear)]
+    weights = [layer.weight for layer in linear if min(layer.weight.shape) > 64]
+    inputs = [torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype) for weight in weights]
+    best = 0.
     for _ in range(8):
-        _sync(xs[0]); tic = time.perf_counter()
+        _sync(inputs[0])
+        began = time.perf_counter()
         with torch.no_grad():
-            for x, w in zip(xs, shapes): x @ w.T
-        _sync(xs[0]); best = max(best, sum(2*rows*w.numel() for w in shapes)/(time.perf_counter() - tic))
+            for x, weight in zip(inputs, weights):
+                x @ weight.T
+        _sync(inputs[0])
+        best = max(best, sum(2*rows*weight.numel() for weight in weights)/(time.perf_counter() - began))
     return best
 
-def _sync(x):
-    if x.is_cuda: torch.cuda.synchronize(x.device)
+def _sync(x:torch.Tensor) -> None:
+    "Wait for the GPU that holds a tensor."
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 # %% ../nbs/15_bench.ipynb #dcc201f7
-def step_flops(x, # From `opened`
-               s:int=0, # Number of the step
+def step_flops(training:SimpleNamespace, # From `opened`
+               number:int=0, # Of the step
               ) -> int:
-    "Floating-point operations in matrix products and attention of one step, forward and backward."
+    "Count floating-point operations in matrix products and attention of one step, forward and backward."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as c: x.step(s)
-    return c.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        training.step(number)
+    return counter.get_total_flops()
 
 @contextmanager
-def share(**kw):
-    "Seconds that a step's matrix products need at the measured rate, over the seconds that the step takes."
-    x = opened(**kw); b = x.net.rows(draw(0, x.task, x.run.opt.batch, 0))
-    for s in range(10): x.step(s)
-    flops, step = step_flops(x, 10), counted(lambda s: x.step(s + 11))
-    def used():
-        _sync(b.ids); tic = time.perf_counter(); step(10); _sync(b.ids)
-        return (time.perf_counter() - tic)/10
-    yield used, lambda: flops/matmul_speed(x.net.backbone.lm, b.ids.numel())
+def share(**kw) -> Iterator[tuple]: # Gives the seconds that a step takes, and those that its products need
+    "Compare the seconds of a step with those that its matrix products need at the measured rate."
+    training = opened(**kw)
+    batch = training.net.rows(draw(0, training.task, training.run.opt.batch, 0))
+    for number in range(10):
+        training.step(number)
+    flops = step_flops(training, 10)
+    step = counted(lambda number: training.step(number + 11))
+    def used() -> float:
+        _sync(batch.ids)
+        began = time.perf_counter()
+        step(10)
+        _sync(batch.ids)
+        return (time.perf_counter() - began)/10
+    yield used, lambda: flops/matmul_speed(training.net.backbone.lm, batch.ids.numel())
 
 # %% ../nbs/15_bench.ipynb #3dab6be6
 _spectra = """
 import json, resource, sys, time
 import numpy as np, scipy.linalg
 from cit_workbench.spectra import Moments, eigen, singular
-who, N, d, k = sys.argv[1], *map(int, sys.argv[2:]) # k: directions, 0 for values alone
-rows = lambda i: np.random.default_rng(i).standard_normal((1000, d), dtype=np.float32)*np.arange(1, d + 1, dtype=np.float32)**-.5
+
+who, N, d, directions = sys.argv[1], *map(int, sys.argv[2:]) # 0 directions: values alone
+blocks = N//1000
+
+def rows(block):
+    scale = np.arange(1, d + 1, dtype=np.float32)**-.5
+    return np.random.default_rng(block).standard_normal((1000, d), dtype=np.float32)*scale
+
 def used(): # of this program alone: on Linux ru_maxrss remembers the process that started it
-    if sys.platform == "linux": return 1024*int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+    if sys.platform == "linux":
+        return 1024*int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def svd(x, **how):
+    if who == "numpy":
+        return np.linalg.svd(x, **how)
+    return scipy.linalg.svd(x, overwrite_a=True, check_finite=False, **how)
+
 rows(0)
 before, seconds, clock = used(), 0., time.process_time
 if who in ("exact", "single"):
-    m = Moments(d, exact=who == "exact")
-    for i in range(0, N//1000, 4):
-        x = np.concatenate([rows(j) for j in range(i, min(i + 4, N//1000))]); tic = clock(); m.add(x); seconds += clock() - tic
-    tic = clock(); s = singular(eigen(m, k=k if k < d else None)[0] if k else np.linalg.eigvalsh(m.matrix())[::-1], m.n)
+    moments = Moments(d, exact=who == "exact")
+    for first in range(0, blocks, 4):
+        x = np.concatenate([rows(block) for block in range(first, min(first + 4, blocks))])
+        began = clock()
+        moments.add(x)
+        seconds += clock() - began
+    began = clock()
+    if directions:
+        values = eigen(moments, k=directions if directions < d else None)[0]
+    else:
+        values = np.linalg.eigvalsh(moments.matrix())[::-1]
+    top = singular(values, moments.n)
 else:
-    X = np.empty((N//1000*1000, d), np.float32)
-    for i in range(N//1000): X[1000*i:1000*i+1000] = rows(i)
-    tic = clock(); svd = np.linalg.svd if who == "numpy" else lambda x, **how: scipy.linalg.svd(x, overwrite_a=True, check_finite=False, **how)
-    s = svd(X, full_matrices=False)[1] if k else svd(X, compute_uv=False)
-seconds += clock() - tic
-print(json.dumps({"seconds": seconds, "peak": used() - before, "top": s[:8].tolist()}))
+    x = np.empty((blocks*1000, d), np.float32)
+    for block in range(blocks):
+        x[1000*block:1000*block + 1000] = rows(block)
+    began = clock()
+    top = svd(x, full_matrices=False)[1] if directions else svd(x, compute_uv=False)
+seconds += clock() - began
+print(json.dumps({"seconds": seconds, "peak": used() - before, "top": top[:8].tolist()}))
 """
 
 class Alone:
-    "Processor seconds of the program above in a process of its own, on one thread; the most memory is kept."
-    def __init__(self, *args): self.args, self.peak, self.top = list(map(str, args)), 0, None
+    "Measure processor seconds of the program above in a separate process, on one thread; keep the most memory."
+    def __init__(self, *args):
+        self.args, self.peak, self.top = list(map(str, args)), 0, None
     def __call__(self) -> float:
-        env = {**os.environ, **{f"{k}_NUM_THREADS": "1" for k in ("OMP", "OPENBLAS", "MKL")}}
-        got = json_.loads(subprocess.run([sys.executable, "-c", _spectra, *self.args], capture_output=True, text=True, check=True, env=env).stdout)
+        env = {**os.environ, **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}}
+        command = [sys.executable, "-c", _spectra, *self.args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        got = json_.loads(done.stdout)
         self.peak, self.top = max(self.peak, got["peak"]), np.array(got["top"])
         return got["seconds"]
 
 @contextmanager
-def spectra_vs_svd(N:int, # Rows, in thousands
+def spectra_vs_svd(N:int, # Rows, a multiple of 1,000
                    d:int, # Their length
-                   k:int, # Directions wanted, largest first; 0: values alone
+                   directions:int, # How many are wanted, largest first; 0: values alone
                    ours:str="exact", # Products in float64; "single": in float32
                    peer:str="numpy", # np.linalg.svd, in float64; "scipy": gesdd in float32
-                  ):
-    a, b = Alone(ours, N, d, k), Alone(peer, N, d, k)
-    yield a, b
-    np.testing.assert_allclose(a.top, b.top, rtol=1e-4)
+                  ) -> Iterator[tuple]: # Gives our pass and the peer's decomposition
+    "Compare a spectrum in one pass with a full SVD."
+    one_pass, full = Alone(ours, N, d, directions), Alone(peer, N, d, directions)
+    yield one_pass, full
+    np.testing.assert_allclose(one_pass.top, full.top, rtol=1e-4)
 
 # %% ../nbs/15_bench.ipynb #d2537a2c
-def big(hidden=4096, layers=32, inner=11008, heads=32, vision=(1024, 4096, 24, 16), side=336, vocab=32064,
-        device="cuda", dtype=torch.bfloat16,
+def big(hidden:int=4096, # Width of the language model
+        layers:int=32,
+        inner:int=11008, # Width inside a layer
+        heads:int=32,
+        vision:tuple=(1024, 4096, 24, 16), # The tower's width, inner width, layers, heads
+        side:int=336, # Pixels
+        vocab:int=32064, # Tokens
+        device:str="cuda",
+        dtype:torch.dtype=torch.bfloat16,
        ) -> Backbone:
-    "LLaVA-1.5-7B's shape with random weights; rows are those of `shapes`, 576 visual tokens each."
-    from transformers import AutoProcessor, LlavaConfig
-    proc = AutoProcessor.from_pretrained(_where("tiny-instruct"), local_files_only=True)
-    proc.image_processor.size, proc.image_processor.crop_size, proc.patch_size = {"shortest_edge": side}, {"height": side, "width": side}, 14
-    proc.num_additional_image_tokens, proc.vision_feature_select_strategy = 1, "default"
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    vis = {"model_type": "clip_vision_model", "image_size": side, "patch_size": 14, "projection_dim": 768, **dict(zip(names, vision))}
-    text = {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096, **dict(zip(names, (hidden, inner, layers, heads)))}
-    tok = proc.tokenizer
-    cfg = LlavaConfig(vision_config=vis, text_config=text, image_token_index=tok.convert_tokens_to_ids(proc.image_token), image_seq_length=(side//14)**2,
-                      vision_feature_layer=-2, vision_feature_select_strategy="default", pad_token_id=tok.pad_token_id)
-    old = torch.get_default_dtype(); torch.set_default_dtype(dtype)
+    "Build LLaVA-1.5-7B's shape with random weights; rows are those of `shapes`, 576 visual tokens each."
+    from transformers import AutoProcessor
+    processor = AutoProcessor.from_pretrained(_where("tiny-instruct"), local_files_only=True)
+    images = processor.image_processor
+    images.size, images.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+    processor.patch_size, processor.num_additional_image_tokens = 14, 1
+    processor.vision_feature_select_strategy = "default"
+    config = _llava_config(processor, (hidden, inner, layers, heads), vision, side, vocab)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        with torch.device(device): model = LlavaForConditionalGeneration(cfg)
-    finally: torch.set_default_dtype(old)
-    return Backbone(model, proc, "shape")
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return Backbone(model, processor, "shape")
 
-_7b = lambda: dict(bb=big(), batch=16 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 4, lr=2e-4)
+def _llava_config(processor, text:tuple, vision:tuple, side:int, vocab:int):
+    "Describe a LLaVA model by the width, inner width, layers and heads of its two parts."
+    from transformers import LlavaConfig
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tower = {"model_type": "clip_vision_model", "image_size": side, "patch_size": 14, "projection_dim": 768}
+    llama = {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
+    tokens = processor.tokenizer
+    return LlavaConfig(
+        vision_config=tower | dict(zip(names, vision)), text_config=llama | dict(zip(names, text)),
+        image_token_index=tokens.convert_tokens_to_ids(processor.image_token), image_seq_length=(side//14)**2,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", pad_token_id=tokens.pad_token_id)
+
+def _7b() -> dict: # Arguments of `opened`
+    "Choose a batch that the GPU has room for, at the shape of LLaVA-1.5-7B."
+    bb = big()
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return dict(bb=bb, batch=16 if memory > 100e9 else 4, lr=2e-4)
 
 @contextmanager
-def on_gpu(f):
-    with f(**_7b()) as arms: yield arms
+def on_gpu(comparison:Callable) -> Iterator[tuple]: # Gives what the comparison gives
+    "Prepare a comparison at the shape of LLaVA-1.5-7B."
+    with comparison(**_7b()) as sides:
+        yield sides
 
 # %% ../nbs/15_bench.ipynb #bae25b42
+def _step_arms() -> dict: # {name: Arm}
+    "Compare a step of each method that changes training with one of finetune."
+    arms = {}
+    for name in all_methods():
+        if not any(overrides(get_method(name), hook) for hook in ("wrap", "batch", "loss", "grads", "update", "step")):
+            continue
+        goal = 1.25 if overrides(get_method(name), "wrap") else 1.03
+        about = f"a step of {name} over one of finetune, prompts equally long"
+        arms[f"{name}_step"] = Arm(lambda name=name: overhead(name), goal, 45, about, most=True)
+    return arms
+
 ARMS = {
-    "eval_vs_generate_1": Arm(lambda: answers(1), 10., 14, "answers to all 100 questions of a task against `generate` question by question"),
-    "eval_vs_generate_batched": Arm(lambda: answers(128), 2., 16, "the same against `generate` on the very same batch"),
-    "eval_vs_generate_32": Arm(lambda: answers(32), None, 18, "the same against `generate` on 32 questions at a time"),
-    "eval_cold_vs_generate_batched": Arm(lambda: answers(128, cold=True), None, 17, "as batched, when the tower has seen none of the images"),
-    "ask_vs_generate_batched": Arm(lambda: answers(128, ask=True), None, 17, "as batched, with scores and forced choice, which `generate` does not give"),
-    "fisher_vs_loop": Arm(lambda: fisher(), 8., 16, "per-sample Fisher against our own forward and backward, one sample at a time"),
-    "fisher_vs_hf_loop": Arm(lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
-    **{f"{n}_step": Arm(lambda n=n: overhead(n), 1.25 if overrides(get_method(n), "wrap") else 1.03, 45, f"a step of {n} over one of finetune, prompts equally long", most=True)
-       for n in all_methods() if any(overrides(get_method(n), h) for h in ("wrap", "batch", "loss", "grads", "update", "step"))},
-    "watch_overhead": Arm(lambda: probed(), 1.03, 90, "training with probes of five tasks, at most every 50 of 140 steps, over training without", most=True, clock=True, blocks=5),
-    "watch_overhead_all": Arm(lambda: probed(watch=Watch(every=50, share=0.)), None, 90, "the same without a bound on their cost", most=True, clock=True, blocks=5),
-    "train_vs_trainer": Arm(lambda: against_trainer(), 1.3, 65, "training against HF Trainer + peft, images and texts through the processor"),
-    "train_vs_trainer_prepared": Arm(lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
-    "matmul_share": Arm(lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),
-    "import_time": Arm(lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`", clock=True),
-    "help_time": Arm(lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`", clock=True),
-    "streaming_spectra": Arm(lambda: spectra_vs_svd(25_000, 1024, 64, "single"), 20., 35, "one pass in float32 and 64 directions of 25,000 × 1,024 rows against `np.linalg.svd`", clock=True, memory=True, blocks=3),
-    "streaming_spectra_exact": Arm(lambda: spectra_vs_svd(25_000, 1024, 1024), None, 40, "one pass in float64 and all directions against `np.linalg.svd`", clock=True, memory=True, blocks=3),
-    "streaming_spectra_single": Arm(lambda: spectra_vs_svd(25_000, 1024, 64, "single", "scipy"), None, 20, "one pass in float32 and 64 directions against scipy's gesdd in float32", clock=True, memory=True, blocks=3),
-    "streaming_spectra_values": Arm(lambda: spectra_vs_svd(25_000, 1024, 0), None, 20, "without directions, float64: `eigvalsh` against gesdd without vectors", clock=True, memory=True, blocks=3),
-    "streaming_spectra_4096": Arm(lambda: spectra_vs_svd(100_000, 4096, 64, "single"), 20., 1500, "as streaming_spectra, 100,000 × 4,096 rows; the peer needs 16 GB", clock=True, memory=True, blocks=2, named=True),
-    "train_vs_trainer_7b": Arm(lambda: on_gpu(against_trainer), 1.5, 400, "training at the shape of LLaVA-1.5-7B against HF Trainer + peft, bfloat16", cuda=True),
-    "matmul_share_7b": Arm(lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
+    "eval_vs_generate_1": Arm(
+        lambda: answers(1), 10., 14, "answers to all 100 questions of a task against `generate` question by question"),
+    "eval_vs_generate_batched": Arm(
+        lambda: answers(128), 2., 16, "the same against `generate` on the very same batch"),
+    "eval_vs_generate_32": Arm(
+        lambda: answers(32), None, 18, "the same against `generate` on 32 questions at a time"),
+    "eval_cold_vs_generate_batched": Arm(
+        lambda: answers(128, cold=True), None, 17, "as batched, when the tower has seen none of the images"),
+    "ask_vs_generate_batched": Arm(
+        lambda: answers(128, ask=True), None, 17,
+        "as batched, with scores and forced choice, which `generate` does not give"),
+    "fisher_vs_loop": Arm(
+        lambda: fisher(), 8., 16, "per-sample Fisher against our own forward and backward, one sample at a time"),
+    "fisher_vs_hf_loop": Arm(
+        lambda: fisher(hf=True), None, 17, "per-sample Fisher against transformers' and peft's, one sample at a time"),
+    **_step_arms(),
+    "watch_overhead": Arm(
+        lambda: probed(), 1.03, 90,
+        "training with probes of five tasks, at most every 50 of 140 steps, over training without",
+        most=True, clock=True, blocks=5),
+    "watch_overhead_all": Arm(
+        lambda: probed(watch=Watch(every=50, share=0.)), None, 90, "the same without a bound on their cost",
+        most=True, clock=True, blocks=5),
+    "train_vs_trainer": Arm(
+        lambda: against_trainer(), 1.3, 65,
+        "training against HF Trainer + peft, images and texts through the processor"),
+    "train_vs_trainer_prepared": Arm(
+        lambda: against_trainer(prepared=True), None, 65, "the same, the peer's pixels and tokens made in advance"),
+    "matmul_share": Arm(
+        lambda: share(), None, 30, "share of the measured matmul rate that a training step reaches", clock=True),
+    "import_time": Arm(
+        lambda: start_of("import", .3), 1., 8, "0.3 s over the time of `import cit_workbench`", clock=True),
+    "help_time": Arm(
+        lambda: start_of("help", .5), 1., 10, "0.5 s over the time of `cit --help`", clock=True),
+    "streaming_spectra": Arm(
+        lambda: spectra_vs_svd(25_000, 1024, 64, "single"), 20., 35,
+        "one pass in float32 and 64 directions of 25,000 × 1,024 rows against `np.linalg.svd`",
+        clock=True, memory=True, blocks=3),
+    "streaming_spectra_exact": Arm(
+        lambda: spectra_vs_svd(25_000, 1024, 1024), None, 40,
+        "one pass in float64 and all directions against `np.linalg.svd`",
+        clock=True, memory=True, blocks=3),
+    "streaming_spectra_single": Arm(
+        lambda: spectra_vs_svd(25_000, 1024, 64, "single", "scipy"), None, 20,
+        "one pass in float32 and 64 directions against scipy's gesdd in float32",
+        clock=True, memory=True, blocks=3),
+    "streaming_spectra_values": Arm(
+        lambda: spectra_vs_svd(25_000, 1024, 0), None, 20,
+        "without directions, float64: `eigvalsh` against gesdd without vectors",
+        clock=True, memory=True, blocks=3),
+    "streaming_spectra_4096": Arm(
+        lambda: spectra_vs_svd(100_000, 4096, 64, "single"), 20., 1500,
+        "as streaming_spectra, 100,000 × 4,096 rows; the peer needs 16 GB",
+        clock=True, memory=True, blocks=2, named=True),
+    "train_vs_trainer_7b": Arm(
+        lambda: on_gpu(against_trainer), 1.5, 400,
+        "training at the shape of LLaVA-1.5-7B against HF Trainer + peft, bfloat16", cuda=True),
+    "matmul_share_7b": Arm(
+        lambda: on_gpu(share), .45, 300, "share of the matmul rate there", cuda=True, clock=True),
 }
 
 # %% ../nbs/15_bench.ipynb #694de5ed
 def measure(name:str, # Of `ARMS`
-            blocks:int=20, # Blocks of each arm
+            blocks:int=20, # Blocks of each side
             steps:int=10, # Steps in a block
-            seen=lambda: None, # Called after every block
+            seen:Callable=lambda: None, # Called after every block
            ) -> dict: # ratio, low, high, goal, ok
     "Run one comparison."
     arm = ARMS[name]
-    if arm.cuda and not torch.cuda.is_available(): return {"ratio": None, "low": None, "high": None, "goal": arm.goal, "ok": None, "note": "not measured: no CUDA GPU"}
+    if arm.cuda and not torch.cuda.is_available():
+        missing = dict.fromkeys(("ratio", "low", "high"))
+        return missing | {"goal": arm.goal, "ok": None, "note": "not measured: no CUDA GPU"}
     blocks = min(blocks, arm.blocks or blocks)
-    with arm.make() as (a, b):
-        if arm.clock: times = np.array([(a(), b(), seen(), seen())[:2] for _ in range(blocks + 1)][1:], float)
-        else: times = turns(a, b, blocks, steps, seen)
-    peaks = {"peak_bytes": [a.peak, b.peak]} if arm.memory else {}
-    return verdict(arm, *interval(times, name)) | peaks | {"seconds": [round(float(t), 6) for t in times.mean(0)]}
+    with arm.make() as (ours, peer):
+        times = _clocked(ours, peer, blocks, seen) if arm.clock else turns(ours, peer, blocks, steps, seen)
+    peaks = {"peak_bytes": [ours.peak, peer.peak]} if arm.memory else {}
+    seconds = [round(float(mean), 6) for mean in times.mean(0)]
+    return verdict(arm, *interval(times, name)) | peaks | {"seconds": seconds}
+
+def _clocked(ours:Callable, peer:Callable, blocks:int, seen:Callable) -> np.ndarray: # Seconds [blocks, 2]
+    "Ask both sides for their seconds in each block, after one that is dropped."
+    seconds = []
+    for _ in range(blocks + 1):
+        seconds.append((ours(), peer()))
+        seen()
+        seen()
+    return np.array(seconds[1:], float)
 
 # %% ../nbs/15_bench.ipynb #6f0bad44
-def shown(name:str, r:dict) -> str:
-    "One line about one comparison."
-    if r["ratio"] is None: return f"{name:30} {r['note']}"
-    sign = "≤" if ARMS[name].most else "≥"
-    goal = "for information" if r["goal"] is None else f"goal {sign} {r['goal']:g}: {'met' if r['ok'] else 'NOT met'}"
-    ours, peer = (f"{1e3*t:.3g} ms" for t in r.get("seconds", (np.nan, np.nan)))
-    if "peak_bytes" in r: goal += ", at most {:.2f} / {:.2f} GB".format(*(p/1e9 for p in r["peak_bytes"]))
-    return f"{name:30} {r['ratio']:8.3f}   [{r['low']:.3f}, {r['high']:.3f}]   {goal:20} {ours} / {peer}: {ARMS[name].about}"
+def shown(name:str, result:dict) -> str:
+    "Write one line about one comparison."
+    if result["ratio"] is None:
+        return f"{name:30} {result['note']}"
+    arm = ARMS[name]
+    goal = "for information"
+    if result["goal"] is not None:
+        sign = "≤" if arm.most else "≥"
+        goal = f"goal {sign} {result['goal']:g}: {'met' if result['ok'] else 'NOT met'}"
+    if "peak_bytes" in result:
+        goal += ", at most {:.2f} / {:.2f} GB".format(*(peak/1e9 for peak in result["peak_bytes"]))
+    ours, peer = (f"{1e3*seconds:.3g} ms" for seconds in result.get("seconds", (np.nan, np.nan)))
+    ratio = f"{result['ratio']:8.3f}   [{result['low']:.3f}, {result['high']:.3f}]"
+    return f"{name:30} {ratio}   {goal:20} {ours} / {peer}: {arm.about}"
 
 # %% ../nbs/15_bench.ipynb #21dd816a
 def compare(names:list|None=None, # Of `ARMS`; None: all but those that must be named
-            blocks:int=20, # Blocks of each arm
+            blocks:int=20, # Blocks of each side
             steps:int=10, # Steps in a block
-            say=print, # Takes each line
+            say:Callable=print, # Takes each line
            ) -> dict: # {name: {ratio, low, high, goal, ok, …}}
     "Run comparisons one after another, with one torch thread."
-    names = [one_of("comparison", n, ARMS) for n in names or [n for n, a in ARMS.items() if not a.named]]
-    before = torch.get_num_threads(); torch.set_num_threads(1)
+    names = names or [name for name, arm in ARMS.items() if not arm.named]
+    names = [one_of("comparison", name, ARMS) for name in names]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         rate = matmul_speed(get_backbone().lm, 1536)
-        run = [n for n in names if not ARMS[n].cuda or torch.cuda.is_available()]
-        say(f"matmul: {rate/1e9:.0f} GFLOP/s on one thread; about {sum(ARMS[n].seconds for n in run)*1e11/rate*blocks*steps/200/60:.1f} minutes")
-        out = {}
-        with progress(desc="bench", total=sum(2*min(blocks, ARMS[n].blocks or blocks) + 2 for n in run), unit="block") as bar:
-            for n in names: out[n] = measure(n, blocks, steps, bar.update); say(shown(n, out[n])); out[n].pop("seconds", None)
-        return out
-    finally: torch.set_num_threads(before)
+        run = [ARMS[name] for name in names if not ARMS[name].cuda or torch.cuda.is_available()]
+        minutes = sum(arm.seconds for arm in run)*1e11/rate*blocks*steps/200/60
+        say(f"matmul: {rate/1e9:.0f} GFLOP/s on one thread; about {minutes:.1f} minutes")
+        results = {}
+        total = sum(2*min(blocks, arm.blocks or blocks) + 2 for arm in run)
+        with progress(desc="bench", total=total, unit="block") as bar:
+            for name in names:
+                results[name] = measure(name, blocks, steps, bar.update)
+                say(shown(name, results[name]))
+                results[name].pop("seconds", None)
+        return results
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../nbs/15_bench.ipynb #537592fa
 def bench(names:str="", # Comparisons, with commas; if left out, all that take minutes at most
           /,
           json:bool=False, # Print {name: {ratio, low, high, goal, ok}} and nothing else
-         ):
+         ) -> dict: # What `compare` returns
     "Measure speed as ratios to named peers, in alternating blocks, with 95 % intervals."
-    said = (lambda line: None) if json else lambda line: print(line, flush=True)
-    got = compare([n.strip() for n in names.split(",") if n.strip()], say=said)
-    if json: print(json_.dumps(got, indent=1))
-    return got
+    def say(line:str) -> None:
+        if not json:
+            print(line, flush=True)
+    results = compare([name.strip() for name in names.split(",") if name.strip()], say=say)
+    if json:
+        print(json_.dumps(results, indent=1))
+    return results

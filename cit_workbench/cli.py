@@ -9,43 +9,61 @@ __all__ = ['COMMANDS', 'pair', 'add_parameters', 'Parser', 'parse', 'call', 'giv
 
 # %% ../nbs/13_cli.ipynb #8ca52376
 import argparse, ast, codecs, errno, inspect, os, sys, warnings
+from collections.abc import Callable
 
 from fastcore.docments import docments
 
-from .core import CitError, Ended, assets, digest, disk_error, end, expanded, heeding, leaves, one_of, write_atomic
+from .core import (CitError, Ended, assets, digest, disk_error, end, expanded, heeding, leaves, one_of,
+                                write_atomic)
 from .sweep import nested
 
 # %% ../nbs/13_cli.ipynb #eb601ddd
 def pair(text:str, # "lam=100"
         ) -> tuple: # ("lam", 100)
-    "A name and a Python literal; what is not a literal is text."
+    "Read a name and a Python literal; what is not a literal is text."
     name, equals, value = text.partition("=")
-    if not (name and equals): raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    try: return name, ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
-    except (ValueError, SyntaxError): return name, value
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    literal = {"true": "True", "false": "False", "none": "None"}.get(value, value)
+    try:
+        return name, ast.literal_eval(literal)
+    except (ValueError, SyntaxError):
+        return name, value
 
 # %% ../nbs/13_cli.ipynb #e36ab42f
-def add_parameters(parser, # An ArgumentParser
-                   command, # A function with docments
-                  ):
-    "One argument for each parameter of `command`."
+def add_parameters(parser:argparse.ArgumentParser,
+                   command:Callable, # A function with docments
+                  ) -> None:
+    "Add one argument for each parameter of `command`."
     notes = docments(command)
-    for name, p in inspect.signature(command).parameters.items():
-        kind, placed = p.annotation, p.kind is p.POSITIONAL_ONLY or p.default is p.empty
-        word, note = name if placed else "--" + name.replace("_", "-"), notes[name] or ""
-        if type(p.default) in (int, float, str) and p.default != "": note += f" (default {p.default})"
-        if kind is bool: how = dict(action="store_true")
-        elif kind is dict: how = dict(type=pair, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-        elif not placed: how = dict(type=kind, default=p.default, metavar=kind.__name__.upper())
-        else: how = dict(metavar=name.upper(), **({} if p.default is p.empty else dict(nargs="?", default=p.default)))
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, default = parameter.annotation, parameter.default
+        required = default is parameter.empty
+        placed = parameter.kind is parameter.POSITIONAL_ONLY or required
+        word = name if placed else "--" + name.replace("_", "-")
+        note = notes[name] or ""
+        if type(default) in (int, float, str) and default != "":
+            note += f" (default {default})"
+
+        if kind is bool:
+            how = dict(action="store_true")
+        elif kind is dict:
+            how = dict(type=pair, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+        elif not placed:
+            how = dict(type=kind, default=default, metavar=kind.__name__.upper())
+        elif required:
+            how = dict(metavar=name.upper())
+        else:
+            how = dict(metavar=name.upper(), nargs="?", default=default)
         parser.add_argument(word, help=note, **how)
 
 # %% ../nbs/13_cli.ipynb #b9a0f22a
 class Parser(argparse.ArgumentParser):
-    "An ArgumentParser whose complaints are a `CitError`."
-    def error(self, message): raise CitError(f"{self.prog}: {message}; see `{self.prog} --help`")
+    "Raise complaints of an ArgumentParser as a `CitError`."
+    def error(self, message:str) -> None:
+        raise CitError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
-def parse(command, # A function with docments
+def parse(command:Callable, # A function with docments
           argv:list, # Words after the command's name
           prog:str="cit", # How the program is called
          ) -> dict: # Keyword arguments
@@ -53,28 +71,34 @@ def parse(command, # A function with docments
     name = command.__name__.strip("_").replace("_", "-")
     parser = Parser(prog=f"{prog} {name}", description=command.__doc__, allow_abbrev=False)
     add_parameters(parser, command)
-    options = [o for a in parser._actions for o in a.option_strings]
+    options = [option for action in parser._actions for option in action.option_strings]
     for word in argv:
-        if word.startswith("--") and len(word) > 2: one_of(f"option of `{parser.prog}`", word.split("=")[0], options)
+        if word.startswith("--") and len(word) > 2:
+            one_of(f"option of `{parser.prog}`", word.split("=")[0], options)
     args = vars(parser.parse_args(argv))
-    kinds = inspect.signature(command).parameters
-    return {k: dict(v) if kinds[k].annotation is dict else v for k, v in args.items()}
+    for key, parameter in inspect.signature(command).parameters.items():
+        if parameter.annotation is dict:
+            args[key] = dict(args[key])
+    return args
 
-def call(command, # A function with docments
+def call(command:Callable, # A function with docments
          args:dict, # What `parse` made
-        ):
+        ) -> object: # What the command returns
     "Call `command`, its positional-only parameters by position."
-    first = [k for k, p in inspect.signature(command).parameters.items() if p.kind is p.POSITIONAL_ONLY]
-    return command(*(args[k] for k in first), **{k: v for k, v in args.items() if k not in first})
+    parameters = inspect.signature(command).parameters
+    placed = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    named = {name: value for name, value in args.items() if name not in placed}
+    return command(*(args[name] for name in placed), **named)
 
 # %% ../nbs/13_cli.ipynb #6bb37a30
-def given(**kw) -> dict:
-    "What was given, without what was left out."
-    return {k: v for k, v in kw.items() if v is not None and v != "" and v != {} and v != []}
+def given(**fields) -> dict:
+    "Keep what was given, without what was left out."
+    return {name: value for name, value in fields.items() if value is not None and value not in ("", {}, [])}
 
-def show(record): # What `train` returns: None on every process but the first
+def show(record) -> None: # What `train` returns: None on every process but the first
     "Print the table and the folder of a run, once."
-    if record is not None and not int(os.environ.get("RANK", 0)): print(f"{record._repr_markdown_()}\n\n{record.path}")
+    if record is None or int(os.environ.get("RANK", 0)): return
+    print(f"{record._repr_markdown_()}\n\n{record.path}")
 
 def run(method:str="finetune", # Method, or a chain such as er+ewc
         set:dict={}, # Fields of the method: lam=100
@@ -90,23 +114,26 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
         seed:int=0, # Seed
         probe_every:int=None, # Steps between probes on validation data
         oracle:bool=False, # Show the task label at test
-        watch:dict={}, # Probes of old tasks while training: every, full, rows, share; if left out every=10; none: every=0
+        # Probes of old tasks while training: every, full, rows, share;
+        # if left out every=10; none: every=0
+        watch:dict={},
         tuned_on:dict={}, # Where the fields come from, as `cit tune` prints it: stream, trials, old_val
         out:str="", # Run folder; default runs/<method>-<digest of the configuration>
-       ):
+       ) -> None:
     "Tune a start model on a stream of tasks; goes on if the folder holds an unfinished run of the same configuration."
     from cit_workbench.train import Run
     from cit_workbench.watch import at_launch
     stream_args = {**nested(stream_args), **given(limit=limit, eval_limit=eval_limit)}
-    tables = dict(method_args=nested(set), tune=nested(tune), optim=nested(optim), compute=nested(compute), watch=nested(watch))
-    order = [o.strip() for o in order.split(",") if o.strip()]
-    kw = given(**tables, stream_args=stream_args, order=order, probe_every=probe_every, tuned_on=tuned_on, out=out)
-    run = Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **kw)
+    tables = dict(method_args=nested(set), tune=nested(tune), optim=nested(optim), compute=nested(compute),
+                  watch=nested(watch))
+    order = [task.strip() for task in order.split(",") if task.strip()]
+    fields = given(**tables, stream_args=stream_args, order=order, probe_every=probe_every, tuned_on=tuned_on, out=out)
+    run = Run(method=method, stream=stream, backbone=backbone, seed=seed, oracle=oracle, **fields)
     show(run.settle_watch(at_launch).train())
 
 # %% ../nbs/13_cli.ipynb #b983ad2d
 def resume(run:str, # Run folder
-          ):
+          ) -> None:
     "Go on with an unfinished run."
     from cit_workbench.record import Record
     record = Record(run)
@@ -120,42 +147,52 @@ def sweep(file:str, # A TOML file: [sweep] name, pages; [set] parameters; [grid]
           workers:int=1, # Cells executed at a time
           out:str="", # Folder; default runs/sweeps/<name>
           force:bool=False, # Execute cells again whose code or data changed
-         ):
+         ) -> None:
     "Execute method pages over a grid of parameters; finished cells never run again."
     from cit_workbench.sweep import sweep
     result = sweep(file, workers, out, force)
     print(result)
-    if result.failed: sys.exit(f"cit: {len(result.failed)} of {len(result.cells)} cells failed: {result.sentence}")
+    if result.failed:
+        sys.exit(f"cit: {len(result.failed)} of {len(result.cells)} cells failed: {result.sentence}")
 
 def table(dir:str="runs", # Folder with runs
           /,
           format:str="text", # text, markdown, latex or csv
           against:str="", # A method of the table: adds paired differences to it
-         ):
+         ) -> None:
     "Print one line per method, in blocks of runs that can be compared."
     one_of("format", format, ["text", "markdown", "latex", "csv"])
     from cit_workbench.record import table
-    out = table(dir)
-    print(getattr(out.against(against) if against else out, format)().rstrip())
+    shown = table(dir)
+    if against:
+        shown = shown.against(against)
+    print(getattr(shown, format)().rstrip())
 
 def figures(dir:str="runs", # Folder with runs and what was collected; several with commas
             /,
             out:str="figures", # Where the pictures go
-            only:str="", # Pictures, with commas: compare, curves, costs, one-task, matrices, likeness, spectra, report; all if left out
-           ):
+            # Pictures, with commas: compare, curves, costs, one-task, matrices, likeness, spectra, report;
+            # all if left out
+            only:str="",
+           ) -> None:
     "Draw PDF, SVG and PNG pictures of runs."
     from cit_workbench.analysis import figures
-    words = lambda s: [w for w in s.split(",") if w]
-    for path in figures(dir if expanded(dir).exists() else words(dir), out, only=words(only)): print(path)
+    def words(text:str) -> list:
+        return [word for word in text.split(",") if word]
+    runs = dir if expanded(dir).exists() else words(dir)
+    for path in figures(runs, out, only=words(only)):
+        print(path)
 
 # %% ../nbs/13_cli.ipynb #3034fc6c
 def again(found:dict, # What `sweep.tune` returns
          ) -> str: # A command line
-    "The command that runs a method as it was tuned."
-    pairs = lambda d: " ".join(f"{'.'.join(path)}={v}" for path, v in leaves(d))
+    "Write the command that runs a method as it was tuned."
+    def pairs(table:dict) -> str:
+        return " ".join(f"{'.'.join(path)}={value}" for path, value in leaves(table))
     fields = found["fields"]
     options = {"--set": fields["method_args"], "--optim": fields["optim"], "--tuned-on": found["tuned_on"]}
-    return " ".join(["cit run --method", found["method"], *(f"{k} {pairs(v)}" for k, v in options.items() if v)])
+    words = [f"{option} {pairs(table)}" for option, table in options.items() if table]
+    return " ".join(["cit run --method", found["method"], *words])
 
 def tune(method:str, # Method, or a chain such as er+ewc
          trials:int=12, # Trials; the same number for every method that is compared
@@ -169,33 +206,43 @@ def tune(method:str, # Method, or a chain such as er+ewc
          compute:dict={}, # device, dtype, threads, four_bit, checkpointing
          seed:int=0, # Seed
          out:str="runs/tune", # Folder of the trials and of the result
-        ):
+        ) -> None:
     "Choose the learning rate and strength of a method on shapes-tune; finished trials never run again."
     from cit_workbench.sweep import tune as search
     tables = dict(stream_args=nested(stream_args), optim=nested(optim), tune=nested(tune), compute=nested(compute))
-    grid = {k: v.split(",") if isinstance(v, str) else v for k, v in grid.items()}
+    grid = {name: values.split(",") if isinstance(values, str) else values for name, values in grid.items()}
     found = search(method, grid, stream, trials, out, method_args=nested(set), backbone=backbone, seed=seed, **tables)
-    edge = f"; at the end of its values: {', '.join(found['edge'])}" if found["edge"] else ""
+    edge = ""
+    if found["edge"]:
+        edge = f"; at the end of its values: {', '.join(found['edge'])}"
     print(f"best of {trials} trials: AP norm {found['score']:.3f} on validation data{edge}\n{again(found)}")
 
 # %% ../nbs/13_cli.ipynb #de196001
 def entries(what:str, # "methods", "streams" or "backbones"
            ) -> list: # [(name, line)]
-    "Names that `--method`, `--stream` or `--backbone` accept, with the first line about each."
-    here = assets().parent
-    about = lambda p: (p.stem, ast.get_docstring(ast.parse(p.read_text(encoding="utf-8"))) or "")
-    modules = lambda folder: sorted(about(p) for p in here.glob(f"{folder}/[a-z]*.py"))
-    if one_of("list", what, ["methods", "streams", "backbones"]) == "methods": return modules("methods")
+    "List names that `--method`, `--stream` or `--backbone` accept, with the first line about each."
+    one_of("list", what, ["methods", "streams", "backbones"])
+    if what == "methods": return _modules("methods")
     if what == "backbones":
-        own = sorted(p.parent.name for p in assets().glob("*/config.json"))
-        return [*((n, "embedded") for n in own), ("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
+        embedded = sorted(path.parent.name for path in assets().glob("*/config.json"))
+        return [*((name, "embedded") for name in embedded), ("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
     from cit_workbench.stream import all_streams
-    return [*((s, "embedded") for s in all_streams()), *((f"{n}:FOLDER", line) for n, line in modules("suites"))]
+    streams = [(name, "embedded") for name in all_streams()]
+    return streams + [(f"{name}:FOLDER", line) for name, line in _modules("suites")]
+
+def _modules(folder:str) -> list: # [(name, docstring)]
+    "Read the docstrings of a folder's modules."
+    found = []
+    for path in assets().parent.glob(f"{folder}/[a-z]*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found.append((path.stem, ast.get_docstring(tree) or ""))
+    return sorted(found)
 
 def list_(what:str, # methods, streams or backbones
-         ):
+         ) -> None:
     "Print the names that can be used."
-    for name, line in entries(what): print(f"{name:14} {line}")
+    for name, line in entries(what):
+        print(f"{name:14} {line}")
 
 # %% ../nbs/13_cli.ipynb #3aaef3b4
 def export_stream(name:str, # Stream
@@ -203,139 +250,176 @@ def export_stream(name:str, # Stream
                   stream_args:dict={}, # Arguments of the stream
                   limit:int=None, # At most so many training examples per task
                   eval_limit:int=None, # At most so many validation and test examples per task
-                 ):
+                 ) -> None:
     "Write a stream as LLaVA/CoIN JSON with lossless images; coin:DIR reads it back."
     from cit_workbench.stream import get_stream
     from cit_workbench.suites.coin import export
-    print(export(get_stream(name, **nested(stream_args), **given(limit=limit, eval_limit=eval_limit)), dir))
+    stream = get_stream(name, **nested(stream_args), **given(limit=limit, eval_limit=eval_limit))
+    print(export(stream, dir))
 
 # %% ../nbs/13_cli.ipynb #2c892c71
 _packages = "torch transformers peft accelerate numpy pandas pillow matplotlib plotly fastcore papermill nbdev".split()
 
 def versions() -> dict: # {package: version or "missing"}
-    "Installed versions of the packages that matter."
+    "Find the installed versions of the packages that matter."
     from importlib.metadata import PackageNotFoundError, version
-    def of(p):
-        try: return version(p)
-        except PackageNotFoundError: return "missing"
-    return {p: of(p) for p in _packages}
+    def installed(package:str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "missing"
+    return {package: installed(package) for package in _packages}
 
 def gpus() -> str:
-    "The GPUs that torch sees."
+    "Name the GPUs that torch sees."
     import torch
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     return ", ".join(names) or f"none (this torch is built for {build})"
 
-def doctor():
+def doctor() -> None:
     "Print versions, devices, threads, disk and the hashes of the start models."
     import platform, shutil, torch
     import cit_workbench
     print(f"cit_workbench {cit_workbench.__version__} in {assets().parent}")
     print(f"python {platform.python_version()} on {platform.platform()}")
-    print(", ".join(f"{k} {v}" for k, v in versions().items()))
+    print(", ".join(f"{package} {version}" for package, version in versions().items()))
     print(f"GPU: {gpus()}")
     print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
-    print(f"disk: {shutil.disk_usage('.').free/2**30:.1f} GB free here")
-    for p in sorted(assets().glob("*/model.safetensors")):
-        print(f"start {p.parent.name}: {digest(p.read_bytes())}, {p.stat().st_size/2**20:.1f} MB")
+    free = shutil.disk_usage(".").free
+    print(f"disk: {free/2**30:.1f} GB free here")
+    for path in sorted(assets().glob("*/model.safetensors")):
+        weights, size = digest(path.read_bytes()), path.stat().st_size
+        print(f"start {path.parent.name}: {weights}, {size/2**20:.1f} MB")
 
 # %% ../nbs/13_cli.ipynb #22d3a3f9
 def bench(names:str="", # Comparisons, with commas; all if left out
           /,
           json:bool=False, # Print {name: {ratio, low, high, goal, ok}} and nothing else
-         ):
+         ) -> None:
     "Measure speed as ratios to named peers, in alternating blocks, with 95 % intervals."
     from cit_workbench.bench import bench
     bench(names, json)
 
 # %% ../nbs/13_cli.ipynb #ff40ffcc
 def demo(out:str="runs/demo", # Where pictures go
-        ):
+        ) -> None:
     "Draw recorded results, train the same four methods here, draw those."
     from cit_workbench.analysis import figures, report
     from cit_workbench.record import find_runs
     from cit_workbench.sweep import pages_dir, sweep
     root = pages_dir().parents[1]
-    def draw(runs, to):
-        for p in figures(runs, to, formats=["png"], reports=False): print(f"  {p}")
-        for r in find_runs(runs):
-            if r.config["method"] == "ewc": print(f"  {write_atomic(to/'report-ewc.png', report(r).data('png'))}")
+    def draw(runs, to) -> None:
+        for path in figures(runs, to, formats=["png"], reports=False):
+            print(f"  {path}")
+        for record in find_runs(runs):
+            if record.config["method"] == "ewc":
+                path = write_atomic(to/"report-ewc.png", report(record).data("png"))
+                print(f"  {path}")
+
     print("Forgetting, from committed records:", flush=True)
     draw(root/"records"/"demo", expanded(out)/"recorded")
     print("The same, live:", flush=True)
     live = sweep(root/"sweeps/demo.toml", workers=min(2, os.cpu_count()))
     print(live)
-    if live.failed: sys.exit(f"cit: {live.sentence}")
+    if live.failed:
+        sys.exit(f"cit: {live.sentence}")
     draw(live.folder, expanded(out)/"live")
     print("Next:\n  make lab                                       # read and change a method: nbs/methods/ewc.ipynb\n"
           "  .venv/bin/cit run --method ewc --set lam=100   # one run, all eight tasks\n"
           "  .venv/bin/cit list methods                     # what else there is")
 
 # %% ../nbs/13_cli.ipynb #b510cdcd
-COMMANDS = {"run": run, "resume": resume, "tune": tune, "sweep": sweep, "table": table, "figures": figures,
-            "list": list_, "export-stream": export_stream, "doctor": doctor, "bench": bench, "demo": demo}
+COMMANDS = {
+    "run": run,
+    "resume": resume,
+    "tune": tune,
+    "sweep": sweep,
+    "table": table,
+    "figures": figures,
+    "list": list_,
+    "export-stream": export_stream,
+    "doctor": doctor,
+    "bench": bench,
+    "demo": demo,
+}
 
 def usage() -> str:
-    "What `cit --help` prints."
-    lines = [f"  {name:14} {f.__doc__}" for name, f in COMMANDS.items()]
+    "Write what `cit --help` prints."
     head = "usage: cit COMMAND …   (cit COMMAND --help lists its options; --debug shows where an error came from)"
+    lines = [f"  {name:14} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join([head, "", *lines])
 
 # %% ../nbs/13_cli.ipynb #5b5ca0c8
 _refusals = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR]
 
-def sentence(e:BaseException, # What went wrong
+def sentence(error:BaseException, # What went wrong
             ) -> str: # Empty for a bug, whose traceback should be seen
-    "One sentence for an error that the person at the keyboard can mend."
-    if isinstance(e, CitError): return str(e)
-    if isinstance(e, UnicodeEncodeError) and e.reason == "surrogates not allowed": return f"{e.object[:200]!r} holds a name that is not UTF-8: rename that file or folder"
-    if isinstance(e, KeyboardInterrupt): return "interrupted; the same command goes on from what is recorded"
-    if isinstance(e, OSError) and e.errno in _refusals: return str(disk_error(e.filename or "a file", e))
-    if type(e).__name__ == "OutOfMemoryError": return f"the GPU ran out of memory; try a larger --optim accum=… ({e})"
+    "Return one sentence for an error that the person at the keyboard can fix."
+    if isinstance(error, CitError): return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{error.object[:200]!r} holds a name that is not UTF-8: rename that file or folder"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from what is recorded"
+    if isinstance(error, OSError) and error.errno in _refusals:
+        return str(disk_error(error.filename or "a file", error))
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the GPU ran out of memory; try a larger --optim accum=… ({error})"
     return ""
 
 # %% ../nbs/13_cli.ipynb #6f7a9b59
-def quiet():
-    "Let the terminal show what concerns the person before it."
+def quiet() -> None:
+    "Let the terminal show only what concerns its user."
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty(): os.environ.setdefault("CIT_QUIET", "1")
-    for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter("ignore", kind)
-    warnings.showwarning = lambda message, *args, **kw: print(f"cit: warning: {message}", file=sys.stderr)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("CIT_QUIET", "1")
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+    def tell(message, *args, **kw) -> None:
+        print(f"cit: warning: {message}", file=sys.stderr)
+    warnings.showwarning = tell
 
 # %% ../nbs/13_cli.ipynb #40dcae2c
 _plainer = {"−": "-", "–": "-", "…": "...", "×": "x", "’": "'"}
 
-def plainly(e:UnicodeError) -> tuple: # (text instead, where to go on)
+def plainly(error:UnicodeError) -> tuple: # (text instead, where to go on)
     "Write what an encoding lacks as well as it can, the minus of a number above all; a question mark for the rest."
-    return "".join(_plainer.get(c, "?") for c in e.object[e.start:e.end]), e.end
+    lacking = error.object[error.start:error.end]
+    return "".join(_plainer.get(letter, "?") for letter in lacking), error.end
 
 codecs.register_error("plainly", plainly)
 
-def forgiving(*streams): # Text streams
+def forgiving(*streams) -> None: # Text streams
     "Let streams replace what their encoding lacks: a table shows question marks instead of ending in an error."
     for stream in streams:
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="plainly")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plainly")
 
 # %% ../nbs/13_cli.ipynb #6e6a95c4
-def main(argv=None, # Words; default: those of the process
-        ):
-    "The program `cit`."
+def main(argv:list|None=None, # Words; default: those of the process
+        ) -> None:
+    "Run the program `cit`."
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     forgiving(sys.stdout, sys.stderr)
-    if not debug: quiet()
-    argv = [a for a in argv if a != "--debug"]
+    if not debug:
+        quiet()
+    argv = [word for word in argv if word != "--debug"]
     try:
-        if not argv or argv[0] in ("-h", "--help"): return print(usage())
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage())
+            return
         command = COMMANDS[one_of("command", argv[0], COMMANDS)]
-        with heeding(end): call(command, parse(command, argv[1:]))
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except Ended as e:
-        e.tell()
-        sys.exit(e.code)
-    except (Exception, KeyboardInterrupt) as e:
-        if debug or not (said := sentence(e)): raise
+        with heeding(end):
+            call(command, parse(command, argv[1:]))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Ended as error:
+        error.tell()
+        sys.exit(error.code)
+    except (Exception, KeyboardInterrupt) as error:
+        said = "" if debug else sentence(error)
+        if not said: raise
         print(f"cit: {' '.join(said.split())}", file=sys.stderr)
-        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -11,6 +11,7 @@ __all__ = ['rates', 'targets', 'recipe', 'balanced_orders', 'gate_runs', 'start_
 # %% ../nbs/14_testbed.ipynb #5be6e875
 import inspect, json, re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,347 +22,565 @@ from .stream import all_streams, get_stream
 
 # %% ../nbs/14_testbed.ipynb #c96db4f5
 def balanced_orders(names:list) -> list: # As many orders as names, an even number
-    "Orders in which each name stands once at each place and follows each other name once."
-    n = len(names)
-    if n % 2: raise CitError(f"a balanced square of single orders needs an even number of tasks, not {n}")
-    first = [k//2 if k % 2 == 0 else n - 1 - k//2 for k in range(n)]
-    return [[names[(f + i) % n] for f in first] for i in range(n)]
+    "Make orders in which each name is once at each place and follows each other name once."
+    count = len(names)
+    if count % 2:
+        raise CitError(f"a balanced square of single orders needs an even number of tasks, not {count}")
+    first = [place//2 if place % 2 == 0 else count - 1 - place//2 for place in range(count)]
+    return [[names[(place + shift) % count] for place in first] for shift in range(count)]
 
 # %% ../nbs/14_testbed.ipynb #56d4f9bf
 rates = (7.5e-4, 1.5e-3, 3e-3)
 targets = r".*language_model\.layers\.[123]\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-recipe = {"optim": {"lr": 1.5e-3, "steps": 140, "batch": 32, "warmup": .03}, "tune": {"r": 16, "alpha": 64., "targets": targets}}
+recipe = {
+    "optim": {"lr": 1.5e-3, "steps": 140, "batch": 32, "warmup": .03},
+    "tune": {"r": 16, "alpha": 64., "targets": targets},
+}
 
 def gate_runs() -> dict: # {name: fields of `Run`}
-    "The runs that the gates are judged by."
-    names = [t.name for t in get_stream("shapes").tasks]
-    orders, out = list(enumerate(balanced_orders(names))), {"start": dict(method="zero_shot", stream_args={"n_test": 500})}
-    for s in (0, 1):
-        for m in ("single", "joint"): out[f"{m}-s{s}"] = dict(method=m, seed=s)
-        for k, o in orders: out |= {f"{m}-o{k}-s{s}": dict(method=m, order=o, seed=s) for m in ("finetune", "er")}
+    "List the runs that the gates are judged by."
+    names = [task.name for task in get_stream("shapes").tasks]
+    orders = list(enumerate(balanced_orders(names)))
+    runs = {}
+    runs["start"] = dict(method="zero_shot", stream_args={"n_test": 500})
+    for seed in (0, 1):
+        for method in ("single", "joint"):
+            runs[f"{method}-s{seed}"] = dict(method=method, seed=seed)
+        for number, order in orders:
+            for method in ("finetune", "er"):
+                runs[f"{method}-o{number}-s{seed}"] = dict(method=method, order=order, seed=seed)
     for lr in rates[::2]:
-        for k, o in orders[::4]: out[f"finetune-o{k}-s0-lr{lr:g}"] = dict(method="finetune", order=o, optim=recipe["optim"] | {"lr": lr})
-    for n in names: out[f"alone-{n}"] = dict(method="finetune", stream_args={"tasks": [n], "paraphrases": True})
-    for n in ("qa6", "fmt6", "domain", "domain-named", "capability", "b1", "b2", "tune"):
-        out[f"{n}-single"] = dict(method="single", stream=f"shapes-{n}", backbone="tiny-base" if n == "b1" else "tiny-instruct")
-    return _filled(out)
+        for number, order in orders[::4]:
+            optim = recipe["optim"] | {"lr": lr}
+            runs[f"finetune-o{number}-s0-lr{lr:g}"] = dict(method="finetune", order=order, optim=optim)
+    for name in names:
+        runs[f"alone-{name}"] = dict(method="finetune", stream_args={"tasks": [name], "paraphrases": True})
+    for name in ("qa6", "fmt6", "domain", "domain-named", "capability", "b1", "b2", "tune"):
+        backbone = "tiny-base" if name == "b1" else "tiny-instruct"
+        runs[f"{name}-single"] = dict(method="single", stream=f"shapes-{name}", backbone=backbone)
+    return _filled(runs)
 
-def _filled(runs:dict) -> dict: return {k: {"stream": "shapes", **recipe, "compute": {"threads": 1}} | v for k, v in runs.items()}
+def _filled(runs:dict) -> dict:
+    "Fill in the stream, the recipe and one thread where a run says nothing else."
+    return {name: {"stream": "shapes", **recipe, "compute": {"threads": 1}} | fields for name, fields in runs.items()}
 
 # %% ../nbs/14_testbed.ipynb #d63b23c4
 def start_runs() -> dict: # {name: fields of `Run`}
-    "Runs from the starts of pre-training seeds 0, 1, 2 under `starts/`; seed 0 is the embedded one."
-    few, order = recipe["optim"] | {"steps": 20}, balanced_orders([t.name for t in get_stream("shapes").tasks])[0]
-    at = lambda s, k: f"starts/{s}/tiny-{k}"
-    out = {f"{k}-p{s}": dict(method="single", backbone=at(s, k), optim=few) for s in range(3) for k in ("instruct", "base-long")}
-    out |= {f"single-p{s}": dict(method="single", backbone=at(s, "instruct"), order=order) for s in (1, 2)}
-    return _filled(out | {f"{m}-p{s}": dict(method=m, backbone=at(s, "instruct"), order=order) for s in (1, 2) for m in ("finetune", "er")})
+    "List runs from the starts of pre-training seeds 0, 1, 2 under `starts/`; seed 0 is the embedded one."
+    few = recipe["optim"] | {"steps": 20}
+    order = balanced_orders([task.name for task in get_stream("shapes").tasks])[0]
+    runs = {}
+    for seed in range(3):
+        for kind in ("instruct", "base-long"):
+            runs[f"{kind}-p{seed}"] = dict(method="single", backbone=f"starts/{seed}/tiny-{kind}", optim=few)
+    for seed in (1, 2):
+        runs[f"single-p{seed}"] = dict(method="single", backbone=f"starts/{seed}/tiny-instruct", order=order)
+    for seed in (1, 2):
+        for method in ("finetune", "er"):
+            runs[f"{method}-p{seed}"] = dict(method=method, backbone=f"starts/{seed}/tiny-instruct", order=order)
+    return _filled(runs)
 
 # %% ../nbs/14_testbed.ipynb #881662ea
-def by_order(records:list, value) -> dict: # {order: mean over its seeds}
-    "The unit of every statement: one task order, averaged over seeds."
-    return order_means({(tuple(r.tasks), i): value(r) for i, r in enumerate(records)})
+def by_order(records:list,
+             value:Callable, # Takes a record, returns a number
+            ) -> dict: # {order: mean over its seeds}
+    "Average a value over the seeds of each task order, which is the unit of every statement."
+    return order_means({(tuple(record.tasks), number): value(record) for number, record in enumerate(records)})
 
-def scores_of(records:list, pick) -> dict: # {task: percent}
-    "A score per task, averaged over records; `pick(core)` gives one per stream task."
-    tables = [dict(zip(r.tasks, pick(r.core()))) for r in records]
-    return {t: float(np.mean([x[t] for x in tables])) for t in tables[0]}
+def scores_of(records:list,
+              pick:Callable, # Takes `core` of a record, returns one score per stream task
+             ) -> dict: # {task: percent}
+    "Average a score per task over records."
+    tables = [dict(zip(record.tasks, pick(record.core()))) for record in records]
+    return {task: float(np.mean([scores[task] for scores in tables])) for task in tables[0]}
 
 # %% ../nbs/14_testbed.ipynb #ee396c59
-def gate(name:str, value, need:str, ok:bool) -> dict:
-    "One line of the gate table."
+def gate(name:str, # What is measured
+         value:str|float, # What was found
+         need:str, # What is needed
+         ok:bool, # Passed
+        ) -> dict:
+    "Return one line of the gate table."
     return {"gate": name, "value": value, "needed": need, "passed": bool(ok)}
 
-def learnable(single:list, joint:list, others:dict, # {stream: record of `single`}
-             ) -> list:
-    "Every task can be learned alone, and together with the others."
-    alone, together = scores_of(single, np.diag), scores_of(joint, lambda R: R[-1])
-    gap = {t: alone[t] - together[t] for t in alone}
-    worst, far = min(alone, key=alone.get), max(gap, key=gap.get)
-    lows = {n: min(scores_of([r], np.diag).items(), key=lambda x: x[1]) for n, r in others.items()}
-    low = ", ".join(f"{n}: {t} {v:.0f}" for n, (t, v) in lows.items())
-    return [gate("single: lowest task", f"{worst} {alone[worst]:.1f}", "≥ 85 on every task", alone[worst] >= 85),
-            gate("joint: furthest below single", f"{far} {gap[far]:.1f}", "≤ 5 on every task", gap[far] <= 5),
-            gate("single on the other streams: lowest task", low, "≥ 85 on every task", all(v >= 85 for _, v in lows.values()))]
+def learnable(single:list, # Records, each task trained alone
+              joint:list, # Records, all tasks trained together
+              others:dict, # {stream: record of `single`}
+             ) -> list: # Lines of the gate table
+    "Judge whether every task can be learned alone, and together with the others."
+    alone = scores_of(single, np.diag)
+    together = scores_of(joint, lambda core: core[-1])
+    gap = {task: alone[task] - together[task] for task in alone}
+    worst, furthest = min(alone, key=alone.get), max(gap, key=gap.get)
+    lowest, said = [], []
+    for name, record in others.items():
+        scores = scores_of([record], np.diag)
+        task = min(scores, key=scores.get)
+        lowest.append(scores[task])
+        said.append(f"{name}: {task} {scores[task]:.0f}")
+    high = all(score >= 85 for score in lowest)
+    below = f"{furthest} {gap[furthest]:.1f}"
+    return [
+        gate("single: lowest task", f"{worst} {alone[worst]:.1f}", "≥ 85 on every task", alone[worst] >= 85),
+        gate("joint: furthest below single", below, "≤ 5 on every task", gap[furthest] <= 5),
+        gate("single on the other streams: lowest task", ", ".join(said), "≥ 85 on every task", high),
+    ]
 
 # %% ../nbs/14_testbed.ipynb #d4c11b21
 def forgets(finetune:dict, # {learning rate: records}
-           ) -> list:
-    "Plain tuning forgets at every learning rate, and at the recipe's equally so in every order."
-    lost = {lr: by_order(rs, lambda r: forgetting(r.core())) for lr, rs in finetune.items()}
-    mean, orders = {lr: np.mean([*v.values()]) for lr, v in lost.items()}, [*lost[recipe["optim"]["lr"]].values()]
-    sd, say = np.std(orders, ddof=1), ", ".join(f"{m:.1f} at {lr:g} (n = {len(lost[lr])})" for lr, m in sorted(mean.items()))
-    return [gate("finetune: forgetting by learning rate", say, "≥ 20 at each", min(mean.values()) >= 20),
-            gate("finetune: sd of forgetting over orders", f"{sd:.1f} (n = {len(orders)})", "≤ 5", sd <= 5)]
+           ) -> list: # Lines of the gate table
+    "Judge whether plain tuning forgets at every learning rate, and at the recipe's equally in every order."
+    lost, mean, said = {}, {}, []
+    for lr, records in finetune.items():
+        lost[lr] = by_order(records, lambda record: forgetting(record.core()))
+        mean[lr] = np.mean([*lost[lr].values()])
+    for lr, percent in sorted(mean.items()):
+        said.append(f"{percent:.1f} at {lr:g} (n = {len(lost[lr])})")
+    usual = [*lost[recipe["optim"]["lr"]].values()]
+    sd = np.std(usual, ddof=1)
+    return [
+        gate("finetune: forgetting by learning rate", ", ".join(said), "≥ 20 at each", min(mean.values()) >= 20),
+        gate("finetune: sd of forgetting over orders", f"{sd:.1f} (n = {len(usual)})", "≤ 5", sd <= 5),
+    ]
 
 # %% ../nbs/14_testbed.ipynb #3a1e3535
-def replay_helps(er:list, finetune:list) -> list:
-    "One percent of replay beats plain tuning in the paired interval over orders."
-    a, b = (by_order(rs, lambda r: average_accuracy(r.core())) for rs in (er, finetune))
-    d = paired(a, b)
-    return [gate("er − finetune: average accuracy", f"{d.mean:.1f} [{d.low:.1f}, {d.high:.1f}] (n = {d.n})", "interval above 0", d.low > 0)]
+def replay_helps(er:list, # Records with one percent of replay
+                 finetune:list, # Records of plain tuning
+                ) -> list: # Lines of the gate table
+    "Judge whether one percent of replay beats plain tuning in the paired interval over orders."
+    score = lambda record: average_accuracy(record.core())
+    above = paired(by_order(er, score), by_order(finetune, score))
+    value = _interval(above.mean, above.low, above.high, digits=1)
+    return [gate("er − finetune: average accuracy", f"{value} (n = {above.n})", "interval above 0", above.low > 0)]
+
+def _interval(mean:float, low:float, high:float, digits:int) -> str:
+    "Write a mean with its interval."
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 def zero_shot(content:dict, # {task: forced choice of the start model, percent}
               chance:dict, # {task: what blind choice gives, percent}
-             ) -> list:
-    "Some tasks are half known to the start, some not at all; a format it never saw hides that from the formatted score."
-    half = [t for t, z in content.items() if chance[t] + 5 < z < 60]
-    none = [t for t, z in content.items() if z <= chance[t] + 5]
-    return [gate("zero-shot, forced choice: above chance + 5, below 60", f"{len(half)}: {', '.join(half)}", "≥ 3 tasks", len(half) >= 3),
-            gate("zero-shot, forced choice: at chance", f"{len(none)}: {', '.join(none)}", "≥ 3 tasks", len(none) >= 3)]
+             ) -> list: # Lines of the gate table
+    "Judge whether the start half knows some tasks, and others not at all; the formatted score would not show it."
+    half, none = [], []
+    for task, percent in content.items():
+        if percent <= chance[task] + 5:
+            none.append(task)
+        elif percent < 60:
+            half.append(task)
+    def listed(tasks:list) -> str:
+        return f"{len(tasks)}: {', '.join(tasks)}"
+    return [
+        gate("zero-shot, forced choice: above chance + 5, below 60", listed(half), "≥ 3 tasks", len(half) >= 3),
+        gate("zero-shot, forced choice: at chance", listed(none), "≥ 3 tasks", len(none) >= 3),
+    ]
 
 # %% ../nbs/14_testbed.ipynb #98a6d4e5
 def judged(runs:dict, # {name as in `gate_runs`: Record}
           ) -> list: # Lines of the gate table
-    "All gates, from the records of `gate_runs`; raises `CitError` where one is missing."
-    if missing := [n for n in gate_runs() if n not in runs]: raise CitError(f"no gate can be judged without the runs {', '.join(missing)}")
-    at = lambda n: runs[n].config["optim"]["lr"]
-    plain = {lr: [r for n, r in runs.items() if n.startswith("finetune-") and at(n) == lr] for lr in rates}
-    pick = lambda start: [r for n, r in runs.items() if n.startswith(start)]
+    "Judge all gates from the records of `gate_runs`; raise `CitError` where one is missing."
+    missing = [name for name in gate_runs() if name not in runs]
+    if missing:
+        raise CitError(f"no gate can be judged without the runs {', '.join(missing)}")
+    def named(start:str) -> list:
+        return [record for name, record in runs.items() if name.startswith(start)]
+    finetune = named("finetune-")
+    plain = {lr: [record for record in finetune if record.config["optim"]["lr"] == lr] for lr in rates}
     usual = plain[recipe["optim"]["lr"]]
-    knows = dict(zip(runs["start"].tasks, runs["start"].matrix("content")[0]))
-    blind = {t.name: 100/len(t.example("val", 0).choices) for t in get_stream("shapes").tasks}
-    others = {n.removesuffix("-single"): r for n, r in runs.items() if n.endswith("-single")}
-    return [*learnable(pick("single-s"), pick("joint-s"), others), *forgets(plain), *replay_helps(pick("er-"), usual), *zero_shot(knows, blind)]
+    start = runs["start"]
+    knows = dict(zip(start.tasks, start.matrix("content")[0]))
+    blind = {}
+    for task in get_stream("shapes").tasks:
+        blind[task.name] = 100/len(task.example("val", 0).choices)
+    others = {name.removesuffix("-single"): record for name, record in runs.items() if name.endswith("-single")}
+    return [
+        *learnable(named("single-s"), named("joint-s"), others),
+        *forgets(plain),
+        *replay_helps(named("er-"), usual),
+        *zero_shot(knows, blind),
+    ]
 
 # %% ../nbs/14_testbed.ipynb #dcd22944
 def stale(runs:dict, # {name as in `gate_runs`: Record}
          ) -> list: # Names
-    "Which records are not of the data, weights and settings that the gates name today."
+    "Name the records that are not of the data, weights and settings that the gates name today."
+    return [name for name, fields in gate_runs().items() if name in runs and _differs(runs[name], fields)]
+
+def _differs(record, fields:dict) -> bool:
+    "Tell whether a record is not of the run with these fields."
     from cit_workbench.backbone import start_hash
-    def differs(rec, spec):
-        data = get_stream(spec["stream"], **spec.get("stream_args", {}))
-        if spec.get("order"): data = data.reorder(spec["order"])
-        c, h = rec.config, rec.run["hashes"]
-        same = [c["method"] == spec["method"], c["seed"] == spec.get("seed", 0), *(c[p][k] == v for p in recipe for k, v in spec[p].items())]
-        return not all(same) or h["data"] != data.digest() or h["weights"] != start_hash(spec.get("backbone", "tiny-instruct"))
-    return [n for n, spec in gate_runs().items() if n in runs and differs(runs[n], spec)]
+    data = get_stream(fields["stream"], **fields.get("stream_args", {}))
+    if fields.get("order"):
+        data = data.reorder(fields["order"])
+    config, hashes = record.config, record.run["hashes"]
+    same = [config["method"] == fields["method"], config["seed"] == fields.get("seed", 0)]
+    for part in recipe:
+        for key, value in fields[part].items():
+            same.append(config[part][key] == value)
+    if not all(same) or hashes["data"] != data.digest(): return True
+    return hashes["weights"] != start_hash(fields.get("backbone", "tiny-instruct"))
 
 # %% ../nbs/14_testbed.ipynb #9e0ed1c7
-def judges(records) -> list: # Paths
-    "Records of the arms that judge the testbed."
-    arms = [f"testbed/{a}-s?.jsonl" for a in ("finetune-o?", "er-o?", "single", "joint")]
-    return [p for a in [*arms, "zoo/finetune-*.jsonl", "zoo/er-*.jsonl"] for p in sorted(Path(records).glob(a))]
+def judges(records:str|Path, # Folder with `testbed` and `zoo`
+          ) -> list: # Paths
+    "List the records of the reference runs that judge the testbed."
+    patterns = [f"testbed/{name}-s?.jsonl" for name in ("finetune-o?", "er-o?", "single", "joint")]
+    patterns += ["zoo/finetune-*.jsonl", "zoo/er-*.jsonl"]
+    return [path for pattern in patterns for path in sorted(Path(records).glob(pattern))]
 
 def ran(folder:Path, # Packed runs
-        names, # Methods, alone or in chains
+        names:list, # Methods, alone or in chains
         part:str="", # Plain tuning of that, too
         stream:str="shapes",
        ) -> list: # Records
-    "Runs of some methods on a stream."
+    "Read the runs of some methods on a stream."
     from cit_workbench.record import Record
-    def wanted(c):
-        of_part = part and c["method"] == "finetune_part" and c["method_args"]["part"] == part
-        return c["stream"] == stream and (of_part or {*names} & {*c["method"].split("+")})
-    return [r for r in map(Record, sorted(folder.glob("*.jsonl"))) if wanted(r.config)]
+    def wanted(config:dict) -> bool:
+        of_part = part and config["method"] == "finetune_part" and config["method_args"]["part"] == part
+        return config["stream"] == stream and (of_part or {*names} & {*config["method"].split("+")})
+    return [record for record in map(Record, sorted(folder.glob("*.jsonl"))) if wanted(record.config)]
 
 # %% ../nbs/14_testbed.ipynb #507daa74
 def _plain(found) -> dict: # A line of the table
-    "Plain tuning at the recipe's rate; the tuned one stands beside it."
-    return max((r for r in found.rows if r["name"] == "finetune"), key=lambda r: r["orders"])
+    "Find plain tuning at the recipe's rate, which more orders have than the tuned one."
+    return max((line for line in found.rows if line["name"] == "finetune"), key=lambda line: line["orders"])
 
-def tuned_too(found, name:str) -> list: # Sentences
-    "How far the method ends above plain tuning at its tuned rate."
-    plain = [r for r in found.rows if r["name"] == "finetune" and r["tuned"].startswith("tuned on")]
+def tuned_too(found, # A `Table`
+              name:str, # A method
+             ) -> list: # Sentences
+    "Say how far the method ends above plain tuning at its tuned rate."
+    plain = []
+    for line in found.rows:
+        if line["name"] == "finetune" and line["tuned"].startswith("tuned on"):
+            plain.append(line["method"])
     if name == "finetune" or len(plain) != 1: return []
-    rows = [r for r in found.against(plain[0]["method"]).rows if name in r["name"].split("+") and r["n"]]
-    said = lambda r: f"{r['difference']:.2f}" + f" [{r['difference_low']:.2f}, {r['difference_high']:.2f}]"*(r["n"] > 2)
-    each = "; ".join(f"{r['method']} {said(r)} (n = {r['n']})" for r in rows).replace("-", "−")
-    return [f"AP norm above {plain[0]['method']}, tuned: {each}."]*bool(rows)
+    said = []
+    for line in found.against(plain[0]).rows:
+        if name in line["name"].split("+") and line["n"]:
+            said.append(f"{line['method']} {_above(line)} (n = {line['n']})")
+    if not said: return []
+    each = "; ".join(said).replace("-", "−")
+    return [f"AP norm above {plain[0]}, tuned: {each}."]
+
+def _above(line:dict) -> str:
+    "Write a difference, with its interval where it has one."
+    mean, low, high = line["difference"], line["difference_low"], line["difference_high"]
+    return _interval(mean, low, high, digits=2) if line["n"] > 2 else f"{mean:.2f}"
 
 # %% ../nbs/14_testbed.ipynb #c87b8430
-def step_time(name:str, records) -> list: # Sentences
-    "What `records/bench.json` says of a step of the method."
-    b = read_json(Path(records)/"bench.json", "bench file").get(f"{name}_step")
-    if not b: return []
-    said = f"A step takes {b['ratio']:.2f} [{b['low']:.2f}, {b['high']:.2f}] times as long as one of finetune"
-    return [f"{said}; that {'reaches' if b['ok'] else 'does not reach'} the goal of at most {b['goal']:.2f}."]
+def step_time(name:str, # A method
+              records:str|Path, # Folder with `bench.json`
+             ) -> list: # Sentences
+    "Tell what `records/bench.json` says of a step of the method."
+    line = read_json(Path(records)/"bench.json", "bench file").get(f"{name}_step")
+    if not line: return []
+    times = _interval(line["ratio"], line["low"], line["high"], digits=2)
+    reaches = "reaches" if line["ok"] else "does not reach"
+    said = f"A step takes {times} times as long as one of finetune"
+    return [f"{said}; that {reaches} the goal of at most {line['goal']:.2f}."]
 
 # %% ../nbs/14_testbed.ipynb #b42673ea
 def verdict(name:str, # A method
-            records="../../records", # Folder with `testbed`, `zoo` and `mechanisms`, from where the method's page is
-            part:str="", # What it trains: "projector", "o_proj", "prompt"; plain tuning of that stands beside it
+            records:str|Path="../../records", # Folder with `testbed`, `zoo`, `mechanisms`, seen from the method's page
+            part:str="", # What it trains: "projector", "o_proj", "prompt"; shows plain tuning of that, too
             stream:str="shapes", # Another one: where its mechanism has something to work on
            ): # `Table`
-    "A method on the locked testbed, beside the arms that judge it."
+    "Compare a method on the locked testbed with the reference runs that judge it."
     from cit_workbench.record import table
-    arms, here = judges(records), stream == "shapes"
-    if here: runs = [*dict.fromkeys([*arms, *(r.path for r in ran(Path(records)/"zoo", [name], part))])]
-    else: runs = ran(Path(records)/"mechanisms", [name, *(p.name.split("-")[0] for p in arms)], part, stream)
+    references, here = judges(records), stream == "shapes"
+    if here:
+        own = [record.path for record in ran(Path(records)/"zoo", [name], part)]
+        runs = [*dict.fromkeys([*references, *own])]
+    else:
+        names = [path.name.split("-")[0] for path in references]
+        runs = ran(Path(records)/"mechanisms", [name, *names], part, stream)
     found = table(runs)
     shown = found.against(_plain(found)["method"])
-    shown.columns.pop("seconds", None) # Cores were shared: a step's time in paired blocks stands below instead
+    shown.columns.pop("seconds", None) # Cores were shared: a step's time in paired blocks is below instead
     shown.notes += tuned_too(found, name) + step_time(name, records)*here
     return shown
 
 # %% ../nbs/14_testbed.ipynb #dad62dcf
-def content(stream) -> str: # Hex digest
-    "A name for the tasks of a stream and their roles, in any order."
-    return digest(sorted((r, t.digest()) for t, r in stream.roles()))
+def content(stream, # A `Stream`
+           ) -> str: # Hex digest
+    "Name the tasks of a stream and their roles, in any order."
+    return digest(sorted((role, task.digest()) for task, role in stream.roles()))
 
-def drawn(task, n:int=100) -> str: # Hex digest
-    "A name for `n` examples of each split, evenly spread."
-    index = {s: sorted({int(i) for i in np.linspace(0, k - 1, n)}) for s, k in task.n.items()}
-    shown = [task.example(s, i) for s, at in index.items() for i in at]
-    return digest([(e.question, e.answer, e.choices) for e in shown], *(e.image for e in shown))
+def drawn(task, # A `Task`
+          count:int=100, # Of each split
+         ) -> str: # Hex digest
+    "Name some examples of each split, evenly spread."
+    shown = []
+    for split, total in task.n.items():
+        spread = sorted({int(place) for place in np.linspace(0, total - 1, count)})
+        shown += [task.example(split, index) for index in spread]
+    texts = [(example.question, example.answer, example.choices) for example in shown]
+    return digest(texts, *(example.image for example in shown))
 
 def read_lock() -> dict: # {} where nothing is locked
-    "`testbed.lock` of the package."
-    f = assets("testbed.lock")
-    return json.loads(f.read_text(encoding="utf-8")) if f.is_file() else {}
+    "Read `testbed.lock` of the package."
+    path = assets("testbed.lock")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../nbs/14_testbed.ipynb #0708246f
 def lock_of(stream, # A `Stream`
             start:str, # Hash of the start model's weights
-            optim:dict, tune:dict, # Resolved fields of the run
+            optim:dict, # Resolved fields of the run
+            tune:dict, # Resolved fields of the run
            ) -> str|None:
-    "Digest of the lock, where a run stands on it: a locked stream, a locked start and the recipe, at any learning rate."
+    "Digest the lock that a run is under: a locked stream, a locked start and the recipe, at any learning rate."
     lock = read_lock()
-    if lock.get("streams", {}).get(stream.name) != content(stream) or start not in lock.get("starts", {}).values(): return None
-    said = {"optim": {**lock["recipe"]["optim"], "lr": optim["lr"], "steps": stream.steps or lock["recipe"]["optim"]["steps"]}, "tune": lock["recipe"]["tune"]}
-    now = {"optim": optim, "tune": tune}
-    return digest(lock) if all(now[p][k] == v for p in said for k, v in said[p].items()) else None
+    if lock.get("streams", {}).get(stream.name) != content(stream): return None
+    if start not in lock.get("starts", {}).values(): return None
+    locked = lock["recipe"]
+    steps = stream.steps or locked["optim"]["steps"]
+    own = {**locked["optim"], "lr": optim["lr"], "steps": steps}
+    for now, needed in ((optim, own), (tune, locked["tune"])):
+        if any(now[key] != value for key, value in needed.items()): return None
+    return digest(lock)
 
 # %% ../nbs/14_testbed.ipynb #4a7899f0
 def frozen(starts:dict, # {name: hash of its weights}
            gates:list, # The gate table
           ) -> dict: # What `testbed.lock` holds; raises `CitError` where a gate failed
-    "What is frozen: streams, examples, starts, the recipe, the table of gates."
-    if failed := [g["gate"] for g in gates if not g["passed"]]: raise CitError(f"the testbed cannot be locked: {'; '.join(failed)} failed; change the testbed, not the number")
-    streams = {n: get_stream(n) for n in all_streams()}
-    tasks = {t.name: t for s in streams.values() for t, _ in s.roles()}
-    return {"streams": {n: content(s) for n, s in streams.items()}, "examples": {n: drawn(t) for n, t in sorted(tasks.items())},
-            "starts": starts, "recipe": recipe, "gates": gates}
+    "Collect what is frozen: streams, examples, starts, the recipe, the table of gates."
+    if failed := [gate["gate"] for gate in gates if not gate["passed"]]:
+        raise CitError(f"the testbed cannot be locked: {'; '.join(failed)} failed; "
+                       "change the testbed, not the number")
+    streams = {name: get_stream(name) for name in all_streams()}
+    tasks = {task.name: task for stream in streams.values() for task, _ in stream.roles()}
+    return {
+        "streams": {name: content(stream) for name, stream in streams.items()},
+        "examples": {name: drawn(task) for name, task in sorted(tasks.items())},
+        "starts": starts,
+        "recipe": recipe,
+        "gates": gates,
+    }
 
 # %% ../nbs/14_testbed.ipynb #a4866c3f
 def about(name:str, # A method
          ) -> dict: # method, idea, paper, told, keeps
-    "What a method's class and page say of it."
+    "Tell what a method's class and page say of it."
     from cit_workbench.method import get_method, overrides
-    if "+" in name: return _joined([about(n) for n in name.split("+")])
-    m = get_method(name); page = inspect.getmodule(type(m))
-    source, ending = inspect.getsource(page), inspect.getsource(type(m).end)
-    names = {*re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', source)} - {*re.findall(r'mem\.pop\("(\w+)"', source)}
-    if "self.mem = {" in ending: names = {*re.findall(r'"(\w+)":', ending)} # What a task leaves is listed there
-    kinds = ["modules of its own"]*overrides(m, "wrap") + ["old examples"]*("old_data" in m.leaks)
-    idea = (page.__doc__ or "").split("\n")[0]
-    return {"method": name, "idea": idea, "paper": m.paper, "told": sorted(m.leaks), "keeps": kinds + sorted(names - {"refs"})}
+    if "+" in name: return _joined([about(part) for part in name.split("+")])
+    method = get_method(name)
+    page = inspect.getmodule(type(method))
+    source, ending = inspect.getsource(page), inspect.getsource(type(method).end)
+    written = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', source)
+    names = {*written} - {*re.findall(r'mem\.pop\("(\w+)"', source)}
+    if "self.mem = {" in ending:
+        names = {*re.findall(r'"(\w+)":', ending)} # What a task leaves is listed there
+    kinds = []
+    if overrides(method, "wrap"):
+        kinds.append("modules of its own")
+    if "old_data" in method.leaks:
+        kinds.append("old examples")
+    return {
+        "method": name,
+        "idea": (page.__doc__ or "").split("\n")[0],
+        "paper": method.paper,
+        "told": sorted(method.leaks),
+        "keeps": kinds + sorted(names - {"refs"}),
+    }
 
 def _joined(each:list, # What `about` says of the parts of a chain
           ) -> dict: # The same of the chain
-    "Methods that act together are told and keep what each of them is told and keeps."
-    text = {k: sep.join(dict.fromkeys(a[k] for a in each)) for k, sep in (("method", "+"), ("idea", "; "), ("paper", "; "))}
-    return text | {k: [*dict.fromkeys(x for a in each for x in a[k])] for k in ("told", "keeps")}
+    "Join what the methods of a chain receive and keep."
+    def texts(key:str, between:str) -> str:
+        return between.join(dict.fromkeys(part[key] for part in each))
+    def lists(key:str) -> list:
+        return [*dict.fromkeys(value for part in each for value in part[key])]
+    return {
+        "method": texts("method", "+"),
+        "idea": texts("idea", "; "),
+        "paper": texts("paper", "; "),
+        "told": lists("told"),
+        "keeps": lists("keeps"),
+    }
 
 # %% ../nbs/14_testbed.ipynb #e8c2ae7c
 def linked(paper:str) -> str: # Markdown
-    "arXiv numbers as links."
+    "Turn arXiv numbers into links."
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
 
 def methods_index(pages:str="methods", # Where the method pages are
                  ) -> str: # Markdown
-    "All methods in a table without numbers: the idea, what it is told, the paper."
+    "List all methods in a table without numbers: the idea, what a method receives, the paper."
     from cit_workbench.method import all_methods
     from cit_workbench.record import markdown_table
-    said = {n: about(n) for n in all_methods()}
-    rows = [(f"[`{n}`]({pages}/{n}.ipynb)", a["idea"], ", ".join(a["told"]) or "–", linked(a["paper"]) or "–")
-            for n, a in said.items()]
+    rows = []
+    for name in all_methods():
+        said = about(name)
+        told, paper = ", ".join(said["told"]) or "–", linked(said["paper"]) or "–"
+        rows.append((f"[`{name}`]({pages}/{name}.ipynb)", said["idea"], told, paper))
     return markdown_table(["method", "idea", "what it is told", "paper"], rows, left=4)
 
 # %% ../nbs/14_testbed.ipynb #db2a0156
 def usual(records:list) -> dict: # {(protocol, method): records of one setting}
-    "Of every method the setting that speaks for it."
+    "Choose for every method the setting that represents it."
     from cit_workbench.method import all_methods, config_of, get_method
     groups, known = defaultdict(list), all_methods()
-    for r in records:
-        c = r.config
-        versions = r.run.get("behaviour", {}).get("methods")
-        setting = [c["method_args"], c["optim"]["lr"], c["tuned_on"], c.get("method_code"), versions]
-        groups[r.run.get("protocol"), c["method"], canonical(setting)].append(r)
-    def rank(key):
-        c, n = groups[key][0].config, len({tuple(r.tasks) for r in groups[key]})
-        own = config_of(get_method(key[1])) if key[1] in known else c["method_args"]
-        same = all(c["method_args"].get(k) == v for k, v in own.items() if isinstance(v, str))
-        return same, {*c["method_args"]} == {*own}, min(n, 3), bool(c["tuned_on"]), n
+    for record in records:
+        groups[record.run.get("protocol"), record.config["method"], _setting(record)].append(record)
+
+    def rank(key:tuple) -> tuple:
+        method, same = key[1], groups[key]
+        config = same[0].config
+        args = config["method_args"]
+        orders = len({tuple(record.tasks) for record in same})
+        own = config_of(get_method(method)) if method in known else args
+        choices = [field for field, value in own.items() if isinstance(value, str)]
+        return (
+            all(args.get(field) == own[field] for field in choices),
+            {*args} == {*own}, # No field is missing or left over
+            min(orders, 3), # Three give an interval
+            bool(config["tuned_on"]),
+            orders,
+        )
     return {key[:2]: groups[key] for key in sorted(groups, key=rank)} # The best comes last and stays
+
+def _setting(record) -> str:
+    "Name the setting of a run: fields, learning rate, tuning, and the code and versions of its method."
+    config = record.config
+    versions = record.run.get("behaviour", {}).get("methods")
+    rate, code = config["optim"]["lr"], config.get("method_code")
+    return canonical([config["method_args"], rate, config["tuned_on"], code, versions])
 
 # %% ../nbs/14_testbed.ipynb #a605ee0e
 def reach(records:list) -> float: # Percent
-    "Mean over tasks of the best score just after the task."
-    tables = [dict(zip(r.tasks, np.diag(r.core()))) for r in records]
-    return float(np.mean([max(x[t] for x in tables) for t in tables[0]]))
+    "Average over tasks the best score just after the task."
+    tables = [dict(zip(record.tasks, np.diag(record.core()))) for record in records]
+    best = [max(scores[task] for scores in tables) for task in tables[0]]
+    return float(np.mean(best))
 
 def finding(line:dict|None, # Of a `Table` with differences to plain tuning; None: no record
             base:dict, # Plain tuning's line
             share:float, # What the method learns of what `single` does
            ) -> str:
-    "What has been shown of a method, in words."
+    "Say in words what has been shown of a method."
     if line is None: return "not run"
     if line is base: return "what others are compared with"
     if line["bound"]: return "a bound"
     if line["trainable"] < base["trainable"] and share < .85:
         return f"gate failed: its part learns at most {100*share:.0f} % of what LoRA does"
-    n = line.get("n", 0) # Left out where plain tuning was not run in the line's block
-    if n < 3: return f"cannot tell from {n} order{'s'*(n != 1)}"
+    orders = line.get("n", 0) # Left out where plain tuning was not run in the line's block
+    if orders < 3: return f"cannot tell from {orders} order{'s'*(orders != 1)}"
     if line["difference_low"] <= 0 <= line["difference_high"]: return "no difference shown"
     where = "above" if line["difference_low"] > 0 else "below"
     return f"ends {where} plain tuning" if line["p"] < .05 else f"{where} plain tuning by itself, not after adjustment"
 
 # %% ../nbs/14_testbed.ipynb #b466f522
 class Overview(list):
-    "Lines of `overview`; shows itself as a table."
+    "Hold the lines of `overview` and show them as a table."
     pages = "../methods" # Where the method pages are
     heads = ["method", "verdict so far", "orders", "over plain tuning", "AP norm", "forgetting", "learning"]
     costs = ["method", "trains", "extra forwards", "step time", "is told", "keeps between tasks", "settings", "paper"]
-    def _score(self, r:dict, k:str, digits:int=0) -> str:
-        "A mean, with its interval where there is one."
-        x, low, high = (round(r.get(f"{k}{e}", np.nan), digits) + 0. for e in ("", "_low", "_high")) # No -0
-        said = f"{x:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high > low else "")
-        return "·" if x != x else said.replace("-", "−")
-    def _cost(self, r:dict) -> list:
-        "Trainables, extra forwards and step time."
+    def _score(self, line:dict, key:str, digits:int=0) -> str:
+        "Write a mean, with its interval where there is one."
+        found = [round(line.get(f"{key}{end}", np.nan), digits) for end in ("", "_low", "_high")]
+        mean, low, high = (value + 0. for value in found) # No -0
+        if mean != mean: return "·"
+        said = _interval(mean, low, high, digits) if high > low else f"{mean:.{digits}f}"
+        return said.replace("-", "−")
+    def _cost(self, line:dict) -> list:
+        "Write trainables, extra forwards and step time."
         from cit_workbench.analysis import _amount
-        step = "1 by definition" if r["method"] == "finetune" else f"{r['step']['ratio']:.2f}" if r["step"] else "·"
-        return [*(_amount(r[k]) if r["orders"] else "·" for k in ("trainable", "extra_forwards")), step]
-    def _kept(self, r:dict) -> str:
+        step = "·"
+        if line["method"] == "finetune":
+            step = "1 by definition"
+        elif line["step"]:
+            step = f"{line['step']['ratio']:.2f}"
+        if not line["orders"]: return ["·", "·", step]
+        return [_amount(line["trainable"]), _amount(line["extra_forwards"]), step]
+    def _kept(self, line:dict) -> str:
+        "Write what is kept between tasks, and its size."
         from cit_workbench.analysis import _amount
-        if not r["orders"]: return "·"
-        return f"{_amount(r['stored_bytes'], True)}: {', '.join(r['keeps']) or 'counts'}" if r["stored_bytes"] else "nothing"
-    def _cells(self, r:dict) -> tuple: # (what was shown, what it costs)
-        "A line as strings."
-        kinds = {"difference": 2, "ap_norm": 2, "forgetting": 0, "learning_accuracy": 0}
-        scores = [self._score(r, k, digits) for k, digits in kinds.items()]
-        name = " + ".join(f"[`{n}`]({self.pages}/{n}.ipynb)" for n in r["method"].split("+"))
-        return ([name, r["verdict"], str(r["orders"] or "·"), *scores],
-                [name, *self._cost(r), ", ".join(r["told"]) or "–", self._kept(r), r["tuned"], linked(r["paper"]) or "–"])
+        if not line["orders"]: return "·"
+        if not line["stored_bytes"]: return "nothing"
+        size = _amount(line["stored_bytes"], True)
+        return f"{size}: {', '.join(line['keeps']) or 'counts'}"
+    def _cells(self, line:dict) -> tuple: # (what was shown, what it costs)
+        "Write a line as strings."
+        name = " + ".join(f"[`{part}`]({self.pages}/{part}.ipynb)" for part in line["method"].split("+"))
+        shown = [
+            name,
+            line["verdict"],
+            str(line["orders"] or "·"),
+            self._score(line, "difference", 2),
+            self._score(line, "ap_norm", 2),
+            self._score(line, "forgetting"),
+            self._score(line, "learning_accuracy"),
+        ]
+        costs = [
+            name,
+            *self._cost(line),
+            ", ".join(line["told"]) or "–",
+            self._kept(line),
+            line["tuned"],
+            linked(line["paper"]) or "–",
+        ]
+        return shown, costs
     def _repr_markdown_(self) -> str:
         from cit_workbench.record import markdown_table
-        out = []
-        for b in dict.fromkeys(r["block"] for r in self):
-            shown, costs = zip(*(self._cells(r) for r in self if r["block"] == b))
-            out += [f"**{b}**"]*bool(b) + [markdown_table(self.heads, shown, left=(0, 1)), markdown_table(self.costs, costs, left=(0, 4, 5, 6, 7))]
-        return "\n\n".join(out)
+        parts = []
+        for block in dict.fromkeys(line["block"] for line in self):
+            cells = [self._cells(line) for line in self if line["block"] == block]
+            shown, costs = zip(*cells)
+            if block:
+                parts.append(f"**{block}**")
+            parts.append(markdown_table(self.heads, shown, left=(0, 1)))
+            parts.append(markdown_table(self.costs, costs, left=(0, 4, 5, 6, 7)))
+        return "\n\n".join(parts)
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../nbs/14_testbed.ipynb #682ce663
-def overview(records="../../records", # Folder with `testbed`, `zoo` and `bench.json`
+def overview(records:str|Path="../../records", # Folder with `testbed`, `zoo` and `bench.json`
             ) -> Overview: # One dict per method, in blocks of equal protocol
-    "What every method is, is told, keeps and costs, and what has been shown of it so far."
+    "Tell what every method is, receives, keeps and costs, and what has been shown of it so far."
     from cit_workbench.method import all_methods
-    from cit_workbench.record import Record, _tuned, table
-    plain = lambda r: r.config["method"] != "finetune" or not r.config["tuned_on"] # At the recipe's rate, as in `verdict`
-    files = dict.fromkeys([*judges(records), *sorted(Path(records).glob("zoo/*.jsonl"))])
-    runs = [r for r in map(Record, files) if r.finished and plain(r)]
+    from cit_workbench.record import _tuned, table
+    runs = _runs_of(records)
     kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
-    ran = {(m, _tuned(rs[0])): rs for (_, m), rs in kept.items()}
-    found = table([r for rs in kept.values() for r in rs]); base = _plain(found)
-    lines = [base if r["method"] == base["method"] else r for r in found.against(base["method"]).rows]
-    top, out = reach([r for r in runs if r.config["method"] == "single"]), Overview()
-    for name in sorted({*all_methods(), *(m for _, m in kept)}):
+    ran = {(method, _tuned(same[0])): same for (_, method), same in kept.items()}
+    found = table([record for same in kept.values() for record in same])
+    base = _plain(found)
+    lines = _against(found, base)
+    single = [record for record in runs if record.config["method"] == "single"]
+    top = reach(single)
+    names = {*all_methods(), *(method for _, method in kept)}
+    out = Overview()
+    for name in sorted(names):
         own = about(name) | {"step": steps.get(f"{name}_step")}
-        for r in [r for r in lines if r["name"] == name]:
-            said = own | {"tuned": "tuned" if r["tuned"].startswith("tuned") else "defaults", "share": reach(ran[name, r["tuned"]])/top}
-            out.append({k: v for k, v in r.items() if k != "units"} | said | {"verdict": finding(r, base, said["share"])})
-        if not out or out[-1]["method"] != name:
-            out.append(own | {"orders": 0, "block": base["block"], "tuned": "", "share": np.nan, "verdict": finding(None, base, 0)})
+        mine = [line for line in lines if line["name"] == name]
+        for line in mine:
+            share = reach(ran[name, line["tuned"]])/top
+            out.append(_told(line, own, base, share))
+        if not mine:
+            blank = {"orders": 0, "block": base["block"], "tuned": "", "share": np.nan}
+            out.append(own | blank | {"verdict": finding(None, base, 0)})
     return out
+
+def _against(found, base:dict) -> list: # Lines of the table
+    "Add differences to plain tuning, whose line stays as it is."
+    lines = []
+    for line in found.against(base["method"]).rows:
+        lines.append(base if line["method"] == base["method"] else line)
+    return lines
+
+def _told(line:dict, own:dict, base:dict, share:float) -> dict:
+    "Join a line of the table with what the method says of itself and what has been shown."
+    scores = {key: value for key, value in line.items() if key != "units"}
+    tuned = "tuned" if line["tuned"].startswith("tuned") else "defaults"
+    verdict = finding(line, base, share)
+    return scores | own | {"tuned": tuned, "share": share, "verdict": verdict}
+
+def _runs_of(records:str|Path) -> list: # Records
+    "Read all finished runs, of `finetune` those at the recipe's rate, as in `verdict`."
+    from cit_workbench.record import Record
+    zoo = sorted(Path(records).glob("zoo/*.jsonl"))
+    runs = []
+    for path in dict.fromkeys([*judges(records), *zoo]):
+        record = Record(path)
+        if not record.finished: continue
+        if record.config["method"] != "finetune" or not record.config["tuned_on"]:
+            runs.append(record)
+    return runs
