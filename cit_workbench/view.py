@@ -11,6 +11,7 @@ __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounde
 # %% ../nbs/11a_view.ipynb #6fbf2989
 import asyncio, base64, html, io, textwrap, threading, time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -383,7 +384,7 @@ def say(self:View, text:str="", wrong:bool=False):
     self.note.value = f'<span style="color:{color}">{html.escape(text)}</span>' if text else ""
 
 @patch
-def safely(self:View, work):
+def safely(self:View, work:Callable):
     "Call `work` alone; a mistake of the person at the keyboard becomes a sentence in the view."
     with self.lock:
         try: return work()
@@ -401,7 +402,7 @@ def _heed(self:View, work):
 
 @patch
 def later(self:View,
-          work, # Neither imports nor parses
+          work:Callable, # Neither imports nor parses
           said:str="", # Shown meanwhile
          ):
     "Call `work` in a separate thread, so that the page stays alive; its mistake becomes a sentence in the view."
@@ -411,7 +412,7 @@ def later(self:View,
 # %% ../nbs/11a_view.ipynb #d4617e95
 @patch
 def soon(self:View,
-         pieces, # An iterator that does one piece of work at each step
+         pieces:Iterator, # Does one piece of work at each step
          said:str="", # Shown meanwhile
         ):
     "Do work in this thread once the page has drawn the view, or at once where no event loop runs."
