@@ -79,7 +79,8 @@ def _make(self:Spectra) -> go.FigureWidget:
         layout |= axes(str(number), {"title": x}, {"title": y})
     layout["xaxis1"] |= {"type": "log", "dtick": 1}
     layout["yaxis1"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
-    layout["yaxis2"]["range"], layout["yaxis3"]["range"] = [0, 1.03], [-2, 92]
+    layout["yaxis2"]["range"] = [0, 1.03]
+    layout["yaxis3"]["range"] = [-2, 92]
     layout["xaxis3"]["rangemode"] = "tozero"
     lines = [self._line(panel, number) for panel in range(1, 5) for number in range(len(self.tasks))]
     return figure(lines + _bound_traces(), layout, 700)
@@ -104,6 +105,7 @@ _bounds_said = "k/d, by chance", "itself, other half"
 def _bound_traces() -> list:
     "Make lines for the chosen task's bootstrap band, for chance, and for its own other half."
     def line(name, **look):
+        "Make a line in the panel of energy."
         return go.Scatter(x=[], y=[], name=name, xaxis="x2", yaxis="y2", mode="lines", line=look)
     band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0},
                       fill="toself", opacity=.3, hoverinfo="skip", showlegend=False)
@@ -139,9 +141,10 @@ def draw(self:Spectra):
     "Draw all four panels."
     place = f"{self.level.value}/{self.modality.value}"
     get = lambda what: self.c[f"{place}/{self.variant.value}/{what}"]
-    chosen, values = self.c.tasks.index(self.task.value), get("values")
+    chosen = self.c.tasks.index(self.task.value)
+    values = get("values")[chosen]
     directions = min(self.k.value, get("energy").shape[2])
-    held = values[chosen].cumsum()/values[chosen].sum()
+    held = values.cumsum()/values.sum()
     need = int((held < self.share.value).sum()) + 1
 
     with self.fig.batch_update():
@@ -149,10 +152,12 @@ def draw(self:Spectra):
             self._task(number, get, chosen, self.c.tasks.index(task), directions)
         self._bounds(get, chosen)
         uprights = (need, ""), (directions, "2")
-        self.fig.layout.shapes = [upright(x, self.colors["faint"], axis, dash="dash") for x, axis in uprights]
+        faint = self.colors["faint"]
+        self.fig.layout.shapes = [upright(x, faint, axis, dash="dash") for x, axis in uprights]
         spots = self.arrange(*self._panels(place, directions), names=[*self.tasks, *_bounds_said])
         titles = [spots[panel].title for panel in "1234"]
-        self.fig.layout.annotations = [*titles, self._needed(need, spots["1"]), *self._soon(spots["4"])]
+        needed, soon = self._needed(need, spots["1"]), self._soon(spots["4"])
+        self.fig.layout.annotations = [*titles, needed, *soon]
         self.fig.layout.yaxis4.title = layered[self.measure.value]
 
 # %% ../nbs/11f_spectra_view.ipynb #2ee3ffe4
@@ -164,17 +169,23 @@ def _task(self:Spectra,
           own:int, # Position of this task there
           directions:int):
     "Draw the four lines of a task; to itself it has neither energy nor angles."
-    spectrum, energy, angle, course = self.fig.data[number:4*len(self.tasks):len(self.tasks)]
+    count = len(self.tasks)
+    spectrum, energy, angle, course = self.fig.data[number:4*count:count]
     values = np.sqrt(get("values")[own])
     shown = int((values > 1e-4*values[0]).sum())
-    spectrum.x, spectrum.y = np.arange(1, shown + 1), values[:shown]
+    spectrum.x = np.arange(1, shown + 1)
+    spectrum.y = values[:shown]
     spectrum.line.width = 3 if own == chosen else 1.5
 
     shares = get("energy")[chosen, own]
-    theirs, ours = (get("basis")[task][:, :directions].astype(float) for task in (chosen, own))
-    energy.x, energy.y = np.arange(1, len(shares) + 1), shares
+    def basis(task): return get("basis")[task][:, :directions].astype(float)
+    theirs, ours = basis(chosen), basis(own)
+    energy.x = np.arange(1, len(shares) + 1)
+    energy.y = shares
     energy.visible = own != chosen
-    angle.x, angle.y = np.arange(1, directions + 1), angles(theirs, ours)
+    degrees = angles(theirs, ours)
+    angle.x = np.arange(1, directions + 1)
+    angle.y = degrees
     angle.visible = own != chosen
     course.x, course.y = self._course(self.tasks[number])
 
@@ -196,8 +207,10 @@ def _bounds(self:Spectra, get, chosen:int):
     shown = int((low > 1e-4*high[0]).sum())
     x = np.arange(1, shown + 1)
     band.x = np.r_[x, x[::-1]]
-    band.y = np.r_[high[:shown], low[:shown][::-1]]
-    band.fillcolor = self.colors["hues"][self.tasks.index(self.task.value) % 8]
+    high, low = high[:shown], low[:shown]
+    band.y = np.r_[high, low[::-1]]
+    number = self.tasks.index(self.task.value)
+    band.fillcolor = self.colors["hues"][number % 8]
 
     k = np.arange(1, get("energy").shape[2] + 1)
     d, split = get("values").shape[1], get("split")[chosen]
@@ -211,16 +224,19 @@ def _panels(self:Spectra, place:str, directions:int) -> list: # Rows of panels
     task, low = self.task.value, {"least": 260, "high": 230, "left": 62}
     spectra = Panel("1", f"spectra of {place.replace('/', ', ')} tokens", **low)
     energy = Panel("2", f"energy of each task in the directions of {task}", **low)
-    angle = Panel("3", f"angles to {task}, {directions} direction{'s'*(directions != 1)} each", **low)
+    each = "1 direction" if directions == 1 else f"{directions} directions"
+    angle = Panel("3", f"angles to {task}, {each} each", **low)
     hidden = Panel("4", f"hidden layer {self.layer.value}: each task now against its own end", **low)
     return [[spectra, energy], [angle, hidden]]
 
 @patch
 def _needed(self:Spectra, need:int, spot) -> dict: # An annotation
     "Say how many directions hold the chosen share of the task's energy, at the line through the spectra."
-    said = f"{need} direction{'s'*(need != 1)}: {self.share.value:.0%} of {self.task.value}"
-    values = self.c[f"{self.level.value}/{self.modality.value}/{self.variant.value}/values"]
-    right = np.log10(need) > .5*np.log10(max(2, values.shape[1]))
+    directions = "direction" if need == 1 else "directions"
+    said = f"{need} {directions}: {self.share.value:.0%} of {self.task.value}"
+    place = f"{self.level.value}/{self.modality.value}/{self.variant.value}"
+    d = self.c[f"{place}/values"].shape[1]
+    right = np.log10(need) > .5*np.log10(max(2, d))
     text = "<br>".join(wrapped(said, .5*spot.wide, 11.5))
     side = "right" if right else "left"
     return remark(text, np.log10(need), 1, self.colors, xref="x", yref="y domain",
@@ -229,8 +245,10 @@ def _needed(self:Spectra, need:int, spot) -> dict: # An annotation
 @patch
 def _soon(self:Spectra, spot) -> list: # Annotations
     "Say what the panel of hidden layers waits for."
-    layout, known = self.fig.layout, any(len(self._course(task)[0]) for task in self.tasks)
-    steps = None if known else [0, max(20, self.story.step if self.story else 0)]
+    layout = self.fig.layout
+    known = any(len(self._course(task)[0]) for task in self.tasks)
+    step = self.story.step if self.story else 0
+    steps = None if known else [0, max(20, step)]
     layout.xaxis4.update(range=steps, autorange=known)
     layout.yaxis4.update(range=None if known else [0, 1], autorange=known, showticklabels=known)
     if known: return []
