@@ -55,7 +55,7 @@ def _of_run(about:dict, rec:Record) -> bool:
     "Check whether this was measured for a run's start and tasks. Digests count: a path is written in several ways."
     return _same_start(about, rec) and {*rec.tasks} <= {*about["tasks"]} and _same_stream(about, rec)
 
-# %% ../nbs/11e_similarity_view.ipynb #673dc518
+# %% ../nbs/11e_similarity_view.ipynb #cd4d30f5
 def _same_start(about:dict, rec:Record) -> bool:
     "Compare start models by their weights; by name where one side does not know them, or holds them in 4 bits."
     measured, trained = about.get("start"), rec.run.get("hashes", {}).get("weights")
@@ -66,7 +66,8 @@ def _same_start(about:dict, rec:Record) -> bool:
 
 def _same_stream(about:dict, rec:Record) -> bool:
     "Compare streams by their content, or by name and by those arguments that change what is measured."
-    if about.get("data") and about["data"] == rec.run.get("hashes", {}).get("data"): return True
+    measured, trained = about.get("data"), rec.run.get("hashes", {}).get("data")
+    if measured and measured == trained: return True
     free = ("tasks", "limit", "eval_limit")
     def arguments(fields):
         given = fields.get("stream_args") or {}
@@ -94,7 +95,8 @@ class Similarity(View):
         self.c = collected if isinstance(collected, Collected) else read_collected(collected)
         self.story = Story(rec) if rec is not None else None
         self.rec, self.cell = self.story.rec if self.story else None, None
-        self.runs = find_runs(self.rec if runs is None else runs) if (runs is not None or self.rec) else []
+        if runs is None: runs = self.rec
+        self.runs = [] if runs is None else find_runs(runs)
         self.tasks = [task for task in (self.rec or self.c).tasks if task in self.c.tasks]
         self.pairs = pair_matrices(read_pairs(pairs)[1], self.tasks) if pairs else (None, None)
         self.place = choice("similarity", self._measures(), 300)
@@ -177,9 +179,11 @@ def paint(self:Similarity):
     colors = self.colors
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for heat, scale in zip(self.fig.data[:4], ("amount", "sign", "sign", "sign")):
+        scales = "amount", "sign", "sign", "sign"
+        for heat, scale in zip(self.fig.data[:4], scales):
             heat.colorscale = colors[scale]
-        for trace, hue in zip(self.fig.data[4:], (0, 0, 4, 1, 2)):
+        hues = 0, 0, 4, 1, 2
+        for trace, hue in zip(self.fig.data[4:], hues):
             trace.marker.color = colors["hues"][hue]
         self.fig.data[4].line.color = colors["hues"][0]
 
@@ -231,22 +235,26 @@ def _square(self:Similarity,
             spot, # None: it is not shown
            ) -> list: # Annotations
     "Fill a matrix; one that is still to come says when."
-    heat, names, layout = self.fig.data[index], [self.tasks[i] for i in order], self.fig.layout
+    heat, layout = self.fig.data[index], self.fig.layout
+    names = [self.tasks[i] for i in order]
     heat.visible = matrix is not None
     for letter in "xy":
         layout[f"{letter}axis{index + 1}"].visible = heat.visible
-    if matrix is None: return [noted(self._when(), spot, self.colors)] if spot else []
+    if matrix is None and not spot: return []
+    if matrix is None: return [noted(self._when(), spot, self.colors)]
 
     matrix = np.asarray(matrix, float)[np.ix_(order, order)]
     signed = index > 0 # Similarity alone begins at zero
-    most = max(1., np.nanmax(np.abs(matrix))) if signed and not np.isnan(matrix).all() else 1.
+    most = 1.
+    if signed and not np.isnan(matrix).all(): most = max(1., np.nanmax(np.abs(matrix)))
     least = -most if signed else min(0., float(np.nanmin(matrix)))
     heat.x, heat.y, heat.z = names, names, matrix
     heat.zmin, heat.zmax = least, most
 
     form, chars = ("%{z:.0f}", 3) if signed else ("%{z:.2f}", 4)
     high = self.high*(spot.y1 - spot.y0)
-    heat.texttemplate, heat.textfont = readable(form, chars, matrix.shape, spot, high), {"size": 9.5}
+    heat.texttemplate = readable(form, chars, matrix.shape, spot, high)
+    heat.textfont = {"size": 9.5}
     layout[f"xaxis{index + 1}"].tickangle = slant(names, spot.wide)
     colour_bar(heat, spot, self.wide)
     return []
@@ -336,7 +344,8 @@ def _course(self:Similarity, old:str, new:str) -> tuple: # ((steps, values), (st
         kept = (steps >= first) & (steps <= last)
         return steps[kept], values[kept]
     score = self.what.value
-    return inside(*story.line(old, score)), inside(*story.ends(old, score))
+    curve, rows = story.line(old, score), story.ends(old, score)
+    return inside(*curve), inside(*rows)
 
 # %% ../nbs/11e_similarity_view.ipynb #f4c48c78
 @patch
@@ -345,12 +354,13 @@ def _cosines(self:Similarity, old:str, new:str) -> tuple: # ((layers, at the sta
     at = tuple(self.c.tasks.index(task) for task in (old, new))
     places = [place for place in self.c.places() if place.startswith("gradient/")]
     layers = [place.removeprefix("gradient/").removeprefix("layer ") for place in places]
-    start = layers, [float(self.c[f"{place}/cosine"][at]) for place in places]
+    cosines = [float(self.c[f"{place}/cosine"][at]) for place in places]
 
     frames = [frame for frame in self.story.full if frame["task"] == new] if self.story else []
     seen = [frame["grad_cos_layers"][old] for frame in frames if old in frame["grad_cos_layers"]]
     mean = np.array(seen).mean(0) if seen else np.array([])
-    return start, ([str(layer) for layer in range(len(mean))], mean)
+    numbers = [str(layer) for layer in range(len(mean))]
+    return (layers, cosines), (numbers, mean)
 
 @patch
 def _split(self:Similarity, old:str, new:str) -> list: # Points: as formatted, of format, of content
