@@ -35,7 +35,8 @@ def choices(cls:type, # A method's dataclass
     try: cls(**{name: "?"})
     except CitError as error:
         said = str(error)
-        if said.startswith("unknown ") and "allowed: " in said: return said.split("allowed: ")[1].split(", ")
+        if said.startswith("unknown ") and "allowed: " in said:
+            return said.split("allowed: ")[1].split(", ")
     return None
 
 # %% ../nbs/11g_launcher.ipynb #22b89538
@@ -47,7 +48,9 @@ def comments(cls:type) -> dict: # {field: comment}
         if token.type == tokenize.DEDENT and depth == 0: break
         line = token.start[0]
         if token.type == tokenize.COMMENT: said[line] = token.string.lstrip("#").strip()
-        if token.string == ":" and not before.line[:before.start[1]].strip(): names[before.string] = line
+        if token.string == ":":
+            left = before.line[:before.start[1]]
+            if not left.strip(): names[before.string] = line
         before = token
     return {name: said[line] for name, line in names.items() if line in said}
 
@@ -123,7 +126,8 @@ def notebook_classes() -> dict:
     def own(name, value):
         if not isinstance(value, type) or not issubclass(value, Method): return False
         return (value.__module__, value.__name__) == ("__main__", name)
-    found = [value for name, value in list(shell.user_ns.items()) if own(name, value)] if shell else []
+    defined = list(shell.user_ns.items()) if shell else []
+    found = [value for name, value in defined if own(name, value)]
     return {vars(cls).get("called", camel2snake(cls.__name__)): cls for cls in found}
 
 # %% ../nbs/11g_launcher.ipynb #b48ea5da
@@ -135,7 +139,8 @@ def chosen(names:list, # Of one method or several
     if len(names) == 1:
         [name] = names
         return {"method": own.get(name, name), "method_args": args[name]}
-    if not any(name in own for name in names): return {"method": "+".join(names), "method_args": args}
+    if not any(name in own for name in names):
+        return {"method": "+".join(names), "method_args": args}
     from cit_workbench.method import Chain, get_method
     methods = [get_method(own.get(name, name), **args[name]) for name in names]
     return {"method": Chain(methods), "method_args": {}}
@@ -144,8 +149,10 @@ def chosen(names:list, # Of one method or several
 class Form(W.VBox):
     "Hold fields of a run: a method or two with theirs, stream, optimiser, seed, watcher."
     def __init__(self, changes:bool=False): # Only what may change in a branch
-        self.changes, self.package, self.own, self.made, self.lock = changes, None, {}, {}, threading.RLock()
-        self.method, self.plus = (W.Dropdown(options=[""], description=name, **_label) for name in ("method", "plus"))
+        self.changes, self.lock = changes, threading.RLock()
+        self.package, self.own, self.made = None, {}, {}
+        self.method = W.Dropdown(options=[""], description="method", **_label)
+        self.plus = W.Dropdown(options=[""], description="plus", **_label)
         self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream",
                                  placeholder="an embedded stream or SUITE:FOLDER", **_label)
         self.plain = {at: line(name, placeholder="unchanged"*changes) for name, at in _fields.items()}
@@ -186,7 +193,8 @@ def refresh(self:Form, anyway:bool=False):
 @patch
 def _offer(self:Form, own:dict):
     "Offer the classes of the notebook, then those of the package; what was chosen stays chosen."
-    self.own, names = own, [*own, *(name for name in self.package if name not in own)]
+    self.own = own
+    names = [*own, *(name for name in self.package if name not in own)]
     options = [(f"{name} (this notebook)" if name in own else name, name) for name in names]
     unchanged, nothing = [("unchanged", "")]*self.changes, [("nothing", "")]
     for menu, none in ((self.method, unchanged), (self.plus, nothing)):
@@ -218,7 +226,8 @@ def _show(self:Form):
     def made(name): return {field.name: widget(field) for field in fields_of(self.known(name))}
     self.made = {name: made(name) for name in names}
     def note(text): return W.HTML(f'<div style="{_help}">{text}</div>')
-    self.about.value = "".join(note(_about(name, self.known(name))).value for name in names)
+    notes = [note(_about(name, self.known(name))) for name in names]
+    self.about.value = "".join(box.value for box in notes)
 
     before, rows = self.fields.children, []
     for name in names:
@@ -232,12 +241,14 @@ def _show(self:Form):
 
 def _set(box:W.Text|W.Dropdown, value:str):
     "Put a value back, where it is still allowed."
-    if isinstance(box, W.Text) or value in dict(box.options).values(): box.value = value
+    if isinstance(box, W.Text) or value in dict(box.options).values():
+        box.value = value
 
 # %% ../nbs/11g_launcher.ipynb #20988b3d
 def _about(name:str, cls:type) -> str: # HTML
     "Say what a method is, and name its paper."
-    about, paper = html.escape(cls.__doc__ or ""), html.escape(vars(cls).get("paper", ""))
+    about = html.escape(cls.__doc__ or "")
+    paper = html.escape(vars(cls).get("paper", ""))
     return f"<b>{name}</b>: {about} <i>{paper}</i>"
 
 # %% ../nbs/11g_launcher.ipynb #33dd77a9
