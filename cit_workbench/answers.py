@@ -97,9 +97,11 @@ class Samples(W.VBox):
         self.page, self.start = page, 0
         self.task = choice("task", self.recs[0].tasks, 240)
         self.filter = choice("show", list(self.filters), 240, value="right, then wrong")
-        back, on = (W.Button(icon=f"chevron-{side}", layout={"width": "40px"}) for side in ("left", "right"))
+        back = W.Button(icon="chevron-left", layout={"width": "40px"})
+        on = W.Button(icon="chevron-right", layout={"width": "40px"})
         self.where, self.table = W.Label(), W.HTML()
-        super().__init__([W.HBox([self.task, self.filter, back, on, self.where]), self.table])
+        top = W.HBox([self.task, self.filter, back, on, self.where])
+        super().__init__([top, self.table])
         for menu in (self.task, self.filter):
             menu.observe(lambda _: self.show(0), "value")
         for button, by in ((back, -page), (on, page)):
@@ -131,9 +133,11 @@ def show(self:Samples, start:int):
         return
     ends = enumerate(zip(mine[0], mine[-1]))
     keep = [index for index, (own, last) in ends if wanted(right(own), right(last))]
-    self.start = max(0, min(start, (len(keep) - 1)//self.page*self.page))
+    last_page = (len(keep) - 1)//self.page*self.page
+    self.start = max(0, min(start, last_page))
     here = keep[self.start:self.start + self.page]
-    self.where.value = f"{self.start + 1}–{self.start + len(here)} of {len(keep)}" if keep else "none"
+    first, end = self.start + 1, self.start + len(here)
+    self.where.value = f"{first}–{end} of {len(keep)}" if keep else "none"
     rows = [self._sample(index, columns) for index in here]
     self.table.value = grid(["image", "instruction", "target", *self._heads(columns)], rows)
 
@@ -143,7 +147,9 @@ _none = "No answers yet: they are written at each task's end, and a packed run k
 @patch
 def _heads(self:Samples, columns:list) -> list: # HTML
     "Say after which task, and of which run where there are two."
-    def method(number): return f"<br>({self.recs[number].config.get('method')})" if len(self.recs) > 1 else ""
+    def method(number):
+        if len(self.recs) < 2: return ""
+        return f"<br>({self.recs[number].config.get('method')})"
     def after(number, row): return f"after {html.escape(self.recs[number].rows[row])}"
     return [after(number, row) + method(number) for number, row, _ in columns]
 
