@@ -9,6 +9,7 @@ __all__ = ['whose', 'Answers', 'verdict', 'right', 'Samples']
 import html
 from collections import Counter
 from functools import cached_property
+from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
@@ -17,6 +18,7 @@ from fastcore.basics import patch
 from .core import CitError
 from .pictures import reading_of
 from .record import Record
+from .stream import Stream
 from .view import choice, grid, picture, stream_of
 
 # %% ../nbs/11b_answers.ipynb #99f0810f
@@ -24,132 +26,160 @@ def whose(accepted:list, # Per answer: names of the formats that accept it
           own:str, # Name of its own task's format
           names:list, # Formats, and "none"
          ) -> list: # Percent by name
-    "In which formats the answers of a task are."
-    got = Counter(own if own in took else took[0] if took else "none" for took in accepted)
-    return [100*got[n]/max(1, len(accepted)) for n in names]
+    "Count in which formats the answers of a task are."
+    def format_of(took):
+        if own in took: return own
+        return took[0] if took else "none"
+    got = Counter(map(format_of, accepted))
+    return [100*got[name]/max(1, len(accepted)) for name in names]
 
 # %% ../nbs/11b_answers.ipynb #11d19576
 class Answers:
-    "In which formats the answers of each task are, through a run."
-    def __init__(self, rec:Record): self.rec, self.rows = rec, {}
+    "Say in which formats the answers of each task are, through a run."
+    def __init__(self, rec:Record):
+        self.rec, self.rows = rec, {}
     @cached_property
     def formats(self) -> dict: # {task: its format}
-        return {n: stream_of(self.rec).task(n).format for n in self.rec.tasks}
+        return {name: stream_of(self.rec).task(name).format for name in self.rec.tasks}
     def table(self, accepted:dict, # {task: per answer, names of formats}
              ) -> tuple: # (tasks, format names, percent [task, format])
-        "Formats by task."
-        names = [*dict.fromkeys(f.name for f in self.formats.values()), "none"]
-        return [*accepted], names, np.array([whose(a, self.formats[t].name, names) for t, a in accepted.items()])
+        "Count formats by task."
+        names = [*dict.fromkeys(kind.name for kind in self.formats.values()), "none"]
+        shares = [whose(answers, self.formats[task].name, names) for task, answers in accepted.items()]
+        return [*accepted], names, np.array(shares)
 
 # %% ../nbs/11b_answers.ipynb #f2a1d95a
 @patch
-def of_frame(self:Answers, f:dict) -> tuple: # As `table`
-    "From the watcher's answers."
-    said = {t: f["said"][t] for t in self.rec.tasks if t in f["said"]}
-    return self.table({t: [[self.formats[n].name for n in took] for took in each] for t, each in said.items()})
+def of_frame(self:Answers, frame:dict) -> tuple: # As `table`
+    "Count the formats of the watcher's answers."
+    said = {task: frame["said"][task] for task in self.rec.tasks if task in frame["said"]}
+    def named(answers): return [[self.formats[task].name for task in took] for took in answers]
+    return self.table({task: named(answers) for task, answers in said.items()})
 
 @patch
 def at(self:Answers, row:int) -> tuple: # As `table`
-    "From the test answers of a row."
+    "Count the formats of the test answers of a row."
     if row not in self.rows:
-        allowed = {f.name: f for f in self.formats.values()}
-        took = lambda a: [n for n, f in allowed.items() if f.valid(a["text"])]
-        self.rows[row] = self.table({t: [took(a) for a in self.rec.answers(row, t)] for t in self.rec.tasks})
+        allowed = {kind.name: kind for kind in self.formats.values()}
+        def took(answer): return [name for name, kind in allowed.items() if kind.valid(answer["text"])]
+        def accepted(task): return [took(answer) for answer in self.rec.answers(row, task)]
+        self.rows[row] = self.table({task: accepted(task) for task in self.rec.tasks})
     return self.rows[row]
 
 # %% ../nbs/11b_answers.ipynb #26261324
-def verdict(a:dict|None, # A result line
+def verdict(answer:dict|None, # A result line
            ) -> str:
-    "An answer with a tick or a cross."
-    if a is None: return "·"
-    mark = '<b style="color:#009E73">✓</b>' if right(a) else '<b style="color:#D55E00">✗</b>'
-    return f'{mark} {html.escape(a["text"])}' + ("" if a["metadata"]["valid"] else _other)
+    "Write an answer with a tick or a cross."
+    if answer is None: return "·"
+    mark = '<b style="color:#009E73">✓</b>' if right(answer) else '<b style="color:#D55E00">✗</b>'
+    said = f'{mark} {html.escape(answer["text"])}'
+    return said if answer["metadata"]["valid"] else said + _other
 
-def right(a:dict) -> bool:
-    "Was it right, as formatted?"
-    return a["metadata"]["formatted"] >= .5
+def right(answer:dict) -> bool:
+    "Check whether it was right, as formatted."
+    return answer["metadata"]["formatted"] >= .5
 
 _other = '<br><i style="opacity:.7">other format</i>'
 
 # %% ../nbs/11b_answers.ipynb #d27d5b0c
 class Samples(W.VBox):
-    "Images, instructions, targets and what was answered at each task's end; one run or two, question by question."
+    "Show images, instructions, targets and answers at each task's end; one run or two, question by question."
     filters = {"all": lambda own, last: True,
                "right, then wrong": lambda own, last: own and not last,
                "right, and kept": lambda own, last: own and last,
                "never right": lambda own, last: not own and not last}
-    def __init__(self, rec:Record, other=None, # A second run of the same tasks
+    def __init__(self,
+                 rec:Record|str|Path,
+                 other:Record|str|Path|None=None, # A second run of the same tasks
                  page:int=4): # Samples at a time
-        self.recs = [r if isinstance(r, Record) else Record(r) for r in (rec, other) if r is not None]
+        given = [run for run in (rec, other) if run is not None]
+        self.recs = [run if isinstance(run, Record) else Record(run) for run in given]
         self.page, self.start = page, 0
         self.task = choice("task", self.recs[0].tasks, 240)
         self.filter = choice("show", list(self.filters), 240, value="right, then wrong")
-        back, on = (W.Button(icon=f"chevron-{d}", layout={"width": "40px"}) for d in ("left", "right"))
+        back = W.Button(icon="chevron-left", layout={"width": "40px"})
+        on = W.Button(icon="chevron-right", layout={"width": "40px"})
         self.where, self.table = W.Label(), W.HTML()
-        super().__init__([W.HBox([self.task, self.filter, back, on, self.where]), self.table])
-        for w in (self.task, self.filter): w.observe(lambda _: self.show(0), "value")
-        for b, by in ((back, -page), (on, page)): b.on_click(lambda _, by=by: self.show(self.start + by))
+        top = W.HBox([self.task, self.filter, back, on, self.where])
+        super().__init__([top, self.table])
+        for menu in (self.task, self.filter):
+            menu.observe(lambda _: self.show(0), "value")
+        for button, by in ((back, -page), (on, page)):
+            button.on_click(lambda _, by=by: self.show(self.start + by))
         self.show(0)
     @cached_property
-    def stream(self): return stream_of(self.recs[0])
+    def stream(self) -> Stream: return stream_of(self.recs[0])
 
 # %% ../nbs/11b_answers.ipynb #2277ba0c
 @patch
 def columns_of(self:Samples) -> list: # (record number, row, answers)
-    "The rows of each run from the task's own end on; for a method without a row per task, all its rows."
-    out, task = [], self.task.value
-    for k, r in enumerate(self.recs):
-        done = {e["row"] for e in r.events("row")}; own = r.rows.index(task) if task in r.rows else 0
-        rows = [t for t in sorted(done) if t >= own and r._answers_file(t, task).is_file()]
-        out += [(k, t, r.answers(t, task)) for t in rows]
-    return out
+    "List the rows of each run from the task's own end on; for a method without a row per task, all its rows."
+    columns, task = [], self.task.value
+    for number, record in enumerate(self.recs):
+        done = {event["row"] for event in record.events("row")}
+        own = record.rows.index(task) if task in record.rows else 0
+        rows = [row for row in sorted(done) if row >= own and record._answers_file(row, task).is_file()]
+        columns += [(number, row, record.answers(row, task)) for row in rows]
+    return columns
 
 # %% ../nbs/11b_answers.ipynb #12b60fe8
 @patch
 def show(self:Samples, start:int):
-    "One page of samples; with two runs, the filter looks at the first."
-    cols, wanted = self.columns_of(), self.filters[self.filter.value]
-    mine = [answers for k, _, answers in cols if k == 0]
-    if not mine: self.where.value, self.table.value = "", f"<i>{_none}</i>"; return
-    keep = [i for i, (own, last) in enumerate(zip(mine[0], mine[-1])) if wanted(right(own), right(last))]
-    self.start = max(0, min(start, (len(keep) - 1)//self.page*self.page))
+    "Show one page of samples; with two runs, the filter looks at the first."
+    columns, wanted = self.columns_of(), self.filters[self.filter.value]
+    mine = [answers for number, _, answers in columns if number == 0]
+    if not mine:
+        self.where.value, self.table.value = "", f"<i>{_none}</i>"
+        return
+    ends = enumerate(zip(mine[0], mine[-1]))
+    keep = [index for index, (own, last) in ends if wanted(right(own), right(last))]
+    last_page = (len(keep) - 1)//self.page*self.page
+    self.start = max(0, min(start, last_page))
     here = keep[self.start:self.start + self.page]
-    self.where.value = f"{self.start + 1}–{self.start + len(here)} of {len(keep)}" if keep else "none"
-    rows = [self._sample(i, cols) for i in here]
-    self.table.value = grid(["image", "instruction", "target", *self._heads(cols)], rows)
+    first, end = self.start + 1, self.start + len(here)
+    self.where.value = f"{first}–{end} of {len(keep)}" if keep else "none"
+    rows = [self._sample(index, columns) for index in here]
+    self.table.value = grid(["image", "instruction", "target", *self._heads(columns)], rows)
 
 _none = "No answers yet: they are written at each task's end, and a packed run keeps none."
 
 # %% ../nbs/11b_answers.ipynb #06f60555
 @patch
-def _heads(self:Samples, cols:list) -> list: # HTML
-    "After which task, and of which run where there are two."
-    of = lambda k: f"<br>({self.recs[k].config.get('method')})" if len(self.recs) > 1 else ""
-    return [f"after {html.escape(self.recs[k].rows[t])}{of(k)}" for k, t, _ in cols]
+def _heads(self:Samples, columns:list) -> list: # HTML
+    "Say after which task, and of which run where there are two."
+    def method(number):
+        if len(self.recs) < 2: return ""
+        return f"<br>({self.recs[number].config.get('method')})"
+    def after(number, row): return f"after {html.escape(self.recs[number].rows[row])}"
+    return [after(number, row) + method(number) for number, row, _ in columns]
 
 @patch
-def _shown(self:Samples, i:int) -> str: # HTML
-    "The picture of a question, or why there is none to be seen."
+def _shown(self:Samples, index:int) -> str: # HTML
+    "Show the picture of a question, or say why there is none to be seen."
     try: stream = self.stream
     except CitError: return "<i>the stream is not here</i>"
     reading = reading_of(self.recs[0].config)
-    try: return picture(stream.task(self.task.value).example("test", i).image, reading=reading)
-    except CitError as e: return f"<i>{html.escape(str(e))}</i>"
+    try: return picture(stream.task(self.task.value).example("test", index).image, reading=reading)
+    except CitError as error: return f"<i>{html.escape(str(error))}</i>"
 
+# %% ../nbs/11b_answers.ipynb #ee375130
 @patch
-def _sample(self:Samples, i:int, # Question number
-            cols:list) -> list: # HTML
-    "A line of the table; columns are aligned by question."
-    first = cols[0][2][i]
-    image = self._shown(i)
-    same = [_at(answers, i, first) for *_, answers in cols]
-    ask = html.escape(first["prompt"]).replace("\n", "<br>")
+def _sample(self:Samples,
+            index:int, # Question number
+            columns:list) -> list: # HTML
+    "Make a line of the table; columns are aligned by question."
+    first = columns[0][2][index]
+    image = self._shown(index)
+    same = [_at(answers, index, first) for *_, answers in columns]
+    question = html.escape(first["prompt"]).replace("\n", "<br>")
     target = html.escape(str(first["metadata"]["answer"]))
-    return [image, f'<div style="max-width:320px">{ask}</div>', target, *map(verdict, same)]
+    return [image, f'<div style="max-width:320px">{question}</div>', target, *map(verdict, same)]
 
-def _at(answers:list, i:int, # Number of the question
+def _at(answers:list,
+        index:int, # Number of the question
         asked:dict, # A result line of that question
        ) -> dict|None: # None: this run asked something else there, or less
     "Find the answer to a question by its place, since ids may repeat."
-    question = lambda a: (a["prompt"], a["metadata"]["answer"])
-    return answers[i] if i < len(answers) and question(answers[i]) == question(asked) else None
+    if index >= len(answers): return None
+    def question(answer): return answer["prompt"], answer["metadata"]["answer"]
+    return answers[index] if question(answers[index]) == question(asked) else None

@@ -7,6 +7,7 @@ __all__ = ['Ask', 'runs_in', 'Workbench', 'Compare', 'Forgetting', 'Similarity',
 
 # %% ../nbs/11_dashboard.ipynb #a2545a19
 import html, json, time
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -31,45 +32,49 @@ _all_ = ["Compare", "Forgetting", "Similarity", "Spectra"]
 
 # %% ../nbs/11_dashboard.ipynb #7fc2c1b5
 class Ask(W.VBox):
-    "A question to the model that is being trained; to its last checkpoint when nobody trains it."
-    def __init__(self, bench): # The `Workbench`
+    "Ask the model that is being trained; its last checkpoint when nobody trains it."
+    def __init__(self, bench:View): # The `Workbench`
         self.bench, self.rec, self.stream, self.image = bench, None, None, None
         self.task = W.Dropdown(options=[], description="task", layout={"width": "300px", "max_width": "98%"})
         self.index = W.BoundedIntText(0, 0, 10**9, description="example", layout={"width": "180px"})
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="own image")
         self.picture, self.target, self.answer = W.HTML(layout={"width": "150px"}), W.HTML(), W.HTML()
-        self.text = W.Textarea(placeholder="the instruction", layout={"width": "520px", "max_width": "98%", "height": "110px"})
+        large = {"width": "520px", "max_width": "98%", "height": "110px"}
+        self.text = W.Textarea(placeholder="the instruction", layout=large)
         self.go = W.Button(description="Ask", button_style="primary")
-        said = knobs(self.picture, W.VBox([self.text, self.go, self.target, self.answer], layout={"max_width": "100%"}))
+        words = W.VBox([self.text, self.go, self.target, self.answer], layout={"max_width": "100%"})
+        said = knobs(self.picture, words)
         super().__init__([knobs(self.task, self.index, self.upload), said])
-        for w in (self.task, self.index): w.observe(lambda _: bench.safely(self.show), "value")
+        for menu in (self.task, self.index):
+            menu.observe(lambda _: bench.safely(self.show), "value")
         self.upload.observe(lambda _: bench.safely(self.uploaded), "value")
         self.go.on_click(lambda _: bench.later(self.ask, "asking …"))
 
 # %% ../nbs/11_dashboard.ipynb #436961e0
 @patch
 def fill(self:Ask):
-    "The tasks of the chosen run; what was typed for it stays."
+    "Offer the tasks of the chosen run; what was typed for it stays."
     rec = self.bench.rec
     if rec is None or rec is self.rec: return
     self.rec, self.stream = rec, stream_of(rec)
-    offer(self.task, [n for n, _ in rec.columns])
+    offer(self.task, [name for name, _ in rec.columns])
     self.show()
 
 @patch
 def show(self:Ask):
-    "A validation example: its image, and its instruction to be edited."
+    "Show a validation example: its image, and its instruction to be edited."
     if self.stream is None or self.task.value is None: return
-    t = self.stream.task(self.task.value)
-    ex = t.example("val", self.index.value % max(1, t.n["val"]))
-    self.image, self.text.value = ex.image, ex.question
-    self.picture.value = picture(ex.image, 140, reading_of(self.rec.config))
-    self.target.value, self.answer.value = f'<span style="opacity:.7">target: {html.escape(ex.answer)}</span>', ""
+    task = self.stream.task(self.task.value)
+    example = task.example("val", self.index.value % max(1, task.n["val"]))
+    self.image, self.text.value = example.image, example.question
+    self.picture.value = picture(example.image, 140, reading_of(self.rec.config))
+    self.target.value = f'<span style="opacity:.7">target: {html.escape(example.answer)}</span>'
+    self.answer.value = ""
 
 # %% ../nbs/11_dashboard.ipynb #e1489201
 @patch
 def uploaded(self:Ask):
-    "An image of one's own, which has no target."
+    "Show an uploaded image, which has no target."
     if not self.upload.value: return
     file = self.upload.value[0]
     reading = reading_of(self.rec.config) if self.rec else "seen"
@@ -81,11 +86,12 @@ def uploaded(self:Ask):
 # %% ../nbs/11_dashboard.ipynb #3e5e58c1
 @patch
 def ask(self:Ask):
-    "Send it; the answer says during which task it was given."
+    "Send the question; the answer says during which task it was given."
     rec = self.bench.rec
     if rec is None: raise CitError("no run is chosen: there is nobody to ask")
     here = rec.state() not in ("loading", "running", "paused")
-    got = (rec.ask_apart if here else rec.ask)(self.image, self.text.value)
+    ask = rec.ask_apart if here else rec.ask
+    got = ask(self.image, self.text.value)
     when = html.escape(f"the last checkpoint, {got.task}" if here else f"{got.task}, step {got.step}")
     said = f'<b style="font-size:15px">{html.escape(got.text)}</b>'
     self.answer.value = f'{said}<br><span style="opacity:.7">answered by {when}</span>'
@@ -93,10 +99,12 @@ def ask(self:Ask):
 
 # %% ../nbs/11_dashboard.ipynb #871724ff
 def runs_in(where:Path) -> list: # Records
-    "The runs right below a folder, those that were launched and have not begun among them."
-    begun = lambda p: any((p/f).is_file() for f in ("run.json", "asked.json"))
-    run = lambda p: not p.name.startswith(".") and (begun(p) if p.is_dir() else p.suffix == ".jsonl")
-    return [Record(p) for p in where.iterdir() if run(p)]
+    "List the runs right below a folder, those that were launched and have not begun among them."
+    def begun(path): return any((path/name).is_file() for name in ("run.json", "asked.json"))
+    def is_run(path):
+        if path.name.startswith("."): return False
+        return begun(path) if path.is_dir() else path.suffix == ".jsonl"
+    return [Record(path) for path in where.iterdir() if is_run(path)]
 
 # %% ../nbs/11_dashboard.ipynb #3591a4ba
 _tabs = ("New run", "Forgetting", "Similarity", "Spectra", "Compare", "Branch", "Ask")
@@ -105,18 +113,21 @@ _can = {"Pause": ("running",), "Resume": ("paused", "stopped", "dead", "failed")
 _branch = "A branch goes on from a checkpoint of the chosen run; what is left empty stays as it is there."
 
 class Workbench(View):
-    "Views of the runs in a folder, a form that starts new ones, and buttons that act on the chosen one."
-    def __init__(self, where="runs", # Folder of runs; made when it is missing
+    "Show the runs in a folder, start new ones from a form, and act on the chosen one."
+    def __init__(self,
+                 where:str|Path="runs", # Folder of runs; made when it is missing
                  dark:bool|None=None,
-                 classes=method_classes): # () -> {name: class}: the methods that are offered beside the notebook's own
+                 classes:Callable=method_classes): # () -> {name: class}: methods offered next to the notebook's
         self.where, self.rec, self.views, self.live, self.was = expanded(where), None, {}, {}, ""
-        self.since, self.measuring, self.waits = time.monotonic(), {}, "" # `waits`: the tab that waits for measures
-        self.where.mkdir(parents=True, exist_ok=True); self.listing, self.compared = False, None
+        self.since, self.measuring = time.monotonic(), {}
+        self.waits = "" # The tab that waits for measures
+        self.where.mkdir(parents=True, exist_ok=True)
+        self.listing, self.compared = False, None
         self.classes, self.form, self.branch, self.asked = classes, Form(), Form(True), Ask(self)
         self._controls()
         new, fork = [self.form, self.go], [W.HTML(_branch), self.at, self.branch, self.fork]
         forms = {"New run": W.VBox(new), "Branch": W.VBox(fork), "Ask": self.asked}
-        self.tabs = W.Tab([forms.get(t) or W.VBox() for t in _tabs], titles=_tabs)
+        self.tabs = W.Tab([forms.get(tab) or W.VBox() for tab in _tabs], titles=_tabs)
         top = knobs(self.run, self.state, *self.buttons.values())
         super().__init__([top, self.tabs], dark)
         self._wire()
@@ -124,21 +135,23 @@ class Workbench(View):
 # %% ../nbs/11_dashboard.ipynb #3ff430fe
 @patch
 def _controls(self:Workbench):
-    "The menu of runs, the state of the chosen one, and buttons."
+    "Make the menu of runs, the state of the chosen one, and buttons."
     wide = {"width": "300px", "max_width": "98%"}
     self.run = W.Dropdown(description="run", options=[], layout=wide, style={"description_width": "30px"})
     self.at = W.Dropdown(description="from", options=[], layout=wide, style={"description_width": "92px"})
     self.state = W.HTML(layout={"flex": "1 1 190px", "margin": "2px 12px"})
-    self.buttons = {k: W.Button(description=k, layout={"width": "auto"}) for k in _can}
-    self.go, self.fork = (W.Button(description=d, button_style="primary", disabled=True) for d in ("Start", "Branch"))
+    self.buttons = {name: W.Button(description=name, layout={"width": "auto"}) for name in _can}
+    def primary(name): return W.Button(description=name, button_style="primary", disabled=True)
+    self.go, self.fork = primary("Start"), primary("Branch")
 
 # %% ../nbs/11_dashboard.ipynb #baabbe33
 @patch
 def _wire(self:Workbench):
-    "What each button and choice does."
+    "Say what each button and choice does."
     self.run.observe(lambda _: self.safely(self.choose), "value")
     self.tabs.observe(lambda _: self.safely(self.reveal), "selected_index")
-    for k, b in self.buttons.items(): b.on_click(lambda _, k=k: self.later(partial(self.act, k)))
+    for name, button in self.buttons.items():
+        button.on_click(lambda _, name=name: self.later(partial(self.act, name)))
     self.go.on_click(lambda _: self.begin(self.form, self.start, "starting …"))
     self.fork.on_click(lambda _: self.begin(self.branch, self.split, "branching …"))
     self.loading = self._load()
@@ -146,12 +159,14 @@ def _wire(self:Workbench):
     self.safely(self.reveal)
 
 @patch
-def begin(self:Workbench, form:Form, f, # Launches what the form says
-          said:str):
-    "Read the notebook's classes in this thread, which may parse, then call `f` in one of its own."
+def begin(self:Workbench,
+          form:Form,
+          launch:Callable, # Launches what the form says
+          said:str): # Shown meanwhile
+    "Read the notebook's classes in this thread, which may parse, then call `launch` in a separate one."
     def work():
         form.read_source()
-        self.later(f, said)
+        self.later(launch, said)
     self.safely(work)
 
 # %% ../nbs/11_dashboard.ipynb #2976836e
@@ -171,36 +186,50 @@ def _load(self:Workbench):
 @patch
 def load(self:Workbench):
     "Load the methods now, for code that goes on with them."
-    for _ in self.loading: pass
+    for _ in self.loading:
+        pass
 
 # %% ../nbs/11_dashboard.ipynb #33c17636
 @patch
 def look(self:Workbench) -> bool:
-    "New runs in the folder, new classes in the notebook, and the state of the chosen run."
-    names = [r.name for r in sorted(runs_in(self.where), key=lambda r: -r.path.stat().st_mtime)]
+    "Look for new runs in the folder, new classes in the notebook, and the state of the chosen run."
+    records = sorted(runs_in(self.where), key=lambda record: -record.path.stat().st_mtime)
+    names = [record.name for record in records]
     if set(names) != set(self.run.options):
-        self.listing = True; offer(self.run, names); self.listing = False
+        self.listing = True
+        offer(self.run, names)
+        self.listing = False
         self.choose()
-    for form in (self.form, self.branch): form.refresh()
+    for form in (self.form, self.branch):
+        form.refresh()
     self._await()
+
     was, live = self.live, self.rec.live() if self.rec else {}
-    self.live = {k: live.get(k) for k in ("state", "task", "step", "position")}
-    if self.live["state"] != was.get("state"): self.since = time.monotonic()
-    if self.live["state"] in ("loading", "queued"): self.live |= {"does": doing(self.rec), "seconds": int(time.monotonic() - self.since)}
+    self.live = {key: live.get(key) for key in ("state", "task", "step", "position")}
+    state = self.live["state"]
+    if state != was.get("state"): self.since = time.monotonic()
+    if state in ("loading", "queued"):
+        self.live |= {"does": doing(self.rec), "seconds": int(time.monotonic() - self.since)}
     return self.live != was
 
 # %% ../nbs/11_dashboard.ipynb #ce727d9a
 @patch
 def draw(self:Workbench):
-    "The state, and the buttons that make sense in it."
-    now, task, step, position = (self.live.get(k) for k in ("state", "task", "step", "position"))
-    place = f", {task} step {step}" if task and now not in ("finished", "loading") else f", place {position}" if position else ""
-    if "seconds" in self.live: now, place = self.live["does"] or now, f"{place} … {self.live['seconds']} s"
-    self.state.value = f"<b>{now}</b>{html.escape(place)}" if now else "no run yet: Start begins one"
-    now = self.live.get("state")
-    for k, b in self.buttons.items(): b.disabled = now not in _can[k]
-    if now != self.was and now in ("failed", "dead"): self.say(f"{self.rec.name} is {now}: {self.rec.said()}", True)
-    self.was = now
+    "Write the state, and enable the buttons that make sense in it."
+    state, task, step, position = (self.live.get(key) for key in ("state", "task", "step", "position"))
+    place = f", place {position}" if position else ""
+    if task and state not in ("finished", "loading"): place = f", {task} step {step}"
+    said = state
+    if "seconds" in self.live:
+        said = self.live["does"] or state
+        place = f"{place} … {self.live['seconds']} s"
+    self.state.value = f"<b>{said}</b>{html.escape(place)}" if said else "no run yet: Start begins one"
+
+    for name, button in self.buttons.items():
+        button.disabled = state not in _can[name]
+    if state != self.was and state in ("failed", "dead"):
+        self.say(f"{self.rec.name} is {state}: {self.rec.said()}", True)
+    self.was = state
 
 # %% ../nbs/11_dashboard.ipynb #3b4897cb
 @patch
@@ -209,7 +238,8 @@ def choose(self:Workbench):
     path = self.where/str(self.run.value)
     if self.listing or not self.run.value or (self.rec and self.rec.path == path): return
     self.rec, self.was = Record(path if path.exists() else path.with_suffix(".jsonl")), ""
-    for name in [n for n in self.views if n != "Compare"]: self._drop(name)
+    for name in [name for name in self.views if name != "Compare"]:
+        self._drop(name)
     self.reveal()
 
 @patch
@@ -224,18 +254,23 @@ def reveal(self:Workbench):
     "Make the view of the tab that is looked at; the others sleep."
     name, self.waits = _tabs[self.tabs.selected_index or 0], ""
     if "error" in self.note.value: self.say("")
-    for n, v in self.views.items(): v.asleep = n != name
+    for tab, view in self.views.items():
+        view.asleep = tab != name
     if name in self.views: self.views[name].wake()
     if name == "Branch": self._offer_places()
     if name == "Ask": self.asked.fill()
     if name == "Compare": self._fresh()
     if name not in _made or name in self.views: return
+
     if self.rec is None: return self._wait(name, "Nothing to show yet: press Start in the first tab.")
-    if name in _needs_measures and (said := self._measured()): return self._wait(name, said, True)
+    said = self._measured() if name in _needs_measures else ""
+    if said: return self._wait(name, said, True)
     self._wait(name, "drawing …")
-    wide = max((v.theme.width for v in self.views.values()), default=0) # As wide as the others are
+    wide = max((view.theme.width for view in self.views.values()), default=0) # As wide as the others are
     view = self.views[name] = _made[name](self, self.theme.dark if self.theme.fixed else None)
-    if wide: view.theme.width = wide; view.settle()
+    if wide:
+        view.theme.width = wide
+        view.settle()
     self.tabs.children[_tabs.index(name)].children = [view]
 
 # %% ../nbs/11_dashboard.ipynb #2ff04a56
@@ -247,7 +282,7 @@ _needs_measures = ("Similarity", "Spectra")
 
 @patch
 def collected(self:Workbench) -> Path|None:
-    "The collected file of the chosen run's start and stream, in the folder of runs or in the cache."
+    "Find the collected file of the chosen run's start and stream, in the folder of runs or in the cache."
     found = collected_for(self.rec, [self.where, self.where/"collected", cache_dir()/"collected"])
     return found[0] if found else None
 
@@ -255,25 +290,33 @@ def collected(self:Workbench) -> Path|None:
 def measure(self:Workbench) -> Measuring|None: # None: it was done
     "Measure the tasks of the chosen run, once per start and stream."
     key = log_of(measured_by(self.rec))
-    if key in self.measuring and not self.measuring[key].over(): return self.measuring[key]
+    begun = self.measuring.get(key)
+    if begun is not None and not begun.over(): return begun
     if self.collected(): return None
-    if key not in self.measuring: self.measuring[key] = Measuring(self.rec)
-    return self.measuring[key]
+    if begun is None: begun = self.measuring[key] = Measuring(self.rec)
+    return begun
 
 # %% ../nbs/11_dashboard.ipynb #537473f3
 @patch
 def _measured(self:Workbench) -> str: # "" when the tasks of the chosen run were measured
-    "What the process that measures does."
-    if (m := self.measure()) is None: return ""
-    if (why := m.failed()): return f"The tasks of this run could not be measured: {why}"
-    if m.over() and self.collected(): return ""
-    if m.over(): return "The tasks of this stream were measured, but for another start model or other data than this run's: files behind the same names have changed since it began."
-    return f"The tasks of this stream are measured once for this start model: {m.said()}. The view comes by itself; training goes on meanwhile."
+    "Say what the process that measures does."
+    measuring = self.measure()
+    if measuring is None: return ""
+    why = measuring.failed()
+    if why: return f"The tasks of this run could not be measured: {why}"
+    if measuring.over() and self.collected(): return ""
+    if measuring.over():
+        return ("The tasks of this stream were measured, but for another start model or other data than this run's: "
+                "files behind the same names have changed since it began.")
+    return (f"The tasks of this stream are measured once for this start model: {measuring.said()}. "
+            "The view comes by itself; training goes on meanwhile.")
 
 @patch
-def _wait(self:Workbench, name:str, said:str,
+def _wait(self:Workbench,
+          name:str, # Of the tab
+          said:str,
           again:bool=False): # Ask again soon?
-    "A sentence in the place of a view."
+    "Write a sentence in the place of a view."
     self.waits = name if again else ""
     box = self.tabs.children[_tabs.index(name)]
     if not box.children: box.children = [W.HTML()]
@@ -287,9 +330,11 @@ def _await(self:Workbench):
 # %% ../nbs/11_dashboard.ipynb #a83305fa
 @patch
 def _done(self:Workbench) -> dict: # {name: (rows of R, is it finished?)}
-    "The runs, and how far they are."
-    rows = lambda r: len([*(r.path/"answers").glob("[0-9]*")])
-    return {r.name: r.packed or (rows(r), (r.path/"result.json").is_file()) for r in runs_in(self.where)}
+    "Say how far each run is."
+    def far(record):
+        rows = [*(record.path/"answers").glob("[0-9]*")]
+        return len(rows), (record.path/"result.json").is_file()
+    return {record.name: record.packed or far(record) for record in runs_in(self.where)}
 
 @patch
 def _fresh(self:Workbench):
@@ -297,10 +342,10 @@ def _fresh(self:Workbench):
     if "Compare" in self.views and self.compared != self._done(): self._drop("Compare")
 
 @patch
-def _comparison(self:Workbench, dark) -> Compare:
-    "All runs of the folder, those made by hand among them."
+def _comparison(self:Workbench, dark:bool|None) -> Compare:
+    "Compare all runs of the folder, those made by hand among them."
     self.compared, view = self._done(), Compare(self.where, ("interactive",), dark)
-    view.observe(lambda c: self.safely(lambda: self._picked(c["new"])), "picked")
+    view.observe(lambda change: self.safely(lambda: self._picked(change["new"])), "picked")
     return view
 
 # %% ../nbs/11_dashboard.ipynb #88c2eb98
@@ -323,7 +368,8 @@ def act(self:Workbench, what:str):
 def _launched(self:Workbench, run) -> Record:
     "Start a run in this folder and show it."
     rec = run.launch()
-    self.safely(self.look); self.run.value = rec.name
+    self.safely(self.look)
+    self.run.value = rec.name
     self.safely(lambda: (self.look(), self.draw(), self.measure()))
     self.tabs.selected_index = _tabs.index("Forgetting")
     self.say(f"{rec.name} trains in a process of its own")
@@ -335,7 +381,8 @@ def start(self:Workbench) -> Record:
     "Start what the form says."
     from cit_workbench.train import Run
     self.form.refresh()
-    fields = self.form.values(); out = fields.pop("out", None)
+    fields = self.form.values()
+    out = fields.pop("out", None)
     run = Run(**fields)
     run.folder = self.where/(out or run.folder.name)
     return self._launched(run)
@@ -343,13 +390,16 @@ def start(self:Workbench) -> Record:
 # %% ../nbs/11_dashboard.ipynb #e66a88ee
 @patch
 def _offer_places(self:Workbench):
-    "The checkpoints of the chosen run, the one before the step that is looked at first."
-    if self.rec is None or self.rec.packed: self.at.options = []; return
-    have, view = places(self.rec), self.views.get("Forgetting")
-    steps = {k: json.loads((p/"state.json").read_text())["done"] for k, p in have.items()}
-    said = {k: f"the end of {k}" if isinstance(k, str) else f"{k[0]}, {k[1]}" for k in have}
-    self.at.options = [(f"{said[k]}, step {steps[k]}", k) for k in have]
-    before = [k for k in have if view is None or steps[k] <= view.at.value] or list(have)
+    "Offer the checkpoints of the chosen run, the one before the step that is looked at first."
+    if self.rec is None or self.rec.packed:
+        self.at.options = []
+        return
+    found, view = places(self.rec), self.views.get("Forgetting")
+    steps = {place: json.loads((path/"state.json").read_text())["done"] for place, path in found.items()}
+    def called(place):
+        return f"the end of {place}" if isinstance(place, str) else f"{place[0]}, {place[1]}"
+    self.at.options = [(f"{called(place)}, step {steps[place]}", place) for place in found]
+    before = [place for place in found if view is None or steps[place] <= view.at.value] or list(found)
     if before: self.at.value = before[-1]
 
 @patch
@@ -357,5 +407,7 @@ def split(self:Workbench) -> Record:
     "Branch off the chosen run, with the changed fields, and start it."
     if self.rec is None: raise CitError("no run is chosen: there is nothing to branch from")
     self.branch.refresh()
-    fields = self.branch.values(); out = fields.pop("out", None)
-    return self._launched(branch(self.rec, self.at.value, out=str(self.where/out) if out else None, **fields))
+    fields = self.branch.values()
+    out = fields.pop("out", None)
+    folder = str(self.where/out) if out else None
+    return self._launched(branch(self.rec, self.at.value, out=folder, **fields))

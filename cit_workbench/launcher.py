@@ -22,56 +22,64 @@ from .stream import all_streams
 
 # %% ../nbs/11g_launcher.ipynb #cfa38aed
 class Field(NamedTuple):
-    "A field of a dataclass, as its page documents it."
+    "Describe a field of a dataclass, as its page documents it."
     name: str
     default: Any
     help: str
     allowed: list|None # Values; None: not restricted
 
-def choices(cls, # A method's dataclass
+def choices(cls:type, # A method's dataclass
             name:str, # One of its fields
            ) -> list|None: # Allowed values; None: not restricted
-    "What a class allows in a text field, from its own refusal of a wrong value."
+    "Read what a class allows in a text field from its own refusal of a wrong value."
     try: cls(**{name: "?"})
-    except CitError as e:
-        said = str(e)
-        return said.split("allowed: ")[1].split(", ") if said.startswith("unknown ") and "allowed: " in said else None
+    except CitError as error:
+        said = str(error)
+        if said.startswith("unknown ") and "allowed: " in said:
+            return said.split("allowed: ")[1].split(", ")
+    return None
 
 # %% ../nbs/11g_launcher.ipynb #22b89538
-def comments(cls) -> dict: # {field: comment}
+def comments(cls:type) -> dict: # {field: comment}
     "Read the comment on the line of each field of a class; one without a file has none."
     names, said, depth, before = {}, {}, 0, None
     for token in tokenize.generate_tokens(io.StringIO(_source(cls)).readline):
         depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
         if token.type == tokenize.DEDENT and depth == 0: break
-        if token.type == tokenize.COMMENT: said[token.start[0]] = token.string.lstrip("#").strip()
-        if token.string == ":" and not before.line[:before.start[1]].strip(): names[before.string] = token.start[0]
+        line = token.start[0]
+        if token.type == tokenize.COMMENT: said[line] = token.string.lstrip("#").strip()
+        if token.string == ":":
+            left = before.line[:before.start[1]]
+            if not left.strip(): names[before.string] = line
         before = token
     return {name: said[line] for name, line in names.items() if line in said}
 
-def _source(cls) -> str:
-    "The file of a class, from its first line on."
+def _source(cls:type) -> str:
+    "Read the file of a class, from its first line on."
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     text = Path(file).read_text(encoding="utf-8") if file else ""
     found = re.search(rf"^class {cls.__name__}\b", text, re.M)
     return text[found.start():] if found else ""
 
 # %% ../nbs/11g_launcher.ipynb #0aabd274
-def fields_of(cls) -> list: # Fields
-    "The fields of a dataclass."
-    said, text = comments(cls), lambda f: f.type in (str, str|None)
-    default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
-    return [Field(f.name, default(f), said.get(f.name) or "", choices(cls, f.name) if text(f) else None)
-            for f in fields(cls)]
+def fields_of(cls:type) -> list: # Fields
+    "List the fields of a dataclass."
+    said = comments(cls)
+    def described(field):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        text = field.type in (str, str|None)
+        allowed = choices(cls, field.name) if text else None
+        return Field(field.name, default, said.get(field.name) or "", allowed)
+    return [described(field) for field in fields(cls)]
 
 # %% ../nbs/11g_launcher.ipynb #1bab3e24
-def hint(f:Field) -> str:
-    "What holds while a field is empty."
-    if f.default not in (None, {}, ""): return str(f.default)
-    return f.help.partition("None: ")[2] or f.help
+def hint(field:Field) -> str:
+    "Return what holds while a field is empty."
+    if field.default not in (None, {}, ""): return str(field.default)
+    return field.help.partition("None: ")[2] or field.help
 
-def typed(text:str):
-    "What a person typed, as JSON where it is JSON: 3, 0.1, true, null, [\"a\"], {\"k\": 1}; else as text."
+def typed(text:str) -> Any:
+    "Read what a person typed, as JSON where it is JSON: 3, 0.1, true, null, [\"a\"], {\"k\": 1}; else as text."
     try: return json.loads(text)
     except ValueError: return text
 
@@ -79,80 +87,95 @@ def typed(text:str):
 _label = {"layout": {"width": "98%"}, "style": {"description_width": "92px"}}
 
 def line(name:str, **kw) -> W.Text:
-    "A line to type in."
+    "Make a line to type in."
     return W.Text(description=name, continuous_update=False, **_label, **kw)
 
-def widget(f:Field):
-    "The widget of a field: a menu where values are restricted."
-    if f.allowed is None: return line(f.name, placeholder=hint(f), tooltip=f.help)
-    rest = [(a, a) for a in f.allowed if a != f.default]
-    return W.Dropdown(description=f.name, options=[(f"{f.default} (default)", ""), *rest], tooltip=f.help, **_label)
+def widget(field:Field) -> W.Text|W.Dropdown:
+    "Make the widget of a field: a menu where values are restricted."
+    if field.allowed is None: return line(field.name, placeholder=hint(field), tooltip=field.help)
+    rest = [(value, value) for value in field.allowed if value != field.default]
+    options = [(f"{field.default} (default)", ""), *rest]
+    return W.Dropdown(description=field.name, options=options, tooltip=field.help, **_label)
 
 # %% ../nbs/11g_launcher.ipynb #af3ccd98
 _fields = {"stream args": "stream_args", "order": "order", "seed": "seed", "learning rate": "optim.lr",
-           "steps": "optim.steps", "batch": "optim.batch", "watch every": "watch.every", "watch full": "watch.full", "watch share": "watch.share",
-           "save every": "compute.save_every", "folder": "out"} # What the form shows of a run
+           "steps": "optim.steps", "batch": "optim.batch", "watch every": "watch.every", "watch full": "watch.full",
+           "watch share": "watch.share", "save every": "compute.save_every",
+           "folder": "out"} # What the form shows of a run
 _settled = ("stream args", "order", "watch full", "watch share") # What a branch cannot or need not change
 
 def run_fields() -> dict: # {dotted name: Field}; loads torch
-    "The fields of a run and of its tables, with what holds for a run that is launched."
+    "Return the fields of a run and of its tables, with what holds for a run that is launched."
     from cit_workbench.train import Compute, Optim, Spec
     from cit_workbench.watch import Watch, at_launch
     tables = {"": Spec, "optim.": Optim, "watch.": Watch, "compute.": Compute}
-    found = {at + f.name: f for at, cls in tables.items() for f in fields_of(cls)}
+    found = {table + field.name: field for table, cls in tables.items() for field in fields_of(cls)}
     launched = {f"watch.{name}": value for name, value in at_launch.items()}
     return found | {name: found[name]._replace(default=value) for name, value in launched.items()}
 
 # %% ../nbs/11g_launcher.ipynb #870cf0eb
 def method_classes() -> dict:
-    "The methods of the package by name; loads torch."
+    "Return the methods of the package by name; loads torch."
     from cit_workbench.method import all_methods, method_class
-    return {n: method_class(n) for n in all_methods()}
+    return {name: method_class(name) for name in all_methods()}
 
 def notebook_classes() -> dict:
-    "The method classes that the open notebook defines, by name; loads torch."
+    "Return the method classes that the open notebook defines, by name; loads torch."
     from cit_workbench.method import Method
-    shell, is_method = get_ipython(), lambda c: isinstance(c, type) and issubclass(c, Method)
-    own = lambda name, c: is_method(c) and (c.__module__, c.__name__) == ("__main__", name)
-    found = [c for name, c in list(shell.user_ns.items()) if own(name, c)] if shell else []
-    return {vars(c).get("called", camel2snake(c.__name__)): c for c in found}
+    shell = get_ipython()
+    def own(name, value):
+        if not isinstance(value, type) or not issubclass(value, Method): return False
+        return (value.__module__, value.__name__) == ("__main__", name)
+    defined = list(shell.user_ns.items()) if shell else []
+    found = [value for name, value in defined if own(name, value)]
+    return {vars(cls).get("called", camel2snake(cls.__name__)): cls for cls in found}
 
 # %% ../nbs/11g_launcher.ipynb #b48ea5da
 def chosen(names:list, # Of one method or several
            args:dict, # {name: fields}
            own:dict, # Classes of the notebook, by name
           ) -> dict: # Fields `method` and `method_args` of a run
-    "What a run is told of its methods; a class of the notebook goes as it is."
-    if len(names) == 1: return {"method": own.get(names[0], names[0]), "method_args": args[names[0]]}
-    if not any(n in own for n in names): return {"method": "+".join(names), "method_args": args}
+    "Return what a run receives of its methods; a class of the notebook goes as it is."
+    if len(names) == 1:
+        [name] = names
+        return {"method": own.get(name, name), "method_args": args[name]}
+    if not any(name in own for name in names):
+        return {"method": "+".join(names), "method_args": args}
     from cit_workbench.method import Chain, get_method
-    return {"method": Chain([get_method(own.get(n, n), **args[n]) for n in names]), "method_args": {}}
+    methods = [get_method(own.get(name, name), **args[name]) for name in names]
+    return {"method": Chain(methods), "method_args": {}}
 
 # %% ../nbs/11g_launcher.ipynb #96df5a21
 class Form(W.VBox):
-    "Fields of a run: a method or two with theirs, stream, optimiser, seed, watcher."
+    "Hold fields of a run: a method or two with theirs, stream, optimiser, seed, watcher."
     def __init__(self, changes:bool=False): # Only what may change in a branch
-        self.changes, self.package, self.own, self.made, self.lock = changes, None, {}, {}, threading.RLock()
-        self.method, self.plus = (W.Dropdown(options=[""], description=d, **_label) for d in ("method", "plus"))
+        self.changes, self.lock = changes, threading.RLock()
+        self.package, self.own, self.made = None, {}, {}
+        self.method = W.Dropdown(options=[""], description="method", **_label)
+        self.plus = W.Dropdown(options=[""], description="plus", **_label)
         self.stream = W.Combobox(options=["shapes"], value="" if changes else "shapes", description="stream",
                                  placeholder="an embedded stream or SUITE:FOLDER", **_label)
         self.plain = {at: line(name, placeholder="unchanged"*changes) for name, at in _fields.items()}
         self.fields, self.about = W.VBox(), W.HTML()
+
         left = [self.method, self.plus, self.about, self.fields]
         right = [self.plain[at] for name, at in _fields.items() if not (changes and name in _settled)]
         half = {"flex": "1 1 300px", "min_width": "0"} # Side by side where there is room
-        halves = [W.VBox(c, layout=half) for c in (left, right if changes else [self.stream, *right])]
+        columns = left, right if changes else [self.stream, *right]
+        halves = [W.VBox(column, layout=half) for column in columns]
         super().__init__([W.HBox(halves, layout={"flex_flow": "row wrap", "width": "100%"})])
-        for w in (self.method, self.plus): w.observe(lambda _: self.show(), "value")
+        for menu in (self.method, self.plus):
+            menu.observe(lambda _: self.show(), "value")
 
 # %% ../nbs/11g_launcher.ipynb #1b854f32
 @patch
-def fill(self:Form, package:dict, # From `method_classes`
+def fill(self:Form,
+         package:dict, # From `method_classes`
          known:dict): # From `run_fields`
     "Offer methods and streams, and say what holds where nothing is typed."
-    for at, w in self.plain.items():
-        w.tooltip = known[at].help
-        if not self.changes: w.placeholder = hint(known[at])
+    for at, box in self.plain.items():
+        box.tooltip = known[at].help
+        if not self.changes: box.placeholder = hint(known[at])
     self.package, self.stream.options = package, all_streams()
     self.refresh(True)
     first = known["method"].default
@@ -162,23 +185,27 @@ def fill(self:Form, package:dict, # From `method_classes`
 def refresh(self:Form, anyway:bool=False):
     "Offer what the notebook has defined since."
     if self.package is None: return
-    if (own := notebook_classes()) == self.own and not anyway: return
+    own = notebook_classes()
+    if own == self.own and not anyway: return
     with self.lock: self._offer(own)
 
 # %% ../nbs/11g_launcher.ipynb #32c10c2d
 @patch
 def _offer(self:Form, own:dict):
-    "The classes of the notebook, then those of the package; what was chosen stays chosen."
-    self.own, names = own, [*own, *(n for n in self.package if n not in own)]
-    options = [(f"{n} (this notebook)" if n in own else n, n) for n in names]
-    for w, none in ((self.method, [("unchanged", "")]*self.changes), (self.plus, [("nothing", "")])):
-        had, w.options = w.value, none + options
-        if had in names: w.value = had
+    "Offer the classes of the notebook, then those of the package; what was chosen stays chosen."
+    self.own = own
+    names = [*own, *(name for name in self.package if name not in own)]
+    options = [(f"{name} (this notebook)" if name in own else name, name) for name in names]
+    unchanged, nothing = [("unchanged", "")]*self.changes, [("nothing", "")]
+    for menu, none in ((self.method, unchanged), (self.plus, nothing)):
+        had = menu.value
+        menu.options = none + options
+        if had in names: menu.value = had
     self.show()
 
 @patch
-def known(self:Form, name:str): # A class
-    "A method of the notebook, else of the package."
+def known(self:Form, name:str) -> type:
+    "Return a method of the notebook, else of the package."
     return self.own.get(name) or self.package[name]
 
 # %% ../nbs/11g_launcher.ipynb #44a18416
@@ -186,47 +213,64 @@ _help = 'font-size:11px;line-height:1.3;opacity:.75;margin:-2px 0 4px 98px'
 
 @patch
 def show(self:Form):
-    "The fields of the chosen methods; what was typed stays."
+    "Show the fields of the chosen methods; what was typed stays."
     with self.lock: self._show()
 
 # %% ../nbs/11g_launcher.ipynb #6f54552e
 @patch
 def _show(self:Form):
-    names = list(dict.fromkeys(n for n in (self.method.value, self.plus.value) if n))
-    had = {(n, k): w.value for n, ws in self.made.items() for k, w in ws.items() if w.value}
-    self.made = {n: {f.name: widget(f) for f in fields_of(self.known(n))} for n in names}
-    note = lambda text: W.HTML(f'<div style="{_help}">{text}</div>')
-    self.about.value = "".join(note(_about(n, self.known(n))).value for n in names)
-    old, rows = self.fields.children, []
-    for n in names:
-        for f in fields_of(self.known(n)):
-            rows += [self.made[n][f.name], note(html.escape(f.help))]
-            if (n, f.name) in had: _set(self.made[n][f.name], had[n, f.name])
-    self.fields.children = rows
-    for w in old: w.close()
+    "Make the widgets of the chosen methods anew, and put back what was typed."
+    names = list(dict.fromkeys(name for name in (self.method.value, self.plus.value) if name))
+    boxes = {(name, key): box for name, own in self.made.items() for key, box in own.items()}
+    had = {key: box.value for key, box in boxes.items() if box.value}
+    def made(name): return {field.name: widget(field) for field in fields_of(self.known(name))}
+    self.made = {name: made(name) for name in names}
+    def note(text): return W.HTML(f'<div style="{_help}">{text}</div>')
+    notes = [note(_about(name, self.known(name))) for name in names]
+    self.about.value = "".join(box.value for box in notes)
 
-def _set(w, value:str):
+    before, rows = self.fields.children, []
+    for name in names:
+        for field in fields_of(self.known(name)):
+            box = self.made[name][field.name]
+            rows += [box, note(html.escape(field.help))]
+            if (name, field.name) in had: _set(box, had[name, field.name])
+    self.fields.children = rows
+    for box in before:
+        box.close()
+
+def _set(box:W.Text|W.Dropdown, value:str):
     "Put a value back, where it is still allowed."
-    if isinstance(w, W.Text) or value in dict(w.options).values(): w.value = value
+    if isinstance(box, W.Text) or value in dict(box.options).values():
+        box.value = value
 
 # %% ../nbs/11g_launcher.ipynb #20988b3d
-def _about(name:str, cls) -> str: # HTML
-    "What a method is, and its paper."
-    return f"<b>{name}</b>: {html.escape(cls.__doc__ or '')} <i>{html.escape(vars(cls).get('paper', ''))}</i>"
+def _about(name:str, cls:type) -> str: # HTML
+    "Say what a method is, and name its paper."
+    about = html.escape(cls.__doc__ or "")
+    paper = html.escape(vars(cls).get("paper", ""))
+    return f"<b>{name}</b>: {about} <i>{paper}</i>"
 
 # %% ../nbs/11g_launcher.ipynb #33dd77a9
 @patch
 def values(self:Form) -> dict: # Fields of `Run`; what is empty is left out
-    "What was filled in."
-    raw = lambda w: w.value if isinstance(w, W.Dropdown) else typed(w.value)
-    args = {n: {k: raw(w) for k, w in ws.items() if w.value.strip()} for n, ws in self.made.items()}
+    "Return what was filled in."
+    def given(box): return box.value if isinstance(box, W.Dropdown) else typed(box.value)
+    args = {}
+    for method, boxes in self.made.items():
+        args[method] = {name: given(box) for name, box in boxes.items() if box.value.strip()}
     out = chosen(list(args), args, self.own) if args else {}
     if self.stream.value and not self.changes: out["stream"] = self.stream.value
-    for at, w in self.plain.items():
-        if not (text := w.value.strip()): continue
+
+    for at, box in self.plain.items():
+        text = box.value.strip()
+        if not text: continue
+        if at == "order": value = [name.strip() for name in text.split(",")]
+        elif at == "out": value = text
+        else: value = typed(text)
         table, _, name = at.rpartition(".")
-        value = [t.strip() for t in text.split(",")] if at == "order" else text if at == "out" else typed(text)
-        (out.setdefault(table, {}) if table else out)[name] = value
+        place = out.setdefault(table, {}) if table else out
+        place[name] = value
     return out
 
 # %% ../nbs/11g_launcher.ipynb #3f8360f7

@@ -15,27 +15,28 @@ from .record import Record
 
 # %% ../nbs/11h_measuring.ipynb #db0a825b
 def measured_by(rec:Record) -> dict: # Arguments of `collect`
-    "What a run's tasks are measured with, found from here wherever the run was started."
-    named = {k: rec.config.get(k) for k in ("backbone", "stream", "stream_args")}
+    "Return what a run's tasks are measured with, found from here wherever the run was started."
+    named = {name: rec.config.get(name) for name in ("backbone", "stream", "stream_args")}
     return placed(named, rec.run.get("cwd"))
 
 def log_of(what:dict, # From `measured_by`
           ) -> Path:
-    "Where the process that measures says how far it is; whoever holds the lock of that file measures."
+    "Return where the process that measures says how far it is; whoever holds the lock of that file measures."
     return cache_dir()/"collected"/f"{digest(what)[:16]}.txt"
 
 # %% ../nbs/11h_measuring.ipynb #634b5bfa
 def room(weights:int, # Bytes of the checkpoint's weights on the disk
          free:int, # Bytes of memory that are free
         ) -> str: # "" when there is room
-    "Why there is no room for a second copy of a start model in 32 bits, or nothing."
+    "Say why there is no room for a second copy of a start model in 32 bits, or nothing."
     need = 2*weights + 1_000_000_000
     return "" if need < free else f"waiting for {need/1e9:.0f} GB of memory; {free/1e9:.0f} GB are free"
 
 def free_memory() -> int: # Bytes
-    "What Linux says is available; elsewhere all that the machine has."
-    try: lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    "Return what Linux says is available; elsewhere all that the machine has."
+    try: text = Path("/proc/meminfo").read_text()
     except FileNotFoundError: return os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":", 1) for line in text.splitlines())
     return 1024*int(lines["MemAvailable"].split()[0])
 
 # %% ../nbs/11h_measuring.ipynb #990256a3
@@ -44,26 +45,34 @@ def child(what:str): # Arguments of `collect` as JSON
     os.nice(5)
     from cit_workbench.backbone import _where
     from cit_workbench.evaluate import collect
-    args = json.loads(what); path = log_of(args)
+    args = json.loads(what)
+    path = log_of(args)
     with open(path, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        say = lambda text: print(text, file=log, flush=True)
+        def say(text): print(text, file=log, flush=True)
         try:
-            size = sum(f.stat().st_size for f in Path(_where(args["backbone"])).iterdir() if f.suffix in (".safetensors", ".bin"))
-            while (why := room(size, free_memory())): say(why); time.sleep(10)
+            files = Path(_where(args["backbone"])).iterdir()
+            size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+            while (why := room(size, free_memory())):
+                say(why)
+                time.sleep(10)
             names = stream_tasks(args)
-            collect(**args, say=lambda k: say(f"measuring task {k} of {len(names)}"))
-        except CitError as e: say(f"error: {e}"); sys.exit(1)
-        except Exception as e: say(f"error: {type(e).__name__}: {e}"); raise
+            collect(**args, say=lambda number: say(f"measuring task {number} of {len(names)}"))
+        except CitError as error:
+            say(f"error: {error}")
+            sys.exit(1)
+        except Exception as error:
+            say(f"error: {type(error).__name__}: {error}")
+            raise
 
 def stream_tasks(args:dict) -> list: # Names
-    "The tasks that are measured."
+    "List the tasks that are measured."
     from cit_workbench.stream import get_stream
-    return [t.name for t in get_stream(args["stream"], **(args["stream_args"] or {}))]
+    return [task.name for task in get_stream(args["stream"], **(args["stream_args"] or {}))]
 
 # %% ../nbs/11h_measuring.ipynb #8de1c0a6
 class Measuring:
-    "A process that measures the tasks of a run, as whoever waits for it sees it."
+    "Follow a process that measures the tasks of a run, as whoever waits for it sees it."
     def __init__(self, rec:Record):
         self.what = measured_by(rec)
         self.log, self.began = log_of(self.what), time.monotonic()
@@ -71,19 +80,22 @@ class Measuring:
         self.log.write_text("")
         env = child_env() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         code = "import sys; from cit_workbench.measuring import child; child(*sys.argv[1:])"
-        self.process = subprocess.Popen([sys.executable, "-c", code, canonical(self.what)], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=env)
+        command = [sys.executable, "-c", code, canonical(self.what)]
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, **silent, start_new_session=True, env=env)
     def over(self) -> bool:
-        "Has the process ended?"
+        "Check whether the process has ended."
         return self.process.poll() is not None
     def failed(self) -> str: # "" while it has not
-        "Why nothing was measured."
+        "Say why nothing was measured."
         if not self.over() or not self.process.returncode: return ""
         last = self._last()
-        return last.removeprefix("error: ") if last.startswith("error: ") else f"the process ended with code {self.process.returncode}"
+        if last.startswith("error: "): return last.removeprefix("error: ")
+        return f"the process ended with code {self.process.returncode}"
     def _last(self) -> str:
+        "Read the last line that the process wrote."
         lines = self.log.read_text().split("\n") if self.log.is_file() else []
-        return next((l for l in reversed(lines) if l), "")
+        return next((line for line in reversed(lines) if line), "")
     def said(self) -> str:
-        "What it does now, and for how long it has worked."
+        "Say what it does now, and for how long it has worked."
         return f"{self._last() or 'loading the start model'} … {time.monotonic() - self.began:.0f} s"

@@ -7,6 +7,7 @@ __all__ = ['Spectra']
 
 # %% ../nbs/11f_spectra_view.ipynb #95c01da6
 from collections import defaultdict
+from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
@@ -14,177 +15,244 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .core import CitError
+from .record import Record
 from .spectra import Collected, angles, read_collected
-from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer, probed,
-                                remark, template, upright, wrapped)
+from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer,
+                                probed, remark, template, upright, wrapped)
 
 # %% ../nbs/11f_spectra_view.ipynb #44f39032
 class Spectra(View):
-    "Spectra of each task, energy in each other's directions, principal angles; hidden layers through a run."
-    def __init__(self, collected, # What `collect` gave, or its file
-                 rec=None, # A run with a watcher
+    "Show spectra of each task, energy in each other's directions, principal angles; hidden layers through a run."
+    def __init__(self,
+                 collected:Collected|str|Path, # What `collect` gave, or its file
+                 rec:Record|str|Path|None=None, # A run with a watcher
                  dark:bool|None=None):
         self.c = collected if isinstance(collected, Collected) else read_collected(collected)
         self.story = Story(rec) if rec is not None else None
-        self.tasks = [t for t in (self.story.rec if self.story else self.c).tasks if t in self.c.tasks]
+        named = (self.story.rec if self.story else self.c).tasks
+        self.tasks = [task for task in named if task in self.c.tasks]
         self.levels = defaultdict(list)
-        for p in self.c.places("raw/values"):
-            level, _, modality = p.rpartition("/"); self.levels[level].append(modality)
+        for place in self.c.places("raw/values"):
+            level, _, modality = place.rpartition("/")
+            self.levels[level].append(modality)
         if not self.levels: raise CitError("the collected file holds no spectra; `collect` writes them")
-        self._menus(); self.frame = framed(self._make())
+        self._menus()
+        self.frame = framed(self._make())
         menus = [self.level, self.modality, self.variant, self.task, self.k, self.share, self.layer, self.measure]
         super().__init__([knobs(*menus), self.frame], dark)
-        self.level.observe(lambda c: self.safely(lambda: offer(self.modality, self.levels[c["new"]])), "value")
-        for w in menus[1:]: w.observe(lambda _: self.safely(self.draw), "value")
+        fit = lambda change: offer(self.modality, self.levels[change["new"]])
+        self.level.observe(lambda change: self.safely(lambda: fit(change)), "value")
+        for menu in menus[1:]:
+            menu.observe(lambda _: self.safely(self.draw), "value")
 
 # %% ../nbs/11f_spectra_view.ipynb #342a9996
 _rows = {"as they are": "raw", "centred": "centred", "capped": "capped"}
 
 @patch
 def _menus(self:Spectra):
-    "Menus and sliders."
+    "Make menus and sliders."
     first = next(iter(self.levels))
-    rows = [(n, v) for n, v in _rows.items() if self.c.places(f"{v}/values")]
+    rows = [(label, variant) for label, variant in _rows.items() if self.c.places(f"{variant}/values")]
     self.level = choice("level", [*self.levels], 170, 60)
     self.modality = choice("modality", self.levels[first], 190, 60)
-    self.variant, self.task = choice("rows", rows, 180, 60, value="centred"), choice("from", self.tasks, 190, 60)
+    self.variant = choice("rows", rows, 180, 60, value="centred")
+    self.task = choice("from", self.tasks, 190, 60)
     self.layer = choice("layer", [0], 130, 60)
-    self.measure = choice("layers", [(v, k) for k, v in layered.items()], 320, 60, value="angle")
+    measures = [(label, key) for key, label in layered.items()]
+    self.measure = choice("layers", measures, 320, 60, value="angle")
     wide = dict(layout={"width": "250px"}, style={"description_width": "60px"}, continuous_update=False)
     self.k = W.IntSlider(8, 1, 64, description="k", **wide)
     self.share = W.FloatSlider(.9, min=.5, max=.99, step=.01, description="energy", **wide)
 
 # %% ../nbs/11f_spectra_view.ipynb #e5d794af
-_names = (("direction", "√eigenvalue, per token"), ("k, directions of the task chosen", "share of energy"),
-          ("principal angle, by rank", "angle, degrees"), ("optimiser steps", "")) # Of the axes, by panel
+_names = (("direction", "√eigenvalue, per token"),
+          ("k, directions of the task chosen", "share of energy"),
+          ("principal angle, by rank", "angle, degrees"),
+          ("optimiser steps", "")) # Of the axes, by panel
 _dashes = ("solid", "dash", "dot", "dashdot")
 
 @patch
 def _make(self:Spectra) -> go.FigureWidget:
-    "Two panels above, two below, empty."
+    "Make two panels above and two below, empty."
     layout = {}
-    for k, (x, y) in enumerate(_names, 1): layout |= axes(str(k), {"title": x}, {"title": y})
+    for number, (x, y) in enumerate(_names, 1):
+        layout |= axes(str(number), {"title": x}, {"title": y})
     layout["xaxis1"] |= {"type": "log", "dtick": 1}
     layout["yaxis1"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
-    layout["yaxis2"]["range"], layout["yaxis3"]["range"] = [0, 1.03], [-2, 92]
+    layout["yaxis2"]["range"] = [0, 1.03]
+    layout["yaxis3"]["range"] = [-2, 92]
     layout["xaxis3"]["rangemode"] = "tozero"
-    lines = [self._line(k, i) for k in range(1, 5) for i in range(len(self.tasks))]
+    lines = [self._line(panel, number) for panel in range(1, 5) for number in range(len(self.tasks))]
     return figure(lines + _bound_traces(), layout, 700)
 
 # %% ../nbs/11f_spectra_view.ipynb #4aa9a866
 @patch
-def _line(self:Spectra, k:int, # Panel
-          i:int) -> go.Scatter: # Task
-    "The line of a task, empty; where there are no marks, its dashes say which it is."
-    t, bare = self.tasks[i], k < 3
-    return go.Scatter(x=[], y=[], name=t, legendgroup=t, showlegend=k == 1, xaxis=f"x{k}", yaxis=f"y{k}",
-                      mode="lines" if bare else "lines+markers", marker={"symbol": marks[i % 8], "size": 6},
-                      line={"dash": _dashes[i//2 % 4] if bare else "solid"},
-                      hovertemplate=f"{t}<br>%{{x}}: %{{y:.3g}}<extra></extra>")
+def _line(self:Spectra,
+          panel:int, # Number of the panel
+          number:int, # Number of the task
+         ) -> go.Scatter:
+    "Make the line of a task, empty; where there are no marks, its dashes say which it is."
+    task, bare = self.tasks[number], panel < 3
+    return go.Scatter(x=[], y=[], name=task, legendgroup=task, showlegend=panel == 1,
+                      xaxis=f"x{panel}", yaxis=f"y{panel}",
+                      mode="lines" if bare else "lines+markers",
+                      marker={"symbol": marks[number % 8], "size": 6},
+                      line={"dash": _dashes[number//2 % 4] if bare else "solid"},
+                      hovertemplate=f"{task}<br>%{{x}}: %{{y:.3g}}<extra></extra>")
 
 _bounds_said = "k/d, by chance", "itself, other half"
 
 def _bound_traces() -> list:
-    "The chosen task's bootstrap band; what chance, and what its own other half would give."
-    line = lambda n, **look: go.Scatter(x=[], y=[], name=n, xaxis="x2", yaxis="y2", mode="lines", line=look)
-    band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0}, fill="toself", opacity=.3,
-                      hoverinfo="skip", showlegend=False)
+    "Make lines for the chosen task's bootstrap band, for chance, and for its own other half."
+    def line(name, **look):
+        "Make a line in the panel of energy."
+        return go.Scatter(x=[], y=[], name=name, xaxis="x2", yaxis="y2", mode="lines", line=look)
+    band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0},
+                      fill="toself", opacity=.3, hoverinfo="skip", showlegend=False)
     chance, half = _bounds_said
     return [band, line(chance, dash="dot", width=1), line(half, width=1.5)]
 
 # %% ../nbs/11f_spectra_view.ipynb #6ecb9683
 @patch
 def paint(self:Spectra):
-    "Colours of the theme."
-    p, T = self.colors, len(self.tasks)
+    "Set the colours of the theme."
+    colors, count = self.colors, len(self.tasks)
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for i, t in enumerate(self.fig.data[:4*T]): t.line.color = t.marker.color = p["hues"][i % T % 8]
+        for index, trace in enumerate(self.fig.data[:4*count]):
+            trace.line.color = trace.marker.color = colors["hues"][index % count % 8]
         *_, chance, half = self.fig.data
-        chance.line.color, half.line.color = p["faint"], p["ink"]
+        chance.line.color, half.line.color = colors["faint"], colors["ink"]
 
 @patch
 def look(self:Spectra) -> bool:
-    "New events of the run; the layers it has are offered."
+    "Read new events of the run, and offer the layers that it has."
     if not (self.story and self.story.read()): return False
-    deep = max((len(v) for f in self.story.frames for v in f["drift"].values()), default=0)
-    if deep and len(self.layer.options) != deep: offer(self.layer, list(range(deep))); self.layer.value = deep - 1
+    depths = (len(drift) for frame in self.story.frames for drift in frame["drift"].values())
+    deep = max(depths, default=0)
+    if deep and len(self.layer.options) != deep:
+        offer(self.layer, list(range(deep)))
+        self.layer.value = deep - 1
     return True
 
 # %% ../nbs/11f_spectra_view.ipynb #7c304c2b
 @patch
 def draw(self:Spectra):
-    "All four panels."
+    "Draw all four panels."
     place = f"{self.level.value}/{self.modality.value}"
     get = lambda what: self.c[f"{place}/{self.variant.value}/{what}"]
-    a, values = self.c.tasks.index(self.task.value), get("values")
-    k = min(self.k.value, get("energy").shape[2])
-    need = int((values[a].cumsum()/values[a].sum() < self.share.value).sum()) + 1
+    chosen = self.c.tasks.index(self.task.value)
+    values = get("values")[chosen]
+    directions = min(self.k.value, get("energy").shape[2])
+    held = values.cumsum()/values.sum()
+    need = int((held < self.share.value).sum()) + 1
+
     with self.fig.batch_update():
-        for i, t in enumerate(self.tasks): self._task(i, get, a, self.c.tasks.index(t), k)
-        self._bounds(get, a)
-        self.fig.layout.shapes = [upright(x, self.colors["faint"], n, dash="dash") for x, n in ((need, ""), (k, "2"))]
-        spots = self.arrange(*self._panels(place, k), names=[*self.tasks, *_bounds_said])
-        self.fig.layout.annotations = [*[spots[n].title for n in "1234"], self._needed(need, spots["1"]), *self._soon(spots["4"])]
+        for number, task in enumerate(self.tasks):
+            self._task(number, get, chosen, self.c.tasks.index(task), directions)
+        self._bounds(get, chosen)
+        uprights = (need, ""), (directions, "2")
+        faint = self.colors["faint"]
+        self.fig.layout.shapes = [upright(x, faint, axis, dash="dash") for x, axis in uprights]
+        spots = self.arrange(*self._panels(place, directions), names=[*self.tasks, *_bounds_said])
+        titles = [spots[panel].title for panel in "1234"]
+        needed, soon = self._needed(need, spots["1"]), self._soon(spots["4"])
+        self.fig.layout.annotations = [*titles, needed, *soon]
         self.fig.layout.yaxis4.title = layered[self.measure.value]
 
 # %% ../nbs/11f_spectra_view.ipynb #2ee3ffe4
 @patch
-def _task(self:Spectra, i:int, get, a:int, t:int, # Positions in the collected file: of the chosen task, of this one
-          k:int): # Directions
-    "The four lines of a task; to itself it has neither energy nor angles."
-    spectrum, energy, angle, course = self.fig.data[i:4*len(self.tasks):len(self.tasks)]
-    v = np.sqrt(get("values")[t]); n = int((v > 1e-4*v[0]).sum())
-    spectrum.x, spectrum.y, spectrum.line.width = np.arange(1, n + 1), v[:n], 3 if t == a else 1.5
-    E, (A, B) = get("energy")[a, t], (get("basis")[j][:, :k].astype(float) for j in (a, t))
-    energy.x, energy.y, energy.visible = np.arange(1, len(E) + 1), E, t != a
-    angle.x, angle.y, angle.visible = np.arange(1, k + 1), angles(A, B), t != a
-    course.x, course.y = self._course(self.tasks[i])
+def _task(self:Spectra,
+          number:int, # Of the task
+          get, # Reads an array of the chosen level, modality and variant
+          chosen:int, # Position of the chosen task in the collected file
+          own:int, # Position of this task there
+          directions:int):
+    "Draw the four lines of a task; to itself it has neither energy nor angles."
+    count = len(self.tasks)
+    spectrum, energy, angle, course = self.fig.data[number:4*count:count]
+    values = np.sqrt(get("values")[own])
+    shown = int((values > 1e-4*values[0]).sum())
+    spectrum.x = np.arange(1, shown + 1)
+    spectrum.y = values[:shown]
+    spectrum.line.width = 3 if own == chosen else 1.5
+
+    shares = get("energy")[chosen, own]
+    def basis(task): return get("basis")[task][:, :directions].astype(float)
+    theirs, ours = basis(chosen), basis(own)
+    energy.x = np.arange(1, len(shares) + 1)
+    energy.y = shares
+    energy.visible = own != chosen
+    degrees = angles(theirs, ours)
+    angle.x = np.arange(1, directions + 1)
+    angle.y = degrees
+    angle.visible = own != chosen
+    course.x, course.y = self._course(self.tasks[number])
 
 # %% ../nbs/11f_spectra_view.ipynb #1ac1a765
 @patch
 def _course(self:Spectra, task:str) -> tuple: # (steps, values)
-    "A measure of one hidden layer over the steps."
-    what, l = self.measure.value, self.layer.value
-    frames = [(f["step"], f[what].get(task, ())) for f in (self.story.frames if self.story else [])]
-    found = [(s, v[l]) for s, v in frames if len(v) > l]
+    "Return a measure of one hidden layer over the steps."
+    what, layer = self.measure.value, self.layer.value
+    frames = self.story.frames if self.story else []
+    measured = [(frame["step"], frame[what].get(task, ())) for frame in frames]
+    found = [(step, layers[layer]) for step, layers in measured if len(layers) > layer]
     return tuple(zip(*found)) if found else ([], [])
 
 @patch
-def _bounds(self:Spectra, get, a:int):
-    "The chosen task's band, chance, and its own other half."
+def _bounds(self:Spectra, get, chosen:int):
+    "Draw the chosen task's band, chance, and its own other half."
     band, chance, half = self.fig.data[-3:]
-    low, high = get("band")[a]; n = int((low > 1e-4*high[0]).sum()); x = np.arange(1, n + 1)
-    band.x, band.y = np.r_[x, x[::-1]], np.r_[high[:n], low[:n][::-1]]
-    band.fillcolor = self.colors["hues"][self.tasks.index(self.task.value) % 8]
+    low, high = get("band")[chosen]
+    shown = int((low > 1e-4*high[0]).sum())
+    x = np.arange(1, shown + 1)
+    band.x = np.r_[x, x[::-1]]
+    high, low = high[:shown], low[:shown]
+    band.y = np.r_[high, low[::-1]]
+    number = self.tasks.index(self.task.value)
+    band.fillcolor = self.colors["hues"][number % 8]
+
     k = np.arange(1, get("energy").shape[2] + 1)
-    chance.x, chance.y, half.x, half.y = k, k/get("values").shape[1], k, get("split")[a]
+    d, split = get("values").shape[1], get("split")[chosen]
+    chance.x, chance.y = k, k/d
+    half.x, half.y = k, split
 
 # %% ../nbs/11f_spectra_view.ipynb #ad8cf5a9
 @patch
-def _panels(self:Spectra, place:str, k:int) -> list: # Rows of panels
-    "What each panel shows, for the chosen task."
-    t, low = self.task.value, {"least": 260, "high": 230, "left": 62}
-    return [[Panel("1", f"spectra of {place.replace('/', ', ')} tokens", **low),
-             Panel("2", f"energy of each task in the directions of {t}", **low)],
-            [Panel("3", f"angles to {t}, {k} direction{'s'*(k != 1)} each", **low),
-             Panel("4", f"hidden layer {self.layer.value}: each task now against its own end", **low)]]
+def _panels(self:Spectra, place:str, directions:int) -> list: # Rows of panels
+    "Say what each panel shows, for the chosen task."
+    task, low = self.task.value, {"least": 260, "high": 230, "left": 62}
+    spectra = Panel("1", f"spectra of {place.replace('/', ', ')} tokens", **low)
+    energy = Panel("2", f"energy of each task in the directions of {task}", **low)
+    each = "1 direction" if directions == 1 else f"{directions} directions"
+    angle = Panel("3", f"angles to {task}, {each} each", **low)
+    hidden = Panel("4", f"hidden layer {self.layer.value}: each task now against its own end", **low)
+    return [[spectra, energy], [angle, hidden]]
 
 @patch
 def _needed(self:Spectra, need:int, spot) -> dict: # An annotation
-    "How many directions hold the chosen share of the task's energy, at the line through the spectra."
-    said = f"{need} direction{'s'*(need != 1)}: {self.share.value:.0%} of {self.task.value}"
-    right = np.log10(need) > .5*np.log10(max(2, self.c[f"{self.level.value}/{self.modality.value}/{self.variant.value}/values"].shape[1]))
+    "Say how many directions hold the chosen share of the task's energy, at the line through the spectra."
+    directions = "direction" if need == 1 else "directions"
+    said = f"{need} {directions}: {self.share.value:.0%} of {self.task.value}"
+    place = f"{self.level.value}/{self.modality.value}/{self.variant.value}"
+    d = self.c[f"{place}/values"].shape[1]
+    right = np.log10(need) > .5*np.log10(max(2, d))
     text = "<br>".join(wrapped(said, .5*spot.wide, 11.5))
-    return remark(text, np.log10(need), 1, self.colors, xref="x", yref="y domain", yanchor="top", xanchor="right" if right else "left", align="right" if right else "left")
+    side = "right" if right else "left"
+    return remark(text, np.log10(need), 1, self.colors, xref="x", yref="y domain",
+                  yanchor="top", xanchor=side, align=side)
 
 @patch
 def _soon(self:Spectra, spot) -> list: # Annotations
-    "What the panel of hidden layers waits for."
-    L, known = self.fig.layout, any(len(self._course(t)[0]) for t in self.tasks)
-    L.xaxis4.update(range=None if known else [0, max(20, self.story.step if self.story else 0)], autorange=known)
-    L.yaxis4.update(range=None if known else [0, 1], autorange=known, showticklabels=known)
+    "Say what the panel of hidden layers waits for."
+    layout = self.fig.layout
+    known = any(len(self._course(task)[0]) for task in self.tasks)
+    step = self.story.step if self.story else 0
+    steps = None if known else [0, max(20, step)]
+    layout.xaxis4.update(range=steps, autorange=known)
+    layout.yaxis4.update(range=None if known else [0, 1], autorange=known, showticklabels=known)
     if known: return []
-    if self.story is None: return [noted("a run shows its hidden layers here", spot, self.colors)]
-    if not probed(self.story.rec): return [noted("this run is not probed", spot, self.colors)]
-    return [noted("begins with the second task: how far the first has turned since its end", spot, self.colors)]
+    if self.story is None: said = "a run shows its hidden layers here"
+    elif not probed(self.story.rec): said = "this run is not probed"
+    else: said = "begins with the second task: how far the first has turned since its end"
+    return [noted(said, spot, self.colors)]

@@ -11,7 +11,9 @@ __all__ = ['marks', 'layered', 'palette', 'template', 'Theme', 'Follow', 'Bounde
 # %% ../nbs/11a_view.ipynb #6fbf2989
 import asyncio, base64, html, io, textwrap, threading, time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import anywidget
@@ -27,7 +29,7 @@ import cit_workbench.live # noqa: F401 (gives a record its state)
 from .core import CitError, leaves, placed
 from .pictures import load_image
 from .record import Lines, Record, RecordWriter
-from .stream import get_stream
+from .stream import Stream, get_stream
 
 # %% ../nbs/11a_view.ipynb #9cc6366f
 _hues_dark = ("#4FA3E0", "#F2894A", "#2FC39A", "#E7A1CC", "#F5BE4E", "#9AD7FA", "#F2F2F2", "#CDAE5E")
@@ -38,25 +40,30 @@ _dark = {"hues": _hues_dark, "ink": "#e6e6e6", "faint": "#9a9a9a", "grid": "#3a3
          "amount": ("#15202b", "#2f78ad", "#d6ecff"), "sign": ("#f1a340", "#262626", "#67a9e8")}
 
 def palette(dark:bool=False) -> dict: # hues, ink, faint, grid; `amount` from none to much, `sign` from minus to plus
-    "Colours of a view on light or on dark ground."
-    p = _dark if dark else _light
-    return p | {k: [[i/2, c] for i, c in enumerate(p[k])] for k in ("amount", "sign")}
+    "Return the colours of a view on light or on dark ground."
+    colors = _dark if dark else _light
+    def scale(name): return [[index/2, color] for index, color in enumerate(colors[name])]
+    return colors | {name: scale(name) for name in ("amount", "sign")}
 
 # %% ../nbs/11a_view.ipynb #9ee8580d
 def template(dark:bool=False) -> dict:
-    "A Plotly template: the page shines through, thin grids, small type."
-    p, clear = palette(dark), "rgba(0,0,0,0)"
-    font = {"family": "DejaVu Sans, Segoe UI, Helvetica, Arial, sans-serif", "size": 12, "color": p["ink"]}
-    axis = {"gridcolor": p["grid"], "zerolinecolor": p["grid"], "linecolor": p["faint"], "automargin": False,
-            "ticks": "", "title": {"standoff": 8, "font": {"size": 12}}, "tickfont": {"size": 11}}
-    return {"layout": {"font": font, "paper_bgcolor": clear, "plot_bgcolor": clear, "colorway": list(p["hues"]),
-                       "xaxis": axis, "yaxis": axis, "legend": {"bgcolor": clear, "font": {"size": 11}, "tracegroupgap": 0},
-                       "hoverlabel": {"font": {"size": 11}}, "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False}}}
+    "Return a Plotly template: the page shines through, thin grids, small type."
+    colors, clear = palette(dark), "rgba(0,0,0,0)"
+    font = {"family": "DejaVu Sans, Segoe UI, Helvetica, Arial, sans-serif", "size": 12, "color": colors["ink"]}
+    axis = {"gridcolor": colors["grid"], "zerolinecolor": colors["grid"], "linecolor": colors["faint"],
+            "automargin": False, "ticks": "", "title": {"standoff": 8, "font": {"size": 12}},
+            "tickfont": {"size": 11}}
+    legend = {"bgcolor": clear, "font": {"size": 11}, "tracegroupgap": 0}
+    margin = {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False}
+    return {"layout": {"font": font, "paper_bgcolor": clear, "plot_bgcolor": clear, "colorway": list(colors["hues"]),
+                       "xaxis": axis, "yaxis": axis, "legend": legend,
+                       "hoverlabel": {"font": {"size": 11}}, "margin": margin}}
 
 # %% ../nbs/11a_view.ipynb #d7f38fed
 class Theme(anywidget.AnyWidget):
-    "Whether JupyterLab's theme is dark (`fixed`: the page is not asked), and how many pixels wide a figure is."
-    dark, fixed = traitlets.Bool(False).tag(sync=True), traitlets.Bool(False).tag(sync=True)
+    "Tell whether JupyterLab's theme is dark (`fixed`: the page is not asked), and how many pixels wide a figure is."
+    dark = traitlets.Bool(False).tag(sync=True)
+    fixed = traitlets.Bool(False).tag(sync=True)
     width = traitlets.Int(0).tag(sync=True) # 0: no page has said
     _css = """
     .cit-view, .cit-view .jupyter-widgets { min-width: 0; max-width: 100%; }
@@ -64,7 +71,8 @@ class Theme(anywidget.AnyWidget):
     .cit-view .jupyter-widget-tab > .lm-TabBar { overflow: visible; min-height: 0; flex: 0 0 auto; }
     .cit-view .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 1 1 auto; min-width: max-content; }
     .cit-view .jupyter-button { flex: 0 0 auto; overflow: visible; }
-    .cit-view .widget-html-content, .cit-view .jupyter-widget-html-content { overflow-wrap: anywhere; line-height: 1.4; }
+    .cit-view .widget-html-content, .cit-view .jupyter-widget-html-content {
+      overflow-wrap: anywhere; line-height: 1.4; }
     """
     _esm = """
     function initialize({ model }) {
@@ -97,7 +105,9 @@ class Theme(anywidget.AnyWidget):
       };
       const late = [100, 500, 1500, 4000].map(t => setTimeout(() => { measure(); fit(); }, t));
       const narrow = f => f.clientWidth - (plot(f)?._fullLayout?.width ?? f.clientWidth) > 40;
-      const keep = setInterval(() => { if (el.isConnected && view()) { measure(); if (mine().some(narrow)) fit(); } }, 1500);
+      const keep = setInterval(() => {
+        if (el.isConnected && view()) { measure(); if (mine().some(narrow)) fit(); }
+      }, 1500);
       let wide = 0, soon = 0;
       const seen = new ResizeObserver(([e]) => {
         if (e.contentRect.width === wide) return;
@@ -112,24 +122,29 @@ class Theme(anywidget.AnyWidget):
 
 # %% ../nbs/11a_view.ipynb #517abf67
 class Follow(Lines):
-    "The lines of a growing file, each handed out once."
+    "Hand out each line of a growing file once."
     def new(self) -> tuple: # (is what was handed out before void?, new lines)
-        "What came since; a file that was cut begins again."
+        "Return what came since; a file that was cut begins again."
         before = self.rows
         rows = self.read() if self.path.exists() else before
-        out = list(rows); rows.clear()
+        out = list(rows)
+        rows.clear()
         return rows is not before, out
 
 # %% ../nbs/11a_view.ipynb #a1b5a0fd
 class Bounded(list):
-    "At most `most` items, evenly spread over all that came; the last is always there."
-    def __init__(self, most:int=1000): super().__init__(); self.most, self.every, self.came = most, 1, 0
-    def add(self, x):
-        "One more; in the place of the last, unless that stays."
-        if self.came and (self.came - 1) % self.every: self[-1] = x
-        else: self.append(x)
+    "Keep at most `most` items, evenly spread over all that came; the last is always there."
+    def __init__(self, most:int=1000):
+        super().__init__()
+        self.most, self.every, self.came = most, 1, 0
+    def add(self, item):
+        "Add one more; in the place of the last, unless that stays."
+        if self.came and (self.came - 1) % self.every: self[-1] = item
+        else: self.append(item)
         self.came += 1
-        if len(self) > self.most: self.every *= 2; self[:] = [*self[:-1:2], self[-1]]
+        if len(self) > self.most:
+            self.every *= 2
+            self[:] = [*self[:-1:2], self[-1]]
 
 # %% ../nbs/11a_view.ipynb #b72f0bf6
 layered = {"drift": "drift since the task's own end", "cka": "CKA with the task's own end",
@@ -137,8 +152,9 @@ layered = {"drift": "drift since the task's own end", "cka": "CKA with the task'
 
 # %% ../nbs/11a_view.ipynb #9fd4ecac
 class Story:
-    "What the events of a run say so far; `read()` takes in what is new."
-    def __init__(self, rec, # Run folder, packed file or Record
+    "Keep what the events of a run say so far; `read()` takes in what is new."
+    def __init__(self,
+                 rec:Record|str|Path, # Run folder, packed file or Record
                  most:int=1000): # Points per curve
         self.rec, self.most = rec if isinstance(rec, Record) else Record(rec), most
         self.source = Follow(self.rec.path if self.rec.packed else self.rec.path/"events.jsonl")
@@ -146,7 +162,7 @@ class Story:
                       "row": self._row}
         self.clear()
     def clear(self):
-        "Nothing is known."
+        "Forget everything."
         self.step, self.spans, self.rows = 0, [], {}
         self.frames, self.full = Bounded(self.most//4), Bounded(self.most//4)
         self.curves, self.watched, self.stats = (defaultdict(lambda: Bounded(self.most)) for _ in range(3))
@@ -154,106 +170,124 @@ class Story:
         "Take in what was written since."
         again, events = self.source.new()
         if again: self.clear()
-        for e in events:
-            if e["kind"] in self.takes: self.takes[e["kind"]](e)
+        for event in events:
+            kind = event["kind"]
+            if kind in self.takes: self.takes[kind](event)
         return again or bool(events)
 
 # %% ../nbs/11a_view.ipynb #e7411592
-def number(v) -> float:
-    "None, as JSON says it, is NaN."
-    return float("nan") if v is None else float(v)
+def number(value:float|None) -> float:
+    "Return a number; None, as JSON says it, is NaN."
+    return float("nan") if value is None else float(value)
 
 @patch
-def _begin(self:Story, e:dict):
-    "A task: the steps from here on are its."
-    self.spans.append([e["task"], self.step, self.step])
+def _begin(self:Story, event:dict):
+    "Begin a task: the steps from here on are its."
+    self.spans.append([event["task"], self.step, self.step])
 
 @patch
-def _step(self:Story, e:dict):
-    "A training step: how far the run is, and the method's `stats`."
-    if not self.spans or self.spans[-1][0] != e.get("task"): self._begin(e)
-    self.step = self.spans[-1][2] = e["global"] + 1
-    for k, v in (e.get("stats") or {}).items(): self.stats[k].add((self.step, number(v)))
+def _step(self:Story, event:dict):
+    "Take in a training step: how far the run is, and the method's `stats`."
+    if not self.spans or self.spans[-1][0] != event.get("task"): self._begin(event)
+    self.step = self.spans[-1][2] = event["global"] + 1
+    for name, value in (event.get("stats") or {}).items():
+        self.stats[name].add((self.step, number(value)))
 
 # %% ../nbs/11a_view.ipynb #fd2ed18f
 @patch
-def _probe(self:Story, e:dict):
-    "Scores of the tasks seen, on validation data."
-    for task, scores in e["scores"].items():
-        for k in ("formatted", "valid", "content"):
-            self.curves[task, k].add((e["global"] + 1, number(scores.get(k))))
+def _probe(self:Story, event:dict):
+    "Take in scores of the tasks seen, on validation data."
+    for task, scores in event["scores"].items():
+        for score in ("formatted", "valid", "content"):
+            self.curves[task, score].add((event["global"] + 1, number(scores.get(score))))
 
 @patch
-def _row(self:Story, e:dict):
-    "A row of R, at the step where it was measured."
-    self.rows[e["row"]] = self.step, e["name"], e["scores"]
+def _row(self:Story, event:dict):
+    "Take in a row of R, at the step where it was measured."
+    self.rows[event["row"]] = self.step, event["name"], event["scores"]
 
 # %% ../nbs/11a_view.ipynb #78261877
 _watched = {"nll": "nll", "formatted": "formatted", "valid": "valid", "content": "choice"}
 
 @patch
-def _watch(self:Story, e:dict):
-    "A probe of the watcher: losses and layers of the old tasks; at full probes, answers and gradients, too."
-    step, tasks = e["global"], e["tasks"]
+def _watch(self:Story, event:dict):
+    "Take in losses and layers of the old tasks from a probe; from a full one, answers and gradients, too."
+    step, tasks = event["global"], event["tasks"]
     self.step = max(self.step, step)
     if self.spans: self.spans[-1][2] = self.step
-    for task, m in tasks.items():
+
+    for task, measured in tasks.items():
         for ours, theirs in _watched.items():
-            if m.get(theirs) is not None: self.watched[task, ours].add((step, float(m[theirs])))
-    of = lambda k: {t: np.array(m[k], np.float32) for t, m in tasks.items() if m.get(k)}
-    frame = {"step": step, "task": e["task"]}
-    self.frames.add(frame | {k: of(k) for k in layered})
-    said = {t: [names for _, names in m["answers"]] for t, m in tasks.items() if m.get("answers")}
-    if said: self.full.add(frame | {"grad_cos_layers": of("grad_cos_layers"), "said": said})
+            value = measured.get(theirs)
+            if value is not None: self.watched[task, ours].add((step, float(value)))
+
+    def arrays(name):
+        known = {task: measured[name] for task, measured in tasks.items() if measured.get(name)}
+        return {task: np.array(values, np.float32) for task, values in known.items()}
+    frame = {"step": step, "task": event["task"]}
+    self.frames.add(frame | {name: arrays(name) for name in layered})
+    answered = {task: measured["answers"] for task, measured in tasks.items() if measured.get("answers")}
+    said = {task: [names for _, names in answers] for task, answers in answered.items()}
+    if said: self.full.add(frame | {"grad_cos_layers": arrays("grad_cos_layers"), "said": said})
 
 # %% ../nbs/11a_view.ipynb #70282d35
-def toy_run(folder, # Where to
-            method:str="finetune", seed:int=0,
+def toy_run(folder:str|Path, # Where to
+            method:str="finetune",
+            seed:int=0,
             drop:float=40., # Points that a task loses per later task
-            tasks=("colour", "shape", "count"),
+            tasks:tuple=("colour", "shape", "count"),
             stop:int|None=None, # Steps, after which nothing is written any more; None: it finishes
            ) -> Record:
-    "A run of ten steps per task, written by hand, for lessons and tests."
-    w = RecordWriter(folder)
+    "Write a run of ten steps per task by hand, for lessons and tests."
+    writer = RecordWriter(folder)
     config = {"method": method, "stream": "toy", "stream_args": {}, "seed": seed}
-    w.open({"config": config, "method": method, "protocol": "p", "leaks": [], "chance": dict.fromkeys(tasks, 20.),
-            "columns": [*([t, "stream"] for t in tasks), ["old", "held_in"]], "rows": ["start", *tasks]})
-    w.row(0, "start", _toy_scores(tasks, 0, 10, drop))
-    for t in range(1, len(tasks) + 1):
-        if not _toy_task(w, tasks, t, drop, stop): return Record(folder)
-    w.finish()
+    columns = [*([task, "stream"] for task in tasks), ["old", "held_in"]]
+    writer.open({"config": config, "method": method, "protocol": "p", "leaks": [],
+                 "chance": dict.fromkeys(tasks, 20.), "columns": columns, "rows": ["start", *tasks]})
+    writer.row(0, "start", _toy_scores(tasks, 0, 10, drop))
+    for number in range(1, len(tasks) + 1):
+        if not _toy_task(writer, tasks, number, drop, stop): return Record(folder)
+    writer.finish()
     return Record(folder)
 
 # %% ../nbs/11a_view.ipynb #c7d44666
-def _toy_scores(tasks, t:int, steps:int, drop:float) -> dict: # {column: scores}
-    "After some steps of the t-th task: columns not learned yet have 10 %."
-    at = lambda i: 10. if i >= t else 10 + 8.5*steps if i == t - 1 else max(5., 95 - drop*(t - i - 2 + steps/10))
-    more = lambda s: {"formatted": s, "valid": min(100., s + 20), "content": min(100., s + 30), "n": 2}
-    return {c: more(at(i)) for i, c in enumerate((*tasks, "old"))}
+def _toy_scores(tasks, number:int, steps:int, drop:float) -> dict: # {column: scores}
+    "Score all columns after some steps of a task, counted from 1; columns not learned yet have 10 %."
+    def formatted(index):
+        if index >= number: return 10.
+        if index == number - 1: return 10 + 8.5*steps
+        return max(5., 95 - drop*(number - index - 2 + steps/10))
+    def scores(score):
+        return {"formatted": score, "valid": min(100., score + 20), "content": min(100., score + 30), "n": 2}
+    return {column: scores(formatted(index)) for index, column in enumerate((*tasks, "old"))}
 
 # %% ../nbs/11a_view.ipynb #bbb5562c
-def _toy_task(w:RecordWriter, tasks, t:int, drop:float, stop) -> bool: # Was it finished?
-    "Ten steps of the t-th task with probes, its end, its answers and its row."
-    task, old = tasks[t - 1], tasks[:t - 1]
-    w.event("begin", task=task, trainable=8, tensors=2)
-    for s in range(10):
-        at = {"task": task, "phase": "tune", "step": s, "global": 10*(t - 1) + s}
+def _toy_task(writer:RecordWriter, tasks, number:int, drop:float, stop) -> bool: # Was it finished?
+    "Write ten steps of a task with probes, its end, its answers and its row."
+    task, old = tasks[number - 1], tasks[:number - 1]
+    writer.event("begin", task=task, trainable=8, tensors=2)
+    for step in range(10):
+        at = {"task": task, "phase": "tune", "step": step, "global": 10*(number - 1) + step}
         if stop is not None and at["global"] >= stop: return False
         stats = {"penalty": at["global"]/10} if old else {}
-        w.event("step", **at, loss=2/(s + 1), added=0., lr=1e-3, grad_norm=1., stats=stats)
-        if s % 2: w.event("probe", **at, scores={c: _toy_scores(tasks, t, s + 1, drop)[c] for c in tasks[:t]})
-        far = {c: {"nll": .1*s, "drift": [0., .1*s], "cka": [1., .9], "angle": [0., 20.]} for c in old}
-        if s % 5 == 4: w.event("watch", **at, tasks=far, stats=stats)
-    w.event("end", task=task, trainable=8, stored_bytes=0, extra_forwards=0, observed=[])
-    w.answers(t, tasks[0], [_toy_answer(i, t == 1 or not i) for i in range(2)])
-    w.row(t, task, _toy_scores(tasks, t, 10, drop)); w.time("train", 1. + t)
+        writer.event("step", **at, loss=2/(step + 1), added=0., lr=1e-3, grad_norm=1., stats=stats)
+        if step % 2:
+            scores = _toy_scores(tasks, number, step + 1, drop)
+            writer.event("probe", **at, scores={name: scores[name] for name in tasks[:number]})
+        if step % 5 == 4:
+            layers = {"drift": [0., .1*step], "cka": [1., .9], "angle": [0., 20.]}
+            writer.event("watch", **at, tasks={name: {"nll": .1*step, **layers} for name in old}, stats=stats)
+    writer.event("end", task=task, trainable=8, stored_bytes=0, extra_forwards=0, observed=[])
+    writer.answers(number, tasks[0], [_toy_answer(index, number == 1 or not index) for index in range(2)])
+    writer.row(number, task, _toy_scores(tasks, number, 10, drop))
+    writer.time("train", 1. + number)
     return True
 
 # %% ../nbs/11a_view.ipynb #168c5724
-def _toy_answer(i:int, right:bool) -> dict:
-    "A result line: the word that was asked for, or a letter."
+def _toy_answer(index:int, right:bool) -> dict:
+    "Make a result line: the word that was asked for, or a letter."
     scores = {"formatted": float(right), "valid": float(right), "content": 1.}
-    return {"question_id": f"q{i}", "prompt": "What colour is it?\nOne word.", "text": "red" if right else "A",
+    return {"question_id": f"q{index}", "prompt": "What colour is it?\nOne word.", "text": "red" if right else "A",
             "metadata": {"answer": "red", **scores}}
 
 # %% ../nbs/11a_view.ipynb #5be2a2e9
@@ -261,50 +295,53 @@ _unknown = [(np.nan, np.nan)]
 
 @patch
 def line(self:Story, task:str, score:str) -> tuple: # (steps, values)
-    "The curve of a task on validation data."
-    return tuple(np.array(self.curves.get((task, score)) or self.watched.get((task, score)) or _unknown, float).T)
+    "Return the curve of a task on validation data."
+    key = task, score
+    points = self.curves.get(key) or self.watched.get(key) or _unknown
+    return tuple(np.array(points, float).T)
 
 @patch
 def ends(self:Story, task:str, score:str) -> tuple: # (steps, values)
-    "The task's column of R, at the steps where its rows were measured."
-    found = [(s, number(scores.get(task, {}).get(score))) for s, _, scores in self.rows.values()]
+    "Return the task's column of R, at the steps where its rows were measured."
+    found = [(step, number(scores.get(task, {}).get(score))) for step, _, scores in self.rows.values()]
     return tuple(np.array(found or _unknown, float).T)
 
 @patch
 def row_at(self:Story, step:int) -> int|None:
-    "The last row of R that was measured at or before a step."
-    return max((r for r, (s, *_) in self.rows.items() if s <= step), default=None)
+    "Return the last row of R that was measured at or before a step."
+    return max((row for row, (measured, *_) in self.rows.items() if measured <= step), default=None)
 
 # %% ../nbs/11a_view.ipynb #ebba6d0d
 def nearest(frames:list, # Dicts with a step
             step:int) -> dict|None:
-    "The frame nearest to a step."
-    return min(frames, key=lambda f: abs(f["step"] - step), default=None)
+    "Return the frame nearest to a step."
+    return min(frames, key=lambda frame: abs(frame["step"] - step), default=None)
 
-def stream_of(rec:Record): # A `Stream`
-    "The stream a run was made from, wherever this process works."
+def stream_of(rec:Record) -> Stream:
+    "Return the stream a run was made from, wherever this process works."
     fields = placed(rec.config, rec.run.get("cwd"))
     return get_stream(fields["stream"], **fields["stream_args"])
 
 # %% ../nbs/11a_view.ipynb #7d96123b
 def probed(rec:Record) -> dict: # Fields of `Watch`; {} without probes
-    "How a run is probed; older records say so in their configuration."
+    "Return how a run is probed; older records say so in their configuration."
     return rec.run.get("watch") or rec.config.get("watch") or {}
 
 def doing(rec:Record) -> str: # "" once it trains, and when nobody trains it
-    "What a run does before its first step."
+    "Say what a run does before its first step."
     if rec.packed or rec.state() not in ("queued", "loading"): return ""
     if rec.state() == "queued": return "queued"
     return "asking the start model" if (rec.path/"run.json").is_file() else "loading weights"
 
 # %% ../nbs/11a_view.ipynb #3410ef28
 class View(W.VBox):
-    "A widget that redraws itself while what it shows grows."
+    "Redraw what is shown while it grows."
     frame = None # What holds the figure, if there is one
     fig = property(lambda self: self.frame.children[0])
     colors = property(lambda self: palette(self.theme.dark))
     wide = property(lambda self: max(220, self.theme.width or 900)) # Pixels of the figure
-    def __init__(self, children, # Widgets, top to bottom
+    def __init__(self,
+                 children:list, # Widgets, top to bottom
                  dark:bool|None=None): # None: as JupyterLab's theme is
         self.asleep, self.lock, self.over = False, threading.RLock(), threading.Event()
         self.theme, self.note = Theme(dark=bool(dark), fixed=dark is not None), W.HTML()
@@ -314,7 +351,8 @@ class View(W.VBox):
         self.theme.observe(lambda _: self.safely(self.draw), "width")
         self.theme.on_msg(lambda *said: self._heard(*said))
         self.listen()
-        self.safely(lambda: (self.look(), self.paint(), self.draw())); self.settle()
+        self.safely(lambda: (self.look(), self.paint(), self.draw()))
+        self.settle()
         self.thread = threading.Thread(target=self._follow, daemon=True, name=type(self).__name__)
         self.thread.start()
         _take_over(self)
@@ -323,11 +361,11 @@ class View(W.VBox):
 # %% ../nbs/11a_view.ipynb #8f7928ad
 @patch
 def listen(self:View):
-    "What clicks on the figure do."
+    "Hear clicks on the figure."
 
 @patch
 def look(self:View) -> bool:
-    "Is there anything new to draw?"
+    "Look whether there is anything new to draw."
     return False
 
 @patch
@@ -341,38 +379,40 @@ def draw(self:View):
 # %% ../nbs/11a_view.ipynb #4435a0f7
 @patch
 def say(self:View, text:str="", wrong:bool=False):
-    "A sentence below the view."
+    "Write a sentence below the view."
     color = "var(--jp-error-color1, #b00)" if wrong else "inherit"
     self.note.value = f'<span style="color:{color}">{html.escape(text)}</span>' if text else ""
 
 @patch
-def safely(self:View, f):
-    "Call `f` alone; a mistake of the person at the keyboard becomes a sentence in the view."
+def safely(self:View, work:Callable):
+    "Call `work` alone; a mistake of the person at the keyboard becomes a sentence in the view."
     with self.lock:
-        try: return f()
-        except CitError as e: self.say(str(e), wrong=True)
+        try: return work()
+        except CitError as error: self.say(str(error), wrong=True)
 
 # %% ../nbs/11a_view.ipynb #a25fd5a0
 @patch
-def _heed(self:View, f):
-    "Call `f`; its mistake becomes a sentence in the view."
-    try: return f()
-    except CitError as e: self.say(str(e), wrong=True)
-    except Exception as e:
-        self.say(f"{type(e).__name__}: {e}", wrong=True)
+def _heed(self:View, work):
+    "Call `work`; its mistake becomes a sentence in the view."
+    try: return work()
+    except CitError as error: self.say(str(error), wrong=True)
+    except Exception as error:
+        self.say(f"{type(error).__name__}: {error}", wrong=True)
         raise
 
 @patch
-def later(self:View, f, # Neither imports nor parses
+def later(self:View,
+          work:Callable, # Neither imports nor parses
           said:str="", # Shown meanwhile
          ):
-    "Call `f` in a thread of its own, so that the page stays alive; its mistake becomes a sentence in the view."
+    "Call `work` in a separate thread, so that the page stays alive; its mistake becomes a sentence in the view."
     if said: self.say(said)
-    threading.Thread(target=lambda: self._heed(f), daemon=True).start()
+    threading.Thread(target=lambda: self._heed(work), daemon=True).start()
 
 # %% ../nbs/11a_view.ipynb #d4617e95
 @patch
-def soon(self:View, pieces, # An iterator that does one piece of work at each step
+def soon(self:View,
+         pieces:Iterator, # Does one piece of work at each step
          said:str="", # Shown meanwhile
         ):
     "Do work in this thread once the page has drawn the view, or at once where no event loop runs."
@@ -380,7 +420,8 @@ def soon(self:View, pieces, # An iterator that does one piece of work at each st
     try: loop = asyncio.get_running_loop()
     except RuntimeError: loop = None
     def step():
-        if not self.over.is_set() and self._heed(lambda: next(pieces, "done")) != "done": loop.call_later(.05, step)
+        if self.over.is_set(): return
+        if self._heed(lambda: next(pieces, "done")) != "done": loop.call_later(.05, step)
     if loop: loop.call_later(.3, step)
     else: self._heed(lambda: list(pieces))
 
@@ -391,10 +432,11 @@ def _follow(self:View):
     rest, last = .25, 0.
     while not self.over.wait(rest):
         if self.asleep: continue
-        tic = time.thread_time()
+        began = time.thread_time()
         self.safely(lambda: self.draw() if self.look() else None)
-        now = time.thread_time() - tic
-        rest, last = max(.25, 199*min(now, last)), now # What was dear once, as answers that are read, is not waited for
+        took = time.thread_time() - began
+        rest = max(.25, 199*min(took, last)) # What was dear once, as answers that are read, is not waited for
+        last = took
 
 @patch
 def wake(self:View):
@@ -404,9 +446,10 @@ def wake(self:View):
 
 @patch
 def settle(self:View):
-    "What a page that loads the figure from now on is given: all that was drawn, not the empty figure it began as."
+    "Give all that was drawn to a page that loads the figure from now on, not the empty figure it began as."
     if not self.frame: return
-    self.fig._widget_layout, self.fig._widget_data = deepcopy(self.fig._layout_obj._props), deepcopy(self.fig._data)
+    layout, data = deepcopy(self.fig._layout_obj._props), deepcopy(self.fig._data)
+    self.fig._widget_layout, self.fig._widget_data = layout, data
 
 # %% ../nbs/11a_view.ipynb #c0e96dff
 @patch
@@ -414,12 +457,13 @@ def close(self:View):
     "Stop the thread and free all widgets."
     self.over.set()
     if threading.current_thread() is not self.thread: self.thread.join()
-    for w in _below(self)[:0:-1]: w.close()
+    for widget in _below(self)[:0:-1]:
+        widget.close()
     W.VBox.close(self)
 
-def _below(w) -> list:
-    "A widget and all widgets in it."
-    return [w, *(x for c in getattr(w, "children", ()) for x in _below(c))]
+def _below(widget) -> list:
+    "List a widget and all widgets in it."
+    return [widget, *(inner for child in getattr(widget, "children", ()) for inner in _below(child))]
 
 # %% ../nbs/11a_view.ipynb #497cf0fa
 _shown = {} # {cell: (execution, views)}
@@ -431,93 +475,113 @@ def _take_over(view):
     cell, now = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
     if cell is None: return
     before, views = _shown.get(cell, (now, []))
-    for v in views if before != now else []: v.close()
-    _shown[cell] = now, [*(views if before == now else []), view]
+    if before != now:
+        for earlier in views:
+            earlier.close()
+        views = []
+    _shown[cell] = now, [*views, view]
 
 # %% ../nbs/11a_view.ipynb #d0bbb3ac
 class Figure(go.FigureWidget):
-    "Plotly's widget, for which the kernel alone says what a figure holds: a page that lags behind deletes nothing."
+    "Let the kernel alone say what a figure holds: a page that lags behind deletes nothing."
     def _handler_js2py_traceDeltas(self, change): pass
     def _handler_js2py_layoutDelta(self, change): pass
 
 _buttons = ["select2d", "lasso2d", "autoScale2d"]
 
 def figure(data:list, layout:dict, height:int) -> Figure:
-    "A figure as wide as the page, without Plotly's logo."
+    "Make a figure as wide as the page, without Plotly's logo."
     fig = Figure(go.Figure(data, {"height": height, "autosize": True, "uirevision": "same", **layout}))
     fig._config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": _buttons}
     return fig
 
-def framed(fig) -> W.VBox:
-    "A figure in a box in which it can be exchanged."
-    box = W.VBox([fig], layout={"width": "100%"}); box.add_class("cit-figure")
+def framed(fig:go.FigureWidget) -> W.VBox:
+    "Put a figure in a box in which it can be exchanged."
+    box = W.VBox([fig], layout={"width": "100%"})
+    box.add_class("cit-figure")
     return box
 
 # %% ../nbs/11a_view.ipynb #9d29aeba
 @patch
 def renew(self:View):
-    "A new figure in the old one's place, for a page that was loaded again or could not show it."
+    "Make a new figure in the old one's place, for a page that was loaded again or could not show it."
     if self.frame is None: return
-    old, self.frame.children = self.fig, [self._make()]
-    self.listen(); self.paint(); self.draw(); self.settle(); old.close()
+    old = self.fig
+    self.frame.children = [self._make()]
+    self.listen()
+    self.paint()
+    self.draw()
+    self.settle()
+    old.close()
 
 @patch
 def resend(self:View):
-    "All that the figure holds, for a page that loaded it a while ago: what was drawn meanwhile did not reach it."
-    dotted = lambda d: {".".join(k): v for k, v in leaves(d)}
-    for i, t in enumerate(self.fig._data):
-        self.fig._send_restyle_msg({k: [v] for k, v in dotted(t).items() if k not in ("uid", "type")}, i)
-    layout = dict(self.fig._layout_obj._props); look = {k: layout.pop(k) for k in ("template",) if k in layout}
+    "Send all that the figure holds, for a page that loaded it a while ago and did not hear what was drawn meanwhile."
+    def dotted(table): return {".".join(path): value for path, value in leaves(table)}
+    for index, trace in enumerate(self.fig._data):
+        changes = {path: [value] for path, value in dotted(trace).items() if path not in ("uid", "type")}
+        self.fig._send_restyle_msg(changes, index)
+    layout = dict(self.fig._layout_obj._props)
+    look = {"template": layout.pop("template")} if "template" in layout else {}
     self.fig._send_relayout_msg(look | dotted(layout))
 
 @patch
 def _heard(self:View, _, said, buffers):
-    "The page has drawn the figure, or could not."
+    "Hear that the page has drawn the figure, or could not."
     self.safely(self.resend if said["kind"] == "ready" else self.renew)
 
 # %% ../nbs/11a_view.ipynb #a1f3de48
 def axis(lo:float, hi:float, # From and to, as shares of the figure
          anchor:str, # The axis it stands on
          **kw) -> dict:
-    "Where an axis lies."
+    "Say where an axis lies."
     return {"domain": [lo, hi], "anchor": anchor, **kw}
 
 def axes(number:str, # "", "2", …
          x:dict|None=None, # Of the x axis
          y:dict|None=None, # Of the y axis
         ) -> dict: # Layout
-    "A pair of axes; `arrange` says where they lie."
-    return {f"xaxis{number}": axis(0, 1, f"y{number}", **(x or {})), f"yaxis{number}": axis(0, 1, f"x{number}", **(y or {}))}
+    "Make a pair of axes; `arrange` says where they lie."
+    return {f"xaxis{number}": axis(0, 1, f"y{number}", **(x or {})),
+            f"yaxis{number}": axis(0, 1, f"x{number}", **(y or {}))}
 
 # %% ../nbs/11a_view.ipynb #8f767d7a
-def heat_map(k:int, # Number of the axes
+def heat_map(number:int, # Of the axes
              **kw) -> go.Heatmap:
-    "An empty heat map with a thin bar of colours."
-    bar = {"thickness": 8, "xpad": 0, "ypad": 0, "nticks": 4, "xanchor": "left", "yanchor": "bottom", "outlinewidth": 0,
-           "tickfont": {"size": 10}}
-    return go.Heatmap(z=[[]], xaxis=f"x{k}", yaxis=f"y{k}", colorbar=bar, xgap=1, ygap=1, hoverongaps=False, **kw)
+    "Make an empty heat map with a thin bar of colours."
+    bar = {"thickness": 8, "xpad": 0, "ypad": 0, "nticks": 4, "xanchor": "left", "yanchor": "bottom",
+           "outlinewidth": 0, "tickfont": {"size": 10}}
+    return go.Heatmap(z=[[]], xaxis=f"x{number}", yaxis=f"y{number}", colorbar=bar, xgap=1, ygap=1,
+                      hoverongaps=False, **kw)
 
 # %% ../nbs/11a_view.ipynb #4fe13786
-def title(text:str, x:float, y:float, # Shares of the figure
+def title(text:str,
+          x:float, y:float, # Shares of the figure
           **kw) -> dict: # An annotation
-    "The title of a panel, left above it."
-    return {"text": f"<b>{text}</b>", "x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left",
-            "yanchor": "bottom", "align": "left", "showarrow": False, "font": {"size": 12.5}, **kw}
+    "Write the title of a panel, left above it."
+    return {"text": f"<b>{text}</b>", "x": x, "y": y, "xref": "paper", "yref": "paper",
+            "xanchor": "left", "yanchor": "bottom", "align": "left", "showarrow": False,
+            "font": {"size": 12.5}, **kw}
 
-def remark(text:str, x:float, y:float, p:dict, # Palette
+def remark(text:str,
+           x:float, y:float,
+           colors:dict, # Palette
            **kw) -> dict: # An annotation
-    "Why a panel is empty, in its middle; or a small sentence elsewhere."
-    return title(text, x, y, **{"xanchor": "center", "align": "center", "font": {"size": 11, "color": p["faint"]}, **kw})
+    "Say why a panel is empty, in its middle; or write a small sentence elsewhere."
+    look = {"xanchor": "center", "align": "center", "font": {"size": 11, "color": colors["faint"]}}
+    return title(text, x, y, **{**look, **kw})
 
-def upright(x:float, color:str, number:str="", # Of the axes
+def upright(x:float,
+            color:str,
+            number:str="", # Of the axes
             **line) -> dict: # A shape
-    "A line through a panel at a place of its x axis."
-    return {"type": "line", "x0": x, "x1": x, "xref": f"x{number}", "yref": f"y{number} domain", "y0": 0, "y1": 1,
-            "line": {"color": color, "width": 1, **line}}
+    "Draw a line through a panel at a place of its x axis."
+    return {"type": "line", "x0": x, "x1": x, "xref": f"x{number}", "yref": f"y{number} domain",
+            "y0": 0, "y1": 1, "line": {"color": color, "width": 1, **line}}
 
 # %% ../nbs/11a_view.ipynb #2e7eeabf
 class Panel(NamedTuple):
-    "A panel of a figure: its axes, its title, and the pixels that it needs."
+    "Describe a panel of a figure: its axes, its title, and the pixels that it needs."
     axes: str # Number of its axes: "", "2", …; any other word: room for something without axes
     title: str = ""
     least: int = 200 # Width of its plot
@@ -530,22 +594,25 @@ class Panel(NamedTuple):
 def broken(row:list, # Panels, one or more
            width:int, # Pixels
           ) -> list: # Lists of panels
-    "The lines that a row is broken into."
-    needs = [p.left + p.least + p.right for p in row]
-    fits = lambda k: all(sum(needs[i:i + k]) <= width for i in range(0, len(row), k))
-    most = next((k for k in range(len(row), 0, -1) if fits(k)), 1)
-    each = -(-len(row)//-(-len(row)//most))
-    return [row[i:i + each] for i in range(0, len(row), each)]
+    "Break a row into lines."
+    needs = [panel.left + panel.least + panel.right for panel in row]
+    def fits(count):
+        return all(sum(needs[start:start + count]) <= width for start in range(0, len(row), count))
+    most = next((count for count in range(len(row), 0, -1) if fits(count)), 1)
+    lines = -(-len(row)//most) # Rounded up, as the next one is
+    each = -(-len(row)//lines)
+    return [row[start:start + each] for start in range(0, len(row), each)]
 
 # %% ../nbs/11a_view.ipynb #c8d5880d
-def wrapped(text:str, wide:float, # Pixels
+def wrapped(text:str,
+            wide:float, # Pixels
             size:float=12.5, # Of the type
            ) -> list: # Lines
-    "A text in lines that fit a width."
+    "Wrap a text in lines that fit a width."
     return textwrap.wrap(text, max(8, int(wide/(.6*size)))) or [""]
 
 class Spot(NamedTuple):
-    "Where a panel lies, as shares of the figure."
+    "Say where a panel lies, as shares of the figure."
     x0: float
     x1: float
     y0: float
@@ -557,9 +624,10 @@ class Spot(NamedTuple):
 def plot_widths(line:list, # Panels side by side
                 width:int, # Pixels
                ) -> list: # Pixels of their plots
-    "What is left over is shared out in proportion."
-    room = width - sum(p.left + p.right for p in line)
-    return [max(40, room*p.least/sum(q.least for q in line)) for p in line]
+    "Share out in proportion what is left over."
+    room = width - sum(panel.left + panel.right for panel in line)
+    least = sum(panel.least for panel in line)
+    return [max(40, room*panel.least/least) for panel in line]
 
 # %% ../nbs/11a_view.ipynb #908131ad
 def shelves(rows:list, # Lists of panels
@@ -569,140 +637,173 @@ def shelves(rows:list, # Lists of panels
     "Place the panels, row below row."
     lines = [line for row in rows if row for line in broken(row, width - beside)]
     heads = [_head(line, width - beside) for line in lines]
-    height = sum(head + max(p.high + p.below for p in line) for head, line in zip(heads, lines))
-    out, y = {}, 0
-    for head, line in zip(heads, lines):
+    bodies = [max(panel.high + panel.below for panel in line) for line in lines]
+    height = sum(head + body for head, body in zip(heads, bodies))
+    spots, y = {}, 0
+    for line, head, body in zip(lines, heads, bodies):
         y += head
-        out |= _on_line(line, y, width, height, beside)
-        y += max(p.high + p.below for p in line)
-    return height, out
+        spots |= _on_line(line, y, width, height, beside)
+        y += body
+    return height, spots
 
 def _head(line:list, width:int) -> int: # Pixels
-    "Room for the titles of a line."
-    slots = [p.left + w + p.right for p, w in zip(line, plot_widths(line, width))]
-    return max(17*len(wrapped(p.title, s - 14))*bool(p.title) + p.above + 4 for p, s in zip(line, slots))
+    "Return the room for the titles of a line."
+    def high(panel, slot):
+        rows = len(wrapped(panel.title, slot - 14))*bool(panel.title)
+        return 17*rows + panel.above + 4
+    plots = zip(line, plot_widths(line, width))
+    return max(high(panel, panel.left + wide + panel.right) for panel, wide in plots)
 
 def _on_line(line:list, y:int, width:int, height:int, beside:int) -> dict: # {axes: Spot}
-    "Panels side by side, their plots beginning at the same height."
-    out, x = {}, 0
-    for p, w in zip(line, plot_widths(line, width - beside)):
-        text = "<br>".join(map(html.escape, wrapped(p.title, p.left + w + p.right - 14)))
-        head = title(text, x/width, 1 - (y - p.above)/height)
-        x += p.left
-        out[p.axes] = Spot(x/width, min(1., (x + w)/width), max(0., 1 - (y + p.high)/height), 1 - y/height, round(w), head)
-        x += w + p.right
-    return out
+    "Place panels side by side, their plots beginning at the same height."
+    spots, x = {}, 0
+    for panel, wide in zip(line, plot_widths(line, width - beside)):
+        lines = wrapped(panel.title, panel.left + wide + panel.right - 14)
+        head = title("<br>".join(map(html.escape, lines)), x/width, 1 - (y - panel.above)/height)
+        x += panel.left
+        right, low = min(1., (x + wide)/width), max(0., 1 - (y + panel.high)/height)
+        spots[panel.axes] = Spot(x/width, right, low, 1 - y/height, round(wide), head)
+        x += wide + panel.right
+    return spots
 
 # %% ../nbs/11a_view.ipynb #211c9c6d
 _beside = 900 # Pixels of a figure from which on its legend is at its right
 
 @patch
-def arrange(self:View, *rows, names=(), # Of the legend
-         ) -> dict: # {axes: Spot}
-    "Put the panels where the width of the page lets them lie, and the legend beside or above them."
+def arrange(self:View,
+            *rows, # Lists of panels
+            names:tuple|list=(), # Of the legend
+           ) -> dict: # {axes: Spot}
+    "Put the panels where the width of the page lets them lie, and the legend at their right or above them."
     entry = 52 + round(6.6*max(map(len, names), default=0))
     beside = entry if names and self.wide >= _beside else 0
-    if names and not beside: rows = ([Panel("legend", high=21*-(-len(names)//max(1, self.wide//entry)), left=0, right=0, below=10)], *rows)
+    if names and not beside:
+        lines = -(-len(names)//max(1, self.wide//entry))
+        rows = ([Panel("legend", high=21*lines, left=0, right=0, below=10)], *rows)
     height, spots = shelves(rows, self.wide, beside)
-    L = self.fig.layout
-    self.high = L.height = height # Pixels; the figure itself knows what it is given only when all is drawn
-    L.width = self.theme.width or None
-    for n, s in spots.items():
-        if n and not n.isdigit(): continue
-        L[f"xaxis{n}"].domain, L[f"yaxis{n}"].domain = [s.x0, s.x1], [s.y0, s.y1]
-    if names: L.legend = _legend(spots, beside, entry, self.wide)
+
+    layout = self.fig.layout
+    self.high = layout.height = height # Pixels; the figure itself knows what it is given only when all is drawn
+    layout.width = self.theme.width or None
+    for number, spot in spots.items():
+        if number and not number.isdigit(): continue
+        layout[f"xaxis{number}"].domain = [spot.x0, spot.x1]
+        layout[f"yaxis{number}"].domain = [spot.y0, spot.y1]
+    if names: layout.legend = _legend(spots, beside, entry, self.wide)
     return spots
 
 def _legend(spots:dict, beside:int, entry:int, wide:int) -> dict:
-    "At the right, from the top of the first panel on; or above all, in columns."
-    if beside: return {"orientation": "v", "x": 1 - beside/wide, "y": next(iter(spots.values())).y1, "xanchor": "left", "yanchor": "top"}
-    return {"orientation": "h", "x": 0, "y": spots["legend"].y1, "xanchor": "left", "yanchor": "top",
+    "Place the legend at the right, from the top of the first panel on; or above all, in columns."
+    corner = {"xanchor": "left", "yanchor": "top"}
+    if beside:
+        first = next(iter(spots.values()))
+        return {"orientation": "v", "x": 1 - beside/wide, "y": first.y1, **corner}
+    return {"orientation": "h", "x": 0, "y": spots["legend"].y1, **corner,
             "entrywidth": entry - 52, "entrywidthmode": "pixels"}
 
 # %% ../nbs/11a_view.ipynb #020b21ae
-def room_for(names, # Of ticks
+def room_for(names:list, # Of ticks
             ) -> int: # Pixels
-    "What the longest of some names needs."
-    return 14 + round(6*max((len(str(n)) for n in names), default=3))
+    "Return what the longest of some names needs."
+    return 14 + round(6*max((len(str(name)) for name in names), default=3))
 
-def slant(names, wide:float, # Pixels of the plot
+def slant(names:list,
+          wide:float, # Pixels of the plot
          ) -> int: # Degrees
-    "How names below a plot are turned so that they do not run into each other."
+    "Turn names below a plot so that they do not run into each other."
     each = wide/max(1, len(names))
-    return 0 if each > room_for(names) else -40 if each > 20 else -90
+    if each > room_for(names): return 0
+    return -40 if each > 20 else -90
 
-def readable(form:str, chars:int, # Of the longest number
+def readable(form:str,
+             chars:int, # Of the longest number
              shape:tuple, # Rows, columns
-             spot:Spot, high:int, # Pixels of the plot
+             spot:Spot,
+             high:int, # Pixels of the plot
             ) -> str|None:
-    "How cells of a heat map say their values; None where they are too small for that."
+    "Return how cells of a heat map say their values; None where they are too small for that."
     rows, columns = shape
     if not rows or not columns: return None
     return form if spot.wide/columns > 6.2*chars + 4 and high/rows > 13 else None
 
-def colour_bar(trace, spot:Spot, wide:int): # Pixels of the figure
-    "Put the bar of a heat map right beside it."
+# %% ../nbs/11a_view.ipynb #df45ad8b
+def colour_bar(trace:go.Heatmap,
+               spot:Spot,
+               wide:int): # Pixels of the figure
+    "Put the bar of a heat map at its right."
     trace.colorbar.update(x=spot.x1 + 5/wide, y=spot.y0, len=spot.y1 - spot.y0, xanchor="left", yanchor="bottom")
 
-def noted(text:str, spot:Spot, p:dict, # Palette
+def noted(text:str,
+          spot:Spot,
+          colors:dict, # Palette
           **kw) -> dict: # An annotation
-    "A sentence in the middle of an empty panel, in lines that fit it."
-    return remark("<br>".join(map(html.escape, wrapped(text, spot.wide - 8, 11.5))), *spot.mid, p, yanchor="middle", **kw)
+    "Write a sentence in the middle of an empty panel, in lines that fit it."
+    lines = map(html.escape, wrapped(text, spot.wide - 8, 11.5))
+    return remark("<br>".join(lines), *spot.mid, colors, yanchor="middle", **kw)
 
 # %% ../nbs/11a_view.ipynb #3f4aee0d
 def bands(spans:list, # (task, first, last step)
-          p:dict, # Palette
+          colors:dict, # Palette
           wide:int=900, # Pixels of the plot
           last:float|None=None, # Step at its right end; None: the last one
          ) -> tuple: # (shapes, annotations)
-    "A line where a task begins, and its name above; a name without room is left out."
-    lines = [upright(a, p["faint"], dash="dot") for _, a, _ in spans[1:]]
-    look = {"yanchor": "bottom", "showarrow": False, "y": 1, "yref": "y domain", "font": {"size": 11, "color": p["faint"]}}
-    names, end, free = [], max(1, last or (spans[-1][2] if spans else 1)), 0.
-    for t, a, _ in spans:
-        at, long = a/end*wide, 7.*len(t) + 8
+    "Draw a line where a task begins, and write its name above; a name without room is left out."
+    faint = colors["faint"]
+    lines = [upright(first, faint, dash="dot") for _, first, _ in spans[1:]]
+    look = {"yanchor": "bottom", "showarrow": False, "y": 1, "yref": "y domain", "font": {"size": 11, "color": faint}}
+    end = max(1, last or (spans[-1][2] if spans else 1))
+    names, free = [], 0.
+    for task, first, _ in spans:
+        at, long = first/end*wide, 7.*len(task) + 8
         if at + long > wide: at = wide - long
         if at < free and names: continue
-        names.append({"text": html.escape(t), "x": at/wide*end, "xanchor": "left", **look}); free = at + long
+        names.append({"text": html.escape(task), "x": at/wide*end, "xanchor": "left", **look})
+        free = at + long
     return lines, names
 
 # %% ../nbs/11a_view.ipynb #7931a9b3
-def picture(image, # [height, width, 3] uint8, a path, or None
+def picture(image:np.ndarray|str|Path|None, # [height, width, 3] uint8, a path, or None
             least:int=120, # Pixels of the shorter side on the page
             reading:str="seen", # As the run reads its pictures
            ) -> str:
     "Show an image as HTML, small ones enlarged without blur; raises `CitError` as `load_image` does."
     if image is None: return ""
-    im, buf = load_image(image, reading), io.BytesIO()
-    im.thumbnail((320, 320))
-    im.save(buf, "PNG", optimize=True)
-    data, look = base64.b64encode(buf.getvalue()).decode(), "image-rendering:pixelated;border-radius:3px"
-    return f'<img src="data:image/png;base64,{data}" style="width:{max(least, im.width)}px;{look}">'
+    shown, buffer = load_image(image, reading), io.BytesIO()
+    shown.thumbnail((320, 320))
+    shown.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    look = f"width:{max(least, shown.width)}px;image-rendering:pixelated;border-radius:3px"
+    return f'<img src="data:image/png;base64,{data}" style="{look}">'
 
 _cell = "padding:6px 10px;border-bottom:1px solid var(--jp-border-color2,#ccc);vertical-align:top;text-align:left;"
 _table = "border-collapse:collapse;font-size:12px;line-height:1.35;color:var(--jp-ui-font-color1,inherit)"
 
 def grid(head:list, rows:list) -> str:
-    "An HTML table in the colours of the page."
-    line = lambda tag, cs: "<tr>" + "".join(f'<{tag} style="{_cell}">{c}</{tag}>' for c in cs) + "</tr>"
-    lines = line("th", head) + "".join(line("td", r) for r in rows)
+    "Make an HTML table in the colours of the page."
+    def line(tag, cells):
+        return "<tr>" + "".join(f'<{tag} style="{_cell}">{cell}</{tag}>' for cell in cells) + "</tr>"
+    lines = line("th", head) + "".join(line("td", row) for row in rows)
     return f'<div style="overflow-x:auto"><table style="{_table}">{lines}</table></div>'
 
 # %% ../nbs/11a_view.ipynb #bd3fad48
-def choice(name:str, options, wide:int, # Pixels
+def choice(name:str,
+           options:list,
+           wide:int, # Pixels
            label:int=0, # Pixels of the name; 0: as long as it is
            **kw) -> W.Dropdown:
-    "A menu with its name at its left."
-    return W.Dropdown(options=options, description=name, layout={"width": f"{wide}px", "max_width": "98%", "margin": "2px 12px 2px 2px"},
-                      style={"description_width": f"{label}px" if label else "initial"}, **kw)
+    "Make a menu with its name at its left."
+    layout = {"width": f"{wide}px", "max_width": "98%", "margin": "2px 12px 2px 2px"}
+    style = {"description_width": f"{label}px" if label else "initial"}
+    return W.Dropdown(options=options, description=name, layout=layout, style=style, **kw)
 
 def knobs(*widgets) -> W.HBox:
-    "Menus side by side, in as many lines as the page needs."
+    "Put menus side by side, in as many lines as the page needs."
     return W.HBox(widgets, layout={"flex_flow": "row wrap", "align_items": "center", "width": "100%"})
 
-def offer(w, # A Dropdown
+def offer(menu:W.Dropdown,
           options:list): # Values, or (label, value) pairs
-    "New options; what was chosen stays chosen while it is there."
-    values = [o[1] if isinstance(o, tuple) else o for o in options]; had = w.value
-    w.options = options
-    if values: w.value = had if had in values else values[0]
+    "Offer new options; what was chosen stays chosen while it is there."
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    had = menu.value
+    menu.options = options
+    if values: menu.value = had if had in values else values[0]
