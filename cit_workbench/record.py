@@ -406,9 +406,10 @@ def _scores(self:Record) -> dict:
         rows = self.core(what) if len(formatted) else self.matrix(what)[:1, stream]
         return metric(rows[-1:])
 
-    learned = learning_accuracy, mean_average_accuracy, backward_transfer
     return {"average_accuracy": last(average_accuracy, "formatted"),
-            **{metric.__name__: _trajectory(metric, formatted) for metric in learned},
+            "learning_accuracy": _trajectory(learning_accuracy, formatted),
+            "mean_average_accuracy": _trajectory(mean_average_accuracy, formatted),
+            "backward_transfer": _trajectory(backward_transfer, formatted),
             "forgetting": _trajectory(forgetting, formatted),
             "forgetting_valid": _trajectory(forgetting, valid),
             "forgetting_content": _trajectory(_content_forgetting, content),
@@ -906,12 +907,14 @@ class Table:
 
     def _cell(self, line:dict, key:str) -> str:
         "Write a mean, with half its interval where there is one."
-        mean, high = line.get(key, np.nan), line.get(f"{key}_high", np.nan)
-        _, digits = self.columns[key]
+        mean = line.get(key, np.nan)
+        high = line.get(f"{key}_high", np.nan)
+        digits = self.columns[key][1]
         if key in ("p", "p_equivalent") and mean < .001: return "<0.001"
-        said = f"{mean:,.0f}" if digits == 0 and _known(mean) else _number(mean, digits)
-        half = f" ± {high - mean:.{digits}f}" if high - mean > 1e-9 else ""
-        return (said + half).replace("-", "−")
+        if digits == 0 and _known(mean): said = f"{mean:,.0f}"
+        else: said = _number(mean, digits)
+        if high - mean > 1e-9: said += f" ± {high - mean:.{digits}f}"
+        return said.replace("-", "−")
 
     def _parts(self, strong, say=str) -> list: # (heading, lines of cells)
         "Write the blocks as strings; `strong` marks the best, `say` writes a string in the language of the table."
@@ -1216,8 +1219,12 @@ def _lines_of(record, what:str) -> list: # One dict per line
     if what == "events":
         return [{**event, "i": index, "data": event} for index, event in enumerate(record.events())]
     if what == "cells":
-        head = lambda event, task: {"row": event["row"], "after": event["name"], "task": task, "role": roles.get(task)}
-        return [{**head(event, task), **scores} for event in rows for task, scores in event["scores"].items()]
+        lines = []
+        for event in rows:
+            after = {"row": event["row"], "after": event["name"]}
+            for task, scores in event["scores"].items():
+                lines.append({**after, "task": task, "role": roles.get(task), **scores})
+        return lines
     cells = [(event["row"], task) for event in rows for task in roles]
     have = [cell for cell in cells if record._answers_file(*cell).is_file()]
     return [{**answer, **answer.get("metadata", {}), "row": row, "task": task}
