@@ -20,41 +20,43 @@ from .core import CitError, one_of
 
 # %% ../nbs/08_metrics.ipynb #5aefae8e
 def _matrix(R) -> np.ndarray: # [T, T] or [1, T], float
-    "`R` as an array of the allowed shape; raises `CitError`."
+    "Read `R` as an array of the allowed shape; raises `CitError`."
     R = np.asarray(R, float)
     if R.ndim == 2 and R.shape[1] and R.shape[0] in (1, R.shape[1]): return R
     raise CitError("R must hold one row per training task and one column per task, [T, T], or [1, T] for "
                    f"joint training; got shape {R.shape}")
 
-def _vector(what:str, v, T:int) -> np.ndarray: # [T], float
-    "`v` with one number per task; raises `CitError`."
-    v = np.asarray(v, float)
-    if v.shape == (T,): return v
-    raise CitError(f"{what} must hold one number for each of the {T} tasks; got shape {v.shape}")
+def _vector(what:str, values, tasks:int) -> np.ndarray: # [T], float
+    "Read one number per task; raises `CitError`."
+    values = np.asarray(values, float)
+    if values.shape == (tasks,): return values
+    raise CitError(f"{what} must hold one number for each of the {tasks} tasks; got shape {values.shape}")
 
 # %% ../nbs/08_metrics.ipynb #6a586dea
-def average_accuracy(R, # [T, T], percent; [1, T] for joint training
+def average_accuracy(R:np.ndarray|list, # [T, T], percent; [1, T] for joint training
                     ) -> float: # Percent
-    "Mean score on all tasks after the last one: $\\frac1T\\sum_i R_{T,i}$ (AP, ACC, Last, MFN)."
+    "Average the scores on all tasks after the last one: $\\frac1T\\sum_i R_{T,i}$ (AP, ACC, Last, MFN)."
     return float(_matrix(R)[-1].mean())
 
 # %% ../nbs/08_metrics.ipynb #a33454f5
 def _square(R) -> np.ndarray|None: # [T, T], or None for a single row over several tasks
+    "Read `R` where it has one row per task."
     R = _matrix(R)
     return R if len(R) == R.shape[1] else None
 
-def learning_accuracy(R, # [T, T], percent
+def learning_accuracy(R:np.ndarray|list, # [T, T], percent
                      ) -> float: # Percent; NaN for a single row over several tasks
-    "Mean score on each task just after it was learned: $\\frac1T\\sum_i R_{i,i}$ (New, MFT)."
+    "Average the score on each task just after it was learned: $\\frac1T\\sum_i R_{i,i}$ (New, MFT)."
     R = _square(R)
     return float("nan") if R is None else float(R.diagonal().mean())
 
 # %% ../nbs/08_metrics.ipynb #bebe1c34
-def mean_average_accuracy(R, # [T, T], percent; cells above the diagonal are not read
+def mean_average_accuracy(R:np.ndarray|list, # [T, T], percent; cells above the diagonal are not read
                          ) -> float: # Percent
-    "Mean over t of the score on the tasks seen by then: $\\frac1T\\sum_t\\frac1t\\sum_{i\\le t}R_{t,i}$ (MAA, MAP)."
+    "Average over t the scores on tasks seen by then: $\\frac1T\\sum_t\\frac1t\\sum_{i\\le t}R_{t,i}$ (MAA, MAP)."
     R = _square(R)
-    return float("nan") if R is None else float(np.mean([R[t, :t+1].mean() for t in range(len(R))]))
+    if R is None: return float("nan")
+    return float(np.mean([R[t, :t+1].mean() for t in range(len(R))]))
 
 # %% ../nbs/08_metrics.ipynb #a9fdbdca
 _divisors = ("T-1", "T")
@@ -62,98 +64,112 @@ _divisors = ("T-1", "T")
 def _over(terms, # [T-1], one term per task but the last
           divisor:str, # "T-1" or "T"
          ) -> float: # Percentage points; NaN when there is no term
-    "Sum of `terms` over the chosen divisor."
-    n = len(terms) + (one_of("divisor", divisor, _divisors) == "T")
-    return float(np.sum(terms)/n) if len(terms) else float("nan")
+    "Sum up `terms`, over the chosen divisor."
+    count = len(terms) + (one_of("divisor", divisor, _divisors) == "T")
+    return float(np.sum(terms)/count) if len(terms) else float("nan")
 
 # %% ../nbs/08_metrics.ipynb #5fd660de
-def backward_transfer(R, # [T, T], percent
+def backward_transfer(R:np.ndarray|list, # [T, T], percent
                       divisor:str="T-1", # "T-1" as in the formula, "T" as in CoIN's tables
                      ) -> float: # Percentage points; negative: forgotten
-    "Change of each earlier task from just learned to the end: $\\frac1{T-1}\\sum_{i<T}(R_{T,i}-R_{i,i})$ (BWT)."
+    "Compare each earlier task's end with just after learning: $\\frac1{T-1}\\sum_{i<T}(R_{T,i}-R_{i,i})$ (BWT)."
     R = _square(R)
-    return _over([] if R is None else (R[-1] - R.diagonal())[:-1], divisor)
+    terms = [] if R is None else (R[-1] - R.diagonal())[:-1]
+    return _over(terms, divisor)
 
 # %% ../nbs/08_metrics.ipynb #622c881f
-_bests = {"max": lambda R, i: R[i:-1, i].max(), "learned": lambda R, i: R[i, i], "ever": lambda R, i: R[:, i].max()}
+_bests = {"max": lambda R, i: R[i:-1, i].max(),
+          "learned": lambda R, i: R[i, i],
+          "ever": lambda R, i: R[:, i].max()}
 
-def forgetting(R, # [T, T], percent
+def forgetting(R:np.ndarray|list, # [T, T], percent
                best:str="max", # "max": rows i..T-1; "learned": row i; "ever": all rows
                divisor:str="T-1", # "T-1" or "T"
               ) -> float: # Percentage points; positive: forgotten
-    "What each earlier task lost from its best to the end: $\\frac1{T-1}\\sum_{i<T}(\\max_{i\\le l<T}R_{l,i}-R_{T,i})$."
-    R, top = _square(R), _bests[one_of("best", best, _bests)]
-    return _over([] if R is None else [top(R, i) - R[-1, i] for i in range(len(R)-1)], divisor)
+    "Measure what earlier tasks lost from best to end: $\\frac1{T-1}\\sum_{i<T}(\\max_{i\\le l<T}R_{l,i}-R_{T,i})$."
+    R = _square(R)
+    top = _bests[one_of("best", best, _bests)]
+    terms = [] if R is None else [top(R, i) - R[-1, i] for i in range(len(R)-1)]
+    return _over(terms, divisor)
 
 # %% ../nbs/08_metrics.ipynb #fde966ab
-def forward_transfer(R, # [T, T], percent; the cells just above the diagonal are read
-                     zero_shot, # [T], percent: the start model, row 0 of a record
+def forward_transfer(R:np.ndarray|list, # [T, T], percent; the cells just above the diagonal are read
+                     zero_shot:np.ndarray|list, # [T], percent: the start model, row 0 of a record
                     ) -> float: # Percentage points
-    "What the tasks before it did to a task not yet trained: $\\frac1{T-1}\\sum_{i>1}(R_{i-1,i}-b_i)$ (FWT)."
-    b, R = _vector("zero_shot", zero_shot, _matrix(R).shape[1]), _square(R)
-    return _over([] if R is None else R.diagonal(1) - b[1:], "T-1")
+    "Measure what earlier tasks did to a task not yet trained: $\\frac1{T-1}\\sum_{i>1}(R_{i-1,i}-b_i)$ (FWT)."
+    start = _vector("zero_shot", zero_shot, _matrix(R).shape[1])
+    R = _square(R)
+    terms = [] if R is None else R.diagonal(1) - start[1:]
+    return _over(terms, "T-1")
 
 # %% ../nbs/08_metrics.ipynb #e1f83944
 def _learned_minus(R, other, what:str) -> float:
-    "Mean of the diagonal minus `other`; NaN for a single row over several tasks."
-    o, R = _vector(what, other, _matrix(R).shape[1]), _square(R)
-    return float("nan") if R is None else float((R.diagonal() - o).mean())
+    "Average the diagonal minus `other`; NaN for a single row over several tasks."
+    other = _vector(what, other, _matrix(R).shape[1])
+    R = _square(R)
+    return float("nan") if R is None else float((R.diagonal() - other).mean())
 
-def intransigence(R, # [T, T], percent
-                  joint, # [T], percent: one model trained on all tasks together
+def intransigence(R:np.ndarray|list, # [T, T], percent
+                  joint:np.ndarray|list, # [T], percent: one model trained on all tasks together
                  ) -> float: # Percentage points; positive: learned less than joint training
-    "How much joint training learns beyond the stream: $\\frac1T\\sum_i(a^*_i-R_{i,i})$."
+    "Measure how much joint training learns beyond the stream: $\\frac1T\\sum_i(a^*_i-R_{i,i})$."
     return -_learned_minus(R, joint, "joint")
 
-def learning_transfer(R, # [T, T], percent
-                      single, # [T], percent: a model trained on that task alone
+def learning_transfer(R:np.ndarray|list, # [T, T], percent
+                      single:np.ndarray|list, # [T], percent: a model trained on that task alone
                      ) -> float: # Percentage points; positive: earlier tasks helped
-    "How much the stream learns beyond a model of its own: $\\frac1T\\sum_i(R_{i,i}-\\hat a_i)$."
+    "Measure how much the stream learns beyond a separate model: $\\frac1T\\sum_i(R_{i,i}-\\hat a_i)$."
     return _learned_minus(R, single, "single")
 
 # %% ../nbs/08_metrics.ipynb #aba7fa19
-def mean_instruction_following(P, # [T, T], percent: pass rates of the format rule; [1, T] for joint training
+def mean_instruction_following(valid:np.ndarray|list, # [T, T], percent: format pass rates; [1, T] for joint training
                               ) -> float: # Percent
-    "Mean share of answers that obey their task's format after the last task (MIF)."
-    return average_accuracy(P)
+    "Average the share of answers that obey their task's format after the last task (MIF)."
+    return average_accuracy(valid)
 
 # %% ../nbs/08_metrics.ipynb #8b220632
-def ap_norm(last, # [T], percent: scores after the last task
-            chance, # [T], percent: what guessing gives
-            single, # [T], percent: a model trained on that task alone
+def ap_norm(last:np.ndarray|list, # [T], percent: scores after the last task
+            chance:np.ndarray|list, # [T], percent: what guessing gives
+            single:np.ndarray|list, # [T], percent: a model trained on that task alone
            ) -> float: # 0 at chance, 1 at `single`
-    "Mean of (score − chance)/(single − chance) over tasks."
-    T = np.size(last)
-    s, c, one = (_vector(k, v, T) for k, v in (("last", last), ("chance", chance), ("single", single)))
-    return float(np.mean((s - c)/np.where(one == c, np.nan, one - c)))
+    "Average (score − chance)/(single − chance) over tasks."
+    tasks = np.size(last)
+    last = _vector("last", last, tasks)
+    chance = _vector("chance", chance, tasks)
+    single = _vector("single", single, tasks)
+    scale = np.where(single == chance, np.nan, single - chance)
+    return float(np.mean((last - chance)/scale))
 
 # %% ../nbs/08_metrics.ipynb #0815abec
 def order_means(values:dict, # {(order, seed): value}
                ) -> dict: # {order: mean over its seeds}
-    "One value per task order: the unit of every statistic below."
-    orders = dict.fromkeys(o for o, _ in values)
-    return {o: float(np.mean([v for (p, _), v in values.items() if p == o])) for o in orders}
+    "Average the seeds of each task order: the unit of every statistic below."
+    by_order = {order: [] for order, _ in values}
+    for (order, _), value in values.items(): by_order[order].append(value)
+    return {order: float(np.mean(seeds)) for order, seeds in by_order.items()}
 
 # %% ../nbs/08_metrics.ipynb #adb2665e
 class Interval(NamedTuple):
-    "A mean and its t-interval."
+    "Hold a mean and its t-interval."
     mean: float
     low: float # NaN below two values
     high: float
 
-def t_interval(x, # One value per unit, or {unit: value}
+def t_interval(values:np.ndarray|list|dict, # One value per unit, or {unit: value}
                level:float=.95, # Coverage
               ) -> Interval:
-    "The mean with its interval from Student's t distribution."
+    "Compute the mean with its interval from Student's t distribution."
     from scipy.stats import t
-    x = np.array([*x.values()] if isinstance(x, dict) else x, float); n = len(x)
-    if n < 2: return Interval(float(x.mean()) if n else math.nan, math.nan, math.nan)
-    half = t.ppf((1 + level)/2, n - 1)*x.std(ddof=1)/math.sqrt(n)
-    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+    values = np.array([*values.values()] if isinstance(values, dict) else values, float)
+    count = len(values)
+    if count < 2: return Interval(float(values.mean()) if count else math.nan, math.nan, math.nan)
+    mean = values.mean()
+    half = t.ppf((1 + level)/2, count - 1)*values.std(ddof=1)/math.sqrt(count)
+    return Interval(float(mean), float(mean - half), float(mean + half))
 
 # %% ../nbs/08_metrics.ipynb #5fb79a37
 class Paired(NamedTuple):
-    "A mean difference a − b over units."
+    "Hold a mean difference a − b over units."
     mean: float
     low: float
     high: float
@@ -161,58 +177,69 @@ class Paired(NamedTuple):
     n: int
 
 def _differences(a, b) -> np.ndarray: # [n]
-    "a − b unit by unit; raises `CitError` when the units are not the same."
+    "Subtract b from a, unit by unit; raises `CitError` when the units are not the same."
     if isinstance(a, dict) and isinstance(b, dict):
-        if odd := sorted({*a} ^ {*b}, key=str):
-            raise CitError(f"values are paired by unit, and {odd[0]!r} is on one side only; keep what both have")
-        a, b = zip(*((a[k], b[k]) for k in a)) if a else ((), ())
+        odd = sorted({*a} ^ {*b}, key=str)
+        if odd: raise CitError(f"values are paired by unit, and {odd[0]!r} is on one side only; keep what both have")
+        a, b = [a[unit] for unit in a], [b[unit] for unit in a]
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim == 1 and a.shape == b.shape: return a - b
     raise CitError(f"values are paired by unit, and the two sides have shapes {a.shape} and {b.shape}")
 
-def paired(a, b, # {order: value} each, or two arrays in the same order
+def paired(a:dict|np.ndarray|list, # {order: value}, or an array
+           b:dict|np.ndarray|list, # {order: value}, or an array in the same order
            level:float=.95, # Coverage of the interval
           ) -> Paired:
-    "Mean of a − b with its t-interval and the p-value of the paired t-test."
-    d = _differences(a, b)
-    return Paired(*t_interval(d, level), _p_mean(d, "two-sided"), len(d))
+    "Average a − b, with its t-interval and the p-value of the paired t-test."
+    differences = _differences(a, b)
+    mean, low, high = t_interval(differences, level)
+    return Paired(mean, low, high, _p_mean(differences, "two-sided"), len(differences))
 
 # %% ../nbs/08_metrics.ipynb #4c79a4ff
-def _p_mean(d, # One value per unit
+def _p_mean(values, # One per unit
             side:str, # "two-sided", "greater" or "less"
             than:float=0., # The mean under the null hypothesis
            ) -> float: # NaN below two units
-    "p-value of the one-sample t-test; without spread 0, ½ or 1 as the mean lies."
+    "Compute the p-value of the one-sample t-test; without spread 0, ½ or 1 as the mean lies."
     from scipy.stats import t
-    d, n = np.asarray(d, float) - than, len(d)
-    if n < 2 or np.isnan(d).any(): return math.nan
-    m, se = d.mean(), d.std(ddof=1)/math.sqrt(n)
-    z = m/se if se else math.copysign(math.inf, m) if m else 0.
-    return float({"greater": t.sf(z, n - 1), "less": t.cdf(z, n - 1), "two-sided": 2*t.sf(abs(z), n - 1)}[side])
+    count = len(values)
+    values = np.asarray(values, float) - than
+    if count < 2 or np.isnan(values).any(): return math.nan
+    mean = values.mean()
+    error = values.std(ddof=1)/math.sqrt(count)
+    if error: statistic = mean/error
+    else: statistic = math.copysign(math.inf, mean) if mean else 0.
+    return float({"greater": t.sf(statistic, count - 1),
+                  "less": t.cdf(statistic, count - 1),
+                  "two-sided": 2*t.sf(abs(statistic), count - 1)}[side])
 
 # %% ../nbs/08_metrics.ipynb #bdb0f27e
-def holm(ps, # {name: p}, or a list
-        ): # The same, adjusted
-    "Holm's step-down adjustment of the p-values of one family."
+def holm(ps:dict|list, # {name: p}, or a list
+        ) -> dict|list: # The same, adjusted
+    "Adjust the p-values of one family by Holm's step-down rule."
     if not isinstance(ps, dict): return [*holm(dict(enumerate(ps))).values()]
-    out, worst, known = dict(ps), 0., sorted((k for k in ps if ps[k] == ps[k]), key=ps.get)
-    for i, k in enumerate(known): out[k] = worst = max(worst, min(1., ps[k]*(len(known) - i)))
-    return out
+    adjusted, worst = dict(ps), 0.
+    known = sorted((name for name in ps if ps[name] == ps[name]), key=ps.get)
+    for place, name in enumerate(known):
+        worst = max(worst, min(1., ps[name]*(len(known) - place)))
+        adjusted[name] = worst
+    return adjusted
 
 # %% ../nbs/08_metrics.ipynb #6b42fdcc
 class Equivalence(NamedTuple):
-    "Whether the mean difference a − b lies within ±margin."
+    "Tell whether the mean difference a − b lies within ±margin."
     p: float # The larger of the two one-sided p-values
     verdict: str # "equivalent" or "not shown"
 
-def tost(a, b, # {order: value} each, or two arrays in the same order
+def tost(a:dict|np.ndarray|list, # {order: value}, or an array
+         b:dict|np.ndarray|list, # {order: value}, or an array in the same order
          margin:float, # The largest difference that does not matter, in the unit of the values
          level:float=.95, # 1 − the allowed chance of a false claim
         ) -> Equivalence:
-    "Two one-sided paired t-tests."
+    "Run two one-sided paired t-tests."
     if not margin > 0: raise CitError(f"margin is {margin}, but must be above 0: the largest difference of no interest")
-    d = _differences(a, b)
-    p = max(_p_mean(d, "greater", -margin), _p_mean(d, "less", margin))
+    differences = _differences(a, b)
+    p = max(_p_mean(differences, "greater", -margin), _p_mean(differences, "less", margin))
     return Equivalence(p, "equivalent" if p < 1 - level else "not shown")
 
 # %% ../nbs/08_metrics.ipynb #b2fe0b6a
@@ -222,65 +249,86 @@ _unspaced = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\
 @cache
 def _word_pattern() -> str:
     "Match a word with its marks (accents, vowel signs), or one character of a script without blanks."
-    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+    characters = map(chr, range(0x300, 0x20000))
+    marks = "".join(each for each in characters if unicodedata.category(each)[0] == "M") + "\u200c\u200d"
     letters = rf"(?:(?![{_unspaced}])[^\W_][{marks}]*)+"
     return rf"(?=[{_unspaced}])[^\W_][{marks}]*|{letters}(?:'{letters})*"
 
 def caption_words(text:str) -> list: # Lower-case words without punctuation
-    "The words of a caption."
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*" if text.isascii() else _word_pattern(), text.lower())
+    "Split a caption into its words."
+    pattern = r"[^\W_]+(?:'[^\W_]+)*" if text.isascii() else _word_pattern()
+    return re.findall(pattern, text.lower())
 
-def _grams(text:str, n:int) -> Counter:
-    "Counts of the 1- to n-grams of a caption."
-    w = caption_words(text)
-    return Counter(tuple(w[i:i+k]) for k in range(1, n+1) for i in range(len(w)-k+1))
+def _grams(text:str, # A caption
+           n:int, # Longest n-gram
+          ) -> Counter:
+    "Count the 1- to n-grams of a caption."
+    words = caption_words(text)
+    counts = Counter()
+    for size in range(1, n+1):
+        counts.update(tuple(words[start:start+size]) for start in range(len(words)-size+1))
+    return counts
 
 # %% ../nbs/08_metrics.ipynb #7c489b8d
 def count_words(text:str) -> int:
     "Count what stands between blanks; in scripts without blanks, two characters as one word."
     if text.isascii(): return len(text.split())
-    dense = [w for w in caption_words(text) if re.match(f"[{_unspaced}]", w)]
+    dense = [word for word in caption_words(text) if re.match(f"[{_unspaced}]", word)]
     if not dense: return len(text.split())
     rest = re.sub(f"[{_unspaced}]", " ", text).split()
-    return sum(1 for w in rest if caption_words(w)) + math.ceil(len(dense)/2)
+    spaced = [word for word in rest if caption_words(word)]
+    return len(spaced) + math.ceil(len(dense)/2)
 
 # %% ../nbs/08_metrics.ipynb #46724c59
 def _tfidf(counts:Counter, # n-gram counts of one caption
            df:Counter, # In how many images' references an n-gram occurs
-           N:int, # Images
+           images:int, # N: how many images there are
            n:int, # Longest n-gram
           ) -> list: # One {n-gram: weight} per length
-    "Counts weighted by rarity: count × (log N − log max(1, df))."
-    vec = [{} for _ in range(n)]
-    for g, c in counts.items(): vec[len(g)-1][g] = c*(math.log(N) - math.log(max(1, df[g])))
-    return vec
+    "Weight counts by rarity: count × (log N − log max(1, df))."
+    weights = [{} for _ in range(n)]
+    for gram, count in counts.items():
+        weights[len(gram)-1][gram] = count*(math.log(images) - math.log(max(1, df[gram])))
+    return weights
 
-def _similarity(a:list, b:list, delta:int, sigma:float) -> float:
-    "Clipped cosine of two weighted captions, mean over n-gram lengths, damped by their difference in words."
-    cos = 0.
-    for u, v in zip(a, b):
-        norm = math.sqrt(sum(x*x for x in u.values())*sum(x*x for x in v.values()))
-        if norm: cos += sum(min(x, v[g])*v[g] for g, x in u.items() if g in v)/norm
-    return cos/len(a)*math.exp(-delta**2/(2*sigma**2))
+def _similarity(caption:list, reference:list, # Weights, as `_tfidf` gives them
+                delta:int, # Difference in words
+                sigma:float) -> float:
+    "Compute the clipped cosine of two weighted captions, mean over n-gram lengths, damped by difference in words."
+    total = 0.
+    for own, other in zip(caption, reference):
+        norm = math.sqrt(_square_sum(own)*_square_sum(other))
+        if not norm: continue
+        shared = [gram for gram in own if gram in other]
+        total += sum(min(own[gram], other[gram])*other[gram] for gram in shared)/norm
+    return total/len(caption)*math.exp(-delta**2/(2*sigma**2))
+
+def _square_sum(weights:dict) -> float: return sum(weight*weight for weight in weights.values())
 
 # %% ../nbs/08_metrics.ipynb #94562f6c
-def cider_scores(texts, # One caption per image
-                 references, # Per image: a caption, or a list of captions
+def cider_scores(texts:list, # One caption per image
+                 references:list, # Per image: a caption, or a list of captions
                  n:int=4, # Longest n-gram
                  sigma:float=6., # Width of the length penalty, in words
                 ) -> np.ndarray: # [images], 100 × the reference implementation's, so 0..1000
-    "CIDEr-D of each caption against its references, with rarity counted over all `references`."
-    refs = [[_grams(s, n) for s in ([r] if isinstance(r, str) else r)] for r in references]
-    if len(refs) != len(texts) or not all(refs):
+    "Score each caption against its references by CIDEr-D, with rarity counted over all `references`."
+    listed = [[given] if isinstance(given, str) else given for given in references]
+    counted = [[_grams(text, n) for text in captions] for captions in listed]
+    if len(counted) != len(texts) or not all(counted):
         raise CitError(f"CIDEr needs at least one reference for each caption; got {len(texts)} captions "
-                       f"and {sum(map(bool, refs))} with references")
-    df, N = Counter(g for rs in refs for g in set().union(*rs)), len(refs)
-    size = lambda counts: sum(c for g, c in counts.items() if len(g) == 1)
-    def one(text, rs):
-        a = _grams(text, n); va = _tfidf(a, df, N, n)
-        return np.mean([_similarity(va, _tfidf(r, df, N, n), size(a) - size(r), sigma) for r in rs])
-    return 1000*np.array([one(t, rs) for t, rs in zip(texts, refs)])
+                       f"and {sum(map(bool, counted))} with references")
+    df = Counter(gram for grams in counted for gram in set().union(*grams))
+    images = len(counted)
+    words = lambda grams: sum(count for gram, count in grams.items() if len(gram) == 1)
 
-def cider(texts, references, **kw) -> float: # NaN without captions
-    "Corpus CIDEr-D: mean of `cider_scores`; as printed in tables (Flickr30k: about 150)."
+    def score(text, grams):
+        own = _grams(text, n)
+        weights = _tfidf(own, df, images, n)
+        return np.mean([_similarity(weights, _tfidf(other, df, images, n), words(own) - words(other), sigma)
+                        for other in grams])
+
+    return 1000*np.array([score(text, grams) for text, grams in zip(texts, counted)])
+
+def cider(texts:list, references:list, **kw) -> float: # NaN without captions
+    "Score a corpus by CIDEr-D: mean of `cider_scores`; as printed in tables (Flickr30k: about 150)."
     return float(np.mean(cider_scores(texts, references, **kw))) if len(texts) else float("nan")

@@ -16,7 +16,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .behaviour import COLUMNS, VERSIONS, admitted, raised, scorers_said
-from .core import CitError, append_jsonl, canonical, digest, expanded, leaves, one_of, plain, read_json, write_atomic
+from .core import (CitError, append_jsonl, canonical, digest, expanded, leaves, one_of, plain, read_json,
+                                write_atomic)
 from .stream import all_scorers
 from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
@@ -24,72 +25,99 @@ from .metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forg
 
 # %% ../nbs/09_record.ipynb #cce18152
 class Lines:
-    "The complete lines of a JSONL file that may still grow; each is parsed once."
-    def __init__(self, path): self.path, self.rows, self.at, self.ino, self.torn = Path(path), [], 0, None, b""
+    "Hold the complete lines of a JSONL file that may still grow; each is parsed once."
+    def __init__(self, path:str|Path):
+        self.path = Path(path)
+        self.rows = []
+        self.at = 0
+        self.ino = None
+        self.torn = b""
 
     def read(self) -> list: # One dict per complete line
-        "All complete lines so far; what follows the last newline is left in `torn`."
+        "Return all complete lines so far; what follows the last newline is left in `torn`."
         if not self.path.exists(): return []
-        st = self.path.stat()
-        if st.st_ino != self.ino or st.st_size < self.at: self.rows, self.at, self.ino = [], 0, st.st_ino
-        with open(self.path, "rb") as f: f.seek(self.at); *whole, self.torn = f.read().split(b"\n")
+        stat = self.path.stat()
+        if stat.st_ino != self.ino or stat.st_size < self.at:
+            self.rows, self.at, self.ino = [], 0, stat.st_ino
+
+        with open(self.path, "rb") as file:
+            file.seek(self.at)
+            *whole, self.torn = file.read().split(b"\n")
         for line in whole:
             try: self.rows.append(json.loads(line))
-            except ValueError as e:
-                raise CitError(f"{self.path} line {len(self.rows)+1} is not valid JSON: {e}") from None
+            except ValueError as error:
+                raise CitError(f"{self.path} line {len(self.rows)+1} is not valid JSON: {error}") from None
             self.at += len(line) + 1
         return self.rows
 
 # %% ../nbs/09_record.ipynb #6d420950
-def differences(a, b, # Two JSON values
+def differences(a:object, b:object, # Two JSON values
                 at:str="", # Where they are, for the names
                ) -> list: # (dotted name, value in a, value in b)
-    "Where two nested values differ, in order of name."
-    if not (isinstance(a, dict) and isinstance(b, dict)): return [] if a == b else [(at, a, b)]
-    return [d for k in sorted({*a, *b}) for d in differences(a.get(k), b.get(k), f"{at}.{k}" if at else k)]
+    "List where two nested values differ, in order of name."
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [(at, a, b)]
+    found = []
+    for key in sorted({*a, *b}):
+        name = f"{at}.{key}" if at else key
+        found += differences(a.get(key), b.get(key), name)
+    return found
 
 # %% ../nbs/09_record.ipynb #1d58d560
 def identity(config:dict|None, # Of a run
             ) -> dict:
-    "The fields of a configuration that determine the result."
-    return {k: v for k, v in (config or {}).items() if k != "watch"}
+    "Keep the fields of a configuration that determine the result."
+    return _without(config or {}, "watch")
+
+def _without(table:dict, *names:str) -> dict:
+    "Copy a table without some of its keys."
+    return {name: value for name, value in table.items() if name not in names}
 
 # %% ../nbs/09_record.ipynb #357239a5
 class RecordWriter:
-    "The only writer of a run folder."
-    def __init__(self, path): self.path = Path(path)
+    "Write a run folder; nothing else writes there."
+    def __init__(self, path:str|Path): self.path = Path(path)
 
     def open(self, run:dict, # Content of run.json; `run["config"]` is what must agree when the folder exists
             ) -> "RecordWriter":
         "Begin a folder, or continue one of the same configuration; cuts torn last lines."
-        f, run = self.path/"run.json", plain(run)
-        if not f.exists(): write_atomic(f, json.dumps(run, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        file = self.path/"run.json"
+        run = plain(run)
+        if not file.exists(): write_atomic(file, _indented(run))
         else:
-            there = read_json(f, "run file")
-            for name, a, b in differences(identity(there.get("config")), identity(run.get("config")))[:1]:
-                raise CitError(f"{self.path} holds a run of another configuration: {name or 'config'} is {a!r} there "
-                               f"and {b!r} here; choose another `out` folder or delete that one")
+            there = read_json(file, "run file")
+            differ = differences(identity(there.get("config")), identity(run.get("config")))
+            for name, old, new in differ[:1]:
+                raise CitError(f"{self.path} holds a run of another configuration: {name or 'config'} is {old!r} there "
+                               f"and {new!r} here; choose another `out` folder or delete that one")
             if there.get("watch") != run.get("watch"): self._note_watch(there, run.get("watch"))
         for name in ("events", "clock"): self._cut(name)
         return self
+
+def _indented(content:dict) -> str:
+    "Write JSON for a file that people read, too: sorted and indented."
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 # %% ../nbs/09_record.ipynb #416d4051
 @patch
 def _note_watch(self:RecordWriter, there:dict, # run.json as it is
                 watch:dict|None): # How the run is probed from now on; None: it is not
     "Write down that a run goes on with other probes."
-    now = {**there, **({"watch": watch} if watch else {})}
-    if not watch: del now["watch"]
-    write_atomic(self.path/"run.json", json.dumps(now, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    now = dict(there)
+    if watch: now["watch"] = watch
+    else: del now["watch"]
+    write_atomic(self.path/"run.json", _indented(now))
 
 @patch
 def _cut(self:RecordWriter, name:str):
     "Remove what a crash left after the last newline, and say so in a warning and in the clock."
-    lines = Lines(self.path/f"{name}.jsonl"); n = len(lines.read())
+    lines = Lines(self.path/f"{name}.jsonl")
+    whole = len(lines.read())
     if not lines.torn: return
     os.truncate(lines.path, lines.at)
     self.time("cut", file=lines.path.name, bytes=len(lines.torn))
-    warnings.warn(f"{lines.path}: a last line torn by a crash has been cut ({len(lines.torn)} bytes after line {n})")
+    warnings.warn(f"{lines.path}: a last line torn by a crash has been cut "
+                  f"({len(lines.torn)} bytes after line {whole})")
 
 @patch
 def event(self:RecordWriter, kind:str, **fields):
@@ -99,22 +127,26 @@ def event(self:RecordWriter, kind:str, **fields):
 @patch
 def time(self:RecordWriter, what:str, seconds:float|None=None, **fields):
     "Append one line to clock.jsonl: `what` is train, evaluate, load …; `seconds` of wall clock."
-    append_jsonl(self.path/"clock.jsonl", {"kind": "time", "what": what, "seconds": seconds, **fields})
+    line = {"kind": "time", "what": what, "seconds": seconds, **fields}
+    append_jsonl(self.path/"clock.jsonl", line)
 
 # %% ../nbs/09_record.ipynb #00ad6b77
 @patch(as_prop=True)
-def n_events(self:RecordWriter) -> int: return len(Lines(self.path/"events.jsonl").read())
+def n_events(self:RecordWriter) -> int:
+    "Count the events that were written so far."
+    return len(Lines(self.path/"events.jsonl").read())
 
 # %% ../nbs/09_record.ipynb #5bd030b8
 @patch
 def truncate(self:RecordWriter, n:int, # How many events to keep
             ):
     "Keep the first `n` events; the run is unfinished again."
-    f = self.path/"events.jsonl"
-    rows = f.read_bytes().splitlines(keepends=True) if f.exists() else []
+    file = self.path/"events.jsonl"
+    rows = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     if n > len(rows):
-        raise CitError(f"{f} holds {len(rows)} events, but the checkpoint was taken after {n}: the record is damaged")
-    write_atomic(f, b"".join(rows[:n]))
+        raise CitError(f"{file} holds {len(rows)} events, but the checkpoint was taken after {n}: "
+                       "the record is damaged")
+    write_atomic(file, b"".join(rows[:n]))
     (self.path/"result.json").unlink(missing_ok=True)
 
 # %% ../nbs/09_record.ipynb #8a812b82
@@ -127,17 +159,24 @@ def row(self:RecordWriter, t:int, # 0 is the start model
     self.event("row", row=t, name=name, scores=scores)
 
 @patch
-def answers(self:RecordWriter, t:int, column:str, lines):
+def answers(self:RecordWriter, t:int, # Row of R
+            column:str, # Task that was asked
+            lines:list, # One dict per answer
+           ):
     "Write the result lines of one column, in question order."
-    write_atomic(self.path/"answers"/str(t)/f"{_file(column)}.jsonl", "".join(canonical(x) + "\n" for x in lines))
+    text = "".join(canonical(line) + "\n" for line in lines)
+    write_atomic(self.path/"answers"/str(t)/f"{_file(column)}.jsonl", text)
 
 @patch
-def array(self:RecordWriter, name:str, a:np.ndarray):
+def array(self:RecordWriter, name:str, values:np.ndarray):
     "Write a curve or a spectrum as arrays/NAME.npy."
-    buf = io.BytesIO(); np.save(buf, np.asarray(a), allow_pickle=False)
-    write_atomic(self.path/"arrays"/f"{_file(name)}.npy", buf.getvalue())
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values), allow_pickle=False)
+    write_atomic(self.path/"arrays"/f"{_file(name)}.npy", buffer.getvalue())
 
-def _file(name:str) -> str: return quote(name, safe=" +=@,()").lstrip(".") or "%"
+def _file(name:str) -> str:
+    "Spell a name as a file name, which leads into no other folder."
+    return quote(name, safe=" +=@,()").lstrip(".") or "%"
 
 # %% ../nbs/09_record.ipynb #74521a35
 def _as_now(run:dict, # run.json
@@ -145,24 +184,30 @@ def _as_now(run:dict, # run.json
            ) -> dict:
     "Read what a record from before there were versions says in the words of today."
     fields = run.get("protocol_fields") or {}
-    said = scorers_said(fields.get("scorers", ""))
-    if said != fields.get("scorers", ""):
-        fields = {**fields, "scorers": said}
+    scorers = scorers_said(fields.get("scorers", ""))
+    if scorers != fields.get("scorers", ""):
+        fields = {**fields, "scorers": scorers}
         run = {**run, "protocol_fields": fields, "protocol": digest(fields)}
-    if "behaviour" in run or not (made_by := admitted(path)): return run
-    if "methods" not in made_by: return {**run, "behaviour": made_by}
-    without = lambda table: {k: v for k, v in (table or {}).items() if k != "method_code"}
-    return {**run, "asked": without(run.get("asked")), "config": without(run.get("config")), "behaviour": made_by}
+    if "behaviour" in run: return run
 
+    made_by = admitted(path)
+    if not made_by: return run
+    if "methods" not in made_by: return {**run, "behaviour": made_by}
+    asked = _without(run.get("asked") or {}, "method_code")
+    config = _without(run.get("config") or {}, "method_code")
+    return {**run, "asked": asked, "config": config, "behaviour": made_by}
+
+# %% ../nbs/09_record.ipynb #74521a01
 class Record:
-    "A run, read from its folder or from one packed file; follows a run that is still being written."
-    def __init__(self, path): # Run folder, or a file made by `pack`
+    "Hold a run, read from its folder or from one packed file; it follows a run that is still being written."
+    def __init__(self, path:str|Path): # Run folder, or a file made by `pack`
         self.path = expanded(path)
         self.packed = self.path.is_file()
-        if not self.packed and not any((self.path/f).is_file() for f in ("run.json", "asked.json")):
+        begun = self.packed or any((self.path/name).is_file() for name in ("run.json", "asked.json"))
+        if not begun:
             raise CitError(f"{self.path} is not a run: neither a packed .jsonl file nor a folder with run.json")
-        names = ("events", "clock") if not self.packed else ("all",)
-        self._lines = {n: Lines(self.path if self.packed else self.path/f"{n}.jsonl") for n in names}
+        if self.packed: self._lines = {"all": Lines(self.path)}
+        else: self._lines = {name: Lines(self.path/f"{name}.jsonl") for name in ("events", "clock")}
         self._run = None
 
     @property
@@ -170,108 +215,136 @@ class Record:
 
     @property
     def run(self) -> dict:
-        "run.json as it was written; what was asked for, while a launched run has not begun."
+        "Return run.json as it was written; what was asked for, while a launched run has not begun."
         begun = self.packed or (self.path/"run.json").is_file()
         if not begun: return read_json(self.path/"asked.json", "run file")
         if self._run is None:
-            self._run = _as_now(self._of("run") if self.packed else read_json(self.path/"run.json", "run file"), self.path)
+            if self.packed: written = self._of("run")
+            else: written = read_json(self.path/"run.json", "run file")
+            self._run = _as_now(written, self.path)
         return self._run
 
-    def _of(self, kind):
-        "The one line of that kind in a packed file, without its kind; raises `CitError` when it has no run line."
-        rows = [x for x in self._lines["all"].read() if x.get("kind") == kind]
-        found = [{k: v for k, v in x.items() if k != "kind"} for x in rows]
-        if kind == "run" and not found: raise CitError(f"{self.path} is not a packed run: it has no line of kind 'run'")
+    def _of(self, kind:str) -> dict|None:
+        "Find the one line of that kind in a packed file, without its kind; raises `CitError` without a run line."
+        lines = self._lines["all"].read()
+        found = [_without(line, "kind") for line in lines if line.get("kind") == kind]
+        if kind == "run" and not found:
+            raise CitError(f"{self.path} is not a packed run: it has no line of kind 'run'")
         return found[-1] if found else None
 
 # %% ../nbs/09_record.ipynb #edc88d6d
 @patch(as_prop=True)
 def config(self:Record) -> dict:
-    "The resolved configuration, and beside it the other fields of run.json."
+    "Return the resolved configuration, and next to it the other fields of run.json."
     return {**self.run, **(self.run.get("config") or {})}
 
 @patch
 def events(self:Record, kind:str|None=None, # "step", "row", "end", …; None: all
           ) -> list: # One dict per event, in order
-    "What happened so far."
-    rows = self._lines["all"].read() if self.packed else self._lines["events"].read()
-    return [e for e in rows if (kind is None and e["kind"] not in ("run", "time", "result")) or e["kind"] == kind]
+    "Read what happened so far."
+    lines = self._lines["all" if self.packed else "events"].read()
+    if kind is None:
+        return [line for line in lines if line["kind"] not in ("run", "time", "result")]
+    return [line for line in lines if line["kind"] == kind]
 
 @patch
 def clock(self:Record) -> list: # One dict per line of clock.jsonl
-    "Seconds, and all else that differs between two identical runs."
-    return [e for e in self._lines["all" if self.packed else "clock"].read() if e["kind"] == "time"]
+    "Read seconds, and all else that differs between two identical runs."
+    lines = self._lines["all" if self.packed else "clock"].read()
+    return [line for line in lines if line["kind"] == "time"]
 
 @patch
 def seconds(self:Record, what:str|None=None, # "train", "evaluate", "load"; None: all
            ) -> float:
-    "Wall-clock seconds spent, work that was done twice included."
-    return float(sum(e["seconds"] or 0 for e in self.clock() if what in (None, e["what"])))
+    "Sum the wall-clock seconds spent, work that was done twice included."
+    lines = [line for line in self.clock() if what in (None, line["what"])]
+    return float(sum(line["seconds"] or 0 for line in lines))
 
 # %% ../nbs/09_record.ipynb #add18d4d
 @patch(as_prop=True)
 def columns(self:Record) -> list: # (name, role); role: stream | held_in | unseen; stream first, in training order
-    return [tuple(c) for c in self.run["columns"]]
+    "List the columns of R."
+    return [tuple(column) for column in self.run["columns"]]
 
 @patch(as_prop=True)
 def tasks(self:Record) -> list: # Names of the stream's tasks, in training order
-    return [n for n, role in self.columns if role == "stream"]
+    "List the tasks that are trained."
+    return [name for name, role in self.columns if role == "stream"]
 
 @patch(as_prop=True)
 def rows(self:Record) -> list: # "start", then the training tasks after `plan`
+    "List the rows of R, those included that are not there yet."
     names = dict(enumerate(self.run.get("rows") or ["start"]))
-    names.update({e["row"]: e["name"] for e in self.events("row")})
-    return [names.get(t, "") for t in range(max(names)+1)]
+    names.update({event["row"]: event["name"] for event in self.events("row")})
+    return [names.get(index, "") for index in range(max(names)+1)]
 
 # %% ../nbs/09_record.ipynb #f33fdaa1
 @patch
 def matrix(self:Record, what:str="formatted", # "formatted", "valid", "content", "n", "cider" or what else the rows hold
           ) -> np.ndarray: # [rows, columns], percent; NaN: not measured
-    "One score over all rows and columns."
-    names, events = [c for c, _ in self.columns], self.events("row")
-    known = {"formatted", "valid", "content", "n"}.union(*(s for e in events for s in e["scores"].values()))
-    one_of("score", what, known)
-    M = np.full((len(self.rows), len(names)), np.nan)
-    for e in events: M[e["row"]] = [np.nan if (v := e["scores"].get(c, {}).get(what)) is None else v for c in names]
-    return M
+    "Give one score over all rows and columns."
+    columns = [name for name, _ in self.columns]
+    events = self.events("row")
+    one_of("score", what, {"formatted", "valid", "content", "n"} | _score_names(events))
+
+    cells = np.full((len(self.rows), len(columns)), np.nan)
+    for event in events:
+        values = [event["scores"].get(name, {}).get(what) for name in columns]
+        cells[event["row"]] = [_or_nan(value) for value in values]
+    return cells
+
+def _score_names(events:list) -> set:
+    "Name the scores that rows of R hold."
+    return {name for event in events for scores in event["scores"].values() for name in scores}
+
+def _or_nan(value):
+    "Turn what a file says into a number: null is NaN."
+    return np.nan if value is None else value
 
 @patch(as_prop=True)
 def R(self:Record) -> np.ndarray: # [rows, columns], percent; row 0 is the start model
+    "Give the scores of formatted answers."
     return self.matrix("formatted")
 
 @patch
 def of(self:Record, role:str, # "stream", "held_in" or "unseen"
       ) -> list: # Positions of the columns of that role
-    "Which columns have a role."
-    return [i for i, (_, r) in enumerate(self.columns) if r == one_of("role", role, ("stream", "held_in", "unseen"))]
+    "Tell which columns have a role."
+    roles = "stream", "held_in", "unseen"
+    own = [role for _, role in self.columns]
+    return [index for index, each in enumerate(own) if each == one_of("role", role, roles)]
 
 # %% ../nbs/09_record.ipynb #9152cba7
 @patch
 def core(self:Record, what:str="formatted") -> np.ndarray: # [T, T]; [1, T] for joint training
-    "A score without row 0, stream columns only."
+    "Give a score without row 0, stream columns only."
     return self.matrix(what)[1:, self.of("stream")]
 
 # %% ../nbs/09_record.ipynb #9cc47910
 @patch
-def _answers_file(self:Record, t:int, column:str) -> Path: return self.path/"answers"/str(t)/f"{_file(column)}.jsonl"
+def _answers_file(self:Record, t:int, column:str) -> Path:
+    "Say where the answers of a cell of R are."
+    return self.path/"answers"/str(t)/f"{_file(column)}.jsonl"
 
 @patch
 def answers(self:Record, # noqa: F811
-            row, # Row index or name
+            row:int|str, # Row index or name
             column:str, # Column name
            ) -> list: # Result lines in question order; scores under "metadata"
-    "What the model answered."
-    t = row if isinstance(row, int) else self.rows.index(one_of("row", row, self.rows))
-    f = self._answers_file(t, one_of("column", column, [c for c, _ in self.columns]))
-    if self.packed: raise CitError(f"{self.path} is a packed run, which keeps no answers: open the run folder instead")
-    if not f.is_file():
+    "Read what the model answered."
+    index = row if isinstance(row, int) else self.rows.index(one_of("row", row, self.rows))
+    known = [name for name, _ in self.columns]
+    file = self._answers_file(index, one_of("column", column, known))
+    if self.packed:
+        raise CitError(f"{self.path} is a packed run, which keeps no answers: open the run folder instead")
+    if not file.is_file():
         raise CitError(f"{self.path} has no answers for row {row!r}, column {column!r}: that cell was not measured")
-    return Lines(f).read()
+    return Lines(file).read()
 
 # %% ../nbs/09_record.ipynb #1928ea2f
 _header = re.compile(r"\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \}\s*")
 
-def read_npy(file, # Open at the beginning of a .npy
+def read_npy(file:io.IOBase, # Open at the beginning of a .npy
             ) -> np.ndarray:
     "Read an array of numbers or text; raises `ValueError` for anything else. Nothing is parsed or unpickled."
     major, _ = np.lib.format.read_magic(file)
@@ -280,419 +353,602 @@ def read_npy(file, # Open at the beginning of a .npy
     if not found: raise ValueError("not an array of numbers or text")
     kind, fortran, sizes = found.groups()
     shape = tuple(map(int, re.findall("[0-9]+", sizes)))
-    return np.frombuffer(file.read(), np.dtype(kind)).reshape(shape, order="F" if fortran == "True" else "C").copy()
+    values = np.frombuffer(file.read(), np.dtype(kind))
+    return values.reshape(shape, order="F" if fortran == "True" else "C").copy()
 
-def npz_names(path) -> list:
-    "Names of the arrays in a .npz file."
-    with zipfile.ZipFile(path) as z: return [n.removesuffix(".npy") for n in z.namelist()]
+def npz_names(path:str|Path) -> list:
+    "List the names of the arrays in a .npz file."
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
-def read_npz(path, *names) -> dict: # Array by name
+def read_npz(path:str|Path, *names:str) -> dict: # Array by name
     "Read arrays of a .npz file: those named."
-    with zipfile.ZipFile(path) as z: return {n: read_npy(io.BytesIO(z.read(f"{n}.npy"))) for n in names}
+    with zipfile.ZipFile(path) as archive:
+        return {name: read_npy(io.BytesIO(archive.read(f"{name}.npy"))) for name in names}
 
 # %% ../nbs/09_record.ipynb #a534f4d6
 @patch
 def array(self:Record, name:str) -> np.ndarray: # noqa: F811
-    "An array the run stored."
-    have = [] if self.packed else [f.stem for f in sorted((self.path/"arrays").glob("*.npy"))]
-    with open(self.path/"arrays"/f"{one_of('array', _file(name), have)}.npy", "rb") as f: return read_npy(f)
+    "Read an array that the run stored."
+    files = [] if self.packed else sorted((self.path/"arrays").glob("*.npy"))
+    stem = one_of("array", _file(name), [file.stem for file in files])
+    with open(self.path/"arrays"/f"{stem}.npy", "rb") as file: return read_npy(file)
 
 # %% ../nbs/09_record.ipynb #a24b3c9b
-def _mean(v) -> float:
-    "Mean over what was measured; NaN when nothing was."
-    v = np.asarray(v, float); v = v[~np.isnan(v)]
-    return float(v.mean()) if v.size else float("nan")
+def _mean(values) -> float:
+    "Average what was measured; NaN when nothing was."
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
 
-def _trajectory(f, R, *args) -> float:
-    "A metric, or NaN when R has no row per task."
-    return f(R, *args) if len(R) == R.shape[1] else float("nan")
+def _trajectory(metric, R, *args) -> float:
+    "Compute a metric, or give NaN when R has no row per task."
+    return metric(R, *args) if len(R) == R.shape[1] else float("nan")
 
-def _content_forgetting(K) -> float:
-    "`forgetting` over the tasks that have a content score."
-    return _mean([K[i:-1, i].max() - K[-1, i] for i in range(len(K)-1)])
+def _content_forgetting(content) -> float:
+    "Compute `forgetting` over the tasks that have a content score."
+    lost = [content[task:-1, task].max() - content[-1, task] for task in range(len(content)-1)]
+    return _mean(lost)
 
-def _last(M) -> np.ndarray: # [columns]
-    "The last row that was measured, else the first."
-    done = np.flatnonzero(~np.isnan(M).all(1))
-    return M[done[-1] if len(done) else 0]
+def _last(scores) -> np.ndarray: # [columns]
+    "Pick the last row that was measured, else the first."
+    done = np.flatnonzero(~np.isnan(scores).all(1))
+    return scores[done[-1] if len(done) else 0]
 
 # %% ../nbs/09_record.ipynb #ab84d5fb
 @patch
 def _scores(self:Record) -> dict:
-    "Every metric of R, and means of the other scores."
-    cols = self.of("stream"); C, V, K = (self.core(k) for k in ("formatted", "valid", "content"))
-    last = lambda f, what: f((self.core(what) if len(C) else self.matrix(what)[:1, cols])[-1:])
+    "Compute every metric of R, and means of the other scores."
+    stream = self.of("stream")
+    formatted, valid, content = (self.core(what) for what in ("formatted", "valid", "content"))
+
+    def last(metric, what):
+        rows = self.core(what) if len(formatted) else self.matrix(what)[:1, stream]
+        return metric(rows[-1:])
+
     return {"average_accuracy": last(average_accuracy, "formatted"),
-            **{f.__name__: _trajectory(f, C) for f in (learning_accuracy, mean_average_accuracy, backward_transfer)},
-            "forgetting": _trajectory(forgetting, C), "forgetting_valid": _trajectory(forgetting, V),
-            "forgetting_content": _trajectory(_content_forgetting, K),
-            "forward_transfer": _trajectory(forward_transfer, C, self.R[0, cols]),
-            "mean_instruction_following": last(mean_instruction_following, "valid"), "content": last(_mean, "content")}
+            "learning_accuracy": _trajectory(learning_accuracy, formatted),
+            "mean_average_accuracy": _trajectory(mean_average_accuracy, formatted),
+            "backward_transfer": _trajectory(backward_transfer, formatted),
+            "forgetting": _trajectory(forgetting, formatted),
+            "forgetting_valid": _trajectory(forgetting, valid),
+            "forgetting_content": _trajectory(_content_forgetting, content),
+            "forward_transfer": _trajectory(forward_transfer, formatted, self.R[0, stream]),
+            "mean_instruction_following": last(mean_instruction_following, "valid"),
+            "content": last(_mean, "content")}
 
 # %% ../nbs/09_record.ipynb #25ced6cf
 @patch
 def _cost(self:Record) -> dict:
-    "What the run took: seconds from the clock, sizes from the end of the last task."
+    "Tell what the run took: seconds from the clock, sizes from the end of the last task."
     end = (self.events("end") or [{}])[-1]
-    return {**{k: end.get(k, 0) for k in ("trainable", "stored_bytes", "extra_forwards")}, "seconds": self.seconds(),
-            "train_seconds": self.seconds("train"), "evaluate_seconds": self.seconds("evaluate")}
+    return {**{name: end.get(name, 0) for name in ("trainable", "stored_bytes", "extra_forwards")},
+            "seconds": self.seconds(),
+            "train_seconds": self.seconds("train"),
+            "evaluate_seconds": self.seconds("evaluate")}
 
 @patch(as_prop=True)
 def leaks(self:Record) -> list: # Names, sorted
-    "What the method says it is told, and what it was seen to use."
-    return sorted({*(self.run.get("leaks") or []), *(o for e in self.events("end") for o in e.get("observed") or [])})
+    "List what the method says it receives, and what it was seen to use."
+    told = self.run.get("leaks") or []
+    seen = [name for event in self.events("end") for name in event.get("observed") or []]
+    return sorted({*told, *seen})
 
 @patch
 def summary(self:Record) -> dict:
-    "Every metric, cost and leak of the run, from run.json, events and clock."
+    "Compute every metric, cost and leak of the run, from run.json, events and clock."
     ends = {"start": self.R[0], "end": _last(self.R)}
     means = {f"{role}_{when}": _mean(row[self.of(role)])
-             for role in ("held_in", "unseen") for when, row in ends.items()}
-    extra = {k for e in self.events("row") for s in e["scores"].values() for k in s}
-    mean = lambda k: _mean(_last(self.matrix(k))) if k in extra else float("nan")
-    said = {k: self.config.get(k) for k in ("method", "stream", "backbone", "seed", "order", "protocol")}
-    return {**said, "finished": self.finished, **self._scores(), **means,
-            "cider": mean("cider"), "found": mean("found"), **self._cost(), "leaks": self.leaks}
+             for role in ("held_in", "unseen")
+             for when, row in ends.items()}
+    extra = _score_names(self.events("row"))
+    mean = lambda name: _mean(_last(self.matrix(name))) if name in extra else float("nan")
+    asked = "method", "stream", "backbone", "seed", "order", "protocol"
+    said = {name: self.config.get(name) for name in asked}
+    return {**said,
+            "finished": self.finished,
+            **self._scores(),
+            **means,
+            "cider": mean("cider"),
+            "found": mean("found"),
+            **self._cost(),
+            "leaks": self.leaks}
 
 @patch(as_prop=True)
-def finished(self:Record) -> bool: return self.result is not None
+def finished(self:Record) -> bool:
+    "Tell whether the result is there."
+    return self.result is not None
 
 @patch(as_prop=True)
 def result(self:Record) -> dict|None:
-    "result.json; None while the run is unfinished."
-    f = self.path/"result.json"
-    return self._of("result") if self.packed else read_json(f, "result file") if f.is_file() else None
+    "Read result.json; None while the run is unfinished."
+    if self.packed: return self._of("result")
+    file = self.path/"result.json"
+    return read_json(file, "result file") if file.is_file() else None
 
 # %% ../nbs/09_record.ipynb #a8f39529
 @patch
 def finish(self:RecordWriter, summary:dict|None=None, # Default: `Record.summary`
           ) -> Record:
     "Write result.json: the run is finished."
-    rec = Record(self.path)
-    out = {"summary": {**(summary or rec.summary()), "finished": True}, "rows": rec.rows, "columns": rec.columns,
-           "R": rec.R, "valid": rec.matrix("valid"), "content": rec.matrix("content"), "seconds": rec.seconds()}
-    write_atomic(self.path/"result.json", json.dumps(plain(out), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    return rec
+    record = Record(self.path)
+    found = {"summary": {**(summary or record.summary()), "finished": True},
+             "rows": record.rows,
+             "columns": record.columns,
+             "R": record.R,
+             "valid": record.matrix("valid"),
+             "content": record.matrix("content"),
+             "seconds": record.seconds()}
+    write_atomic(self.path/"result.json", _indented(plain(found)))
+    return record
 
 # %% ../nbs/09_record.ipynb #e21adb44
-def markdown_table(head, # Column titles
-                   rows, # Rows of strings
+def markdown_table(head:list, # Column titles
+                   rows:list, # Rows of strings
                    left:int|tuple=1, # How many columns are text, aligned left; or which
                   ) -> str:
-    "A Markdown table."
+    "Write a Markdown table."
     text = range(left) if isinstance(left, int) else left
-    rule = [":--" if i in text else "--:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in r) + " |" for r in (head, rule, *rows))
+    rule = [":--" if index in text else "--:" for index in range(len(head))]
+    escaped = lambda cell: str(cell).replace("|", "\\|")
+    lines = [" | ".join(map(escaped, row)) for row in (head, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
-def text_table(head, rows, left:int=1) -> str:
-    "A plain-text table with aligned columns."
-    rows = [[str(c) for c in r] for r in (head, *rows)]
-    width = [max(map(len, c)) for c in zip(*rows)]
-    pad = lambda i, c: c.ljust(width[i]) if i < left else c.rjust(width[i])
-    line = lambda r: "  ".join(pad(i, c) for i, c in enumerate(r)).rstrip()
-    return "\n".join([line(rows[0]), "  ".join("-"*n for n in width), *map(line, rows[1:])])
+def text_table(head:list, # Column titles
+               rows:list, # Rows of strings
+               left:int=1, # How many columns are text, aligned left
+              ) -> str:
+    "Write a plain-text table with aligned columns."
+    rows = [[str(cell) for cell in row] for row in (head, *rows)]
+    width = [max(map(len, column)) for column in zip(*rows)]
+    pad = lambda index, cell: cell.ljust(width[index]) if index < left else cell.rjust(width[index])
+    line = lambda row: "  ".join(pad(index, cell) for index, cell in enumerate(row)).rstrip()
+    rule = "  ".join("-"*size for size in width)
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 # %% ../nbs/09_record.ipynb #d9e33c38
-def _number(x, digits:int=1) -> str:
-    "A number for a table; a dot where nothing was measured."
-    return "·" if x is None or x != x else f"{x:.{digits}f}"
+def _number(value, digits:int=1) -> str:
+    "Write a number for a table; a dot where nothing was measured."
+    return "·" if value is None or value != value else f"{value:.{digits}f}"
 
-_heads = {"average_accuracy": "AP", "learning_accuracy": "learning accuracy", "forgetting": "forgetting",
+def _known(value) -> bool:
+    "Tell a value from NaN, which says that nothing was measured."
+    return value == value
+
+_heads = {"average_accuracy": "AP",
+          "learning_accuracy": "learning accuracy",
+          "forgetting": "forgetting",
           "mean_instruction_following": "valid"}
 _also = {"found": "found"} # Where it was measured
 
 @patch
 def _repr_markdown_(self:Record) -> str:
-    "R as a table, and the headline numbers."
-    role = {"stream": "", "held_in": "held-in: ", "unseen": "unseen: "}
-    head = ["after", *(role[r] + c for c, r in self.columns)]
-    body = [[n, *map(_number, r)] for n, r in zip(self.rows, self.R)]
-    s, left = self.summary(), "" if self.finished else " (unfinished)"
-    said = ", ".join(f"{h} {_number(s[k])}" for k, h in [*_heads.items(), *_also.items()] if k in _heads or s[k] == s[k])
-    return f"**{s['method']}** on {s['stream']}, seed {s['seed']}{left}: {said}\n\n{markdown_table(head, body)}"
+    "Show R as a table, and the headline numbers."
+    prefix = {"stream": "", "held_in": "held-in: ", "unseen": "unseen: "}
+    head = ["after", *(prefix[role] + column for column, role in self.columns)]
+    body = [[name, *map(_number, row)] for name, row in zip(self.rows, self.R)]
+    found = self.summary()
+    left = "" if self.finished else " (unfinished)"
+    shown = _heads | {key: title for key, title in _also.items() if _known(found[key])}
+    said = ", ".join(f"{title} {_number(found[key])}" for key, title in shown.items())
+    return (f"**{found['method']}** on {found['stream']}, seed {found['seed']}{left}: {said}\n\n"
+            f"{markdown_table(head, body)}")
 
 @patch
 def __repr__(self:Record) -> str:
-    done, left = len(self.events("row")), "" if self.finished else ", unfinished"
-    return f"Record({self.name}: {self.config.get('method')}, {done} of {len(self.rows)} rows{left})"
+    done = len(self.events("row"))
+    left = "" if self.finished else ", unfinished"
+    method = self.config.get("method")
+    return f"Record({self.name}: {method}, {done} of {len(self.rows)} rows{left})"
 
 # %% ../nbs/09_record.ipynb #a98d4037
 @patch
 def series(self:Record, name:str="loss", # "loss", "added" (the method's term), "lr", "grad_norm", or a statistic
           ) -> tuple: # (steps [n] over the whole stream, values [n]); NaN where it was not recorded
-    "A quantity of the training steps."
-    if name == "found" and (at_rows := self._finds()): return tuple(np.array(x) for x in zip(*at_rows))
-    steps = self.events("step"); top = ("loss", "added", "lr", "grad_norm")
-    one_of("series", name, {*top, *self.stats})
-    v = [(e if name in top else e.get("stats") or {}).get(name) for e in steps]
-    return np.array([e["global"] for e in steps], int), np.array([np.nan if x is None else x for x in v], float)
+    "Read a quantity of the training steps."
+    if name == "found":
+        at_rows = self._finds()
+        if at_rows: return tuple(np.array(values) for values in zip(*at_rows))
+    steps = self.events("step")
+    every = "loss", "added", "lr", "grad_norm"
+    one_of("series", name, {*every, *self.stats})
+    tables = [step if name in every else step.get("stats") or {} for step in steps]
+    values = [_or_nan(table.get(name)) for table in tables]
+    return np.array([step["global"] for step in steps], int), np.array(values, float)
 
 @patch(as_prop=True)
 def stats(self:Record) -> list: # Names
-    "Which statistics the method recorded, in order of name; `found` was measured at the rows of R."
-    return sorted({k for e in self.events("step") for k in e.get("stats") or {}}.union(["found"]*bool(self._finds())))
+    "List the statistics that the method recorded, in order of name; `found` was measured at the rows of R."
+    names = {name for step in self.events("step") for name in step.get("stats") or {}}
+    if self._finds(): names.add("found")
+    return sorted(names)
 
 @patch
 def _finds(self:Record) -> list: # (last step before it, mean over the tasks learned by then) of each row that has it
-    "How often rows went where training on their task went."
-    step, out = 0, []
-    for e in self.events():
-        if e["kind"] == "step": step = e["global"]
-        got = [s["found"] for s in e["scores"].values() if "found" in s] if e["kind"] == "row" else []
-        if got: out.append((step, float(np.mean(got))))
-    return out
+    "Tell how often rows went where training on their task went."
+    step, found = 0, []
+    for event in self.events():
+        if event["kind"] == "step": step = event["global"]
+        if event["kind"] != "row": continue
+        shares = [scores["found"] for scores in event["scores"].values() if "found" in scores]
+        if shares: found.append((step, float(np.mean(shares))))
+    return found
 
 # %% ../nbs/09_record.ipynb #032a0541
-def _course(rows:list) -> np.ndarray: # [n, L] or [n]
-    "Values over time; null is NaN."
-    L = max((len(r) for r in rows if isinstance(r, list)), default=0)
-    nan = lambda x: np.nan if x is None else x
-    return np.array([[*map(nan, r or [None]*L)] if L else nan(r) for r in rows], float)
+def _course(rows:list) -> np.ndarray: # [n, layers] or [n]
+    "Arrange values over time; null is NaN."
+    layers = max((len(row) for row in rows if isinstance(row, list)), default=0)
+    if not layers: return np.array([_or_nan(row) for row in rows], float)
+    whole = [row or [None]*layers for row in rows]
+    return np.array([[_or_nan(value) for value in row] for row in whole], float)
+
+def _courses(name:str, # A task
+             events:list, # Those that probed it
+            ) -> dict: # {"global": [n], "nll": [n], "drift": [n, L], …}
+    "Collect what the probes saw of one task."
+    courses = {"global": np.array([event["global"] for event in events])}
+    for key in ("task", "phase"): courses[key] = [event[key] for event in events]
+    probes = [event["tasks"][name] for event in events]
+    for key in probes[0]:
+        values = [probe[key] for probe in probes]
+        courses[key] = values if key == "answers" else _course(values)
+    return courses
 
 @patch
-def watched(self:Record) -> tuple: # ({task: {"global": [n], "nll": [n], "drift": [n, L], …}}, {task: (first step, last step)})
-    "What the probes saw of each task, over the steps of the run, and where each task was trained."
-    events, out, bounds = self.events("watch"), {}, {}
-    for e in events: bounds[e["task"]] = (bounds.get(e["task"], (e["global"],))[0], e["global"])
-    for name in [t for t in self.tasks if any(t in e["tasks"] for e in events)]:
-        mine = [e for e in events if name in e["tasks"]]; told = [e["tasks"][name] for e in mine]
-        out[name] = {"global": np.array([e["global"] for e in mine]), **{k: [e[k] for e in mine] for k in ("task", "phase")},
-                     **{k: [t[k] for t in told] if k == "answers" else _course([t[k] for t in told]) for k in told[0]}}
-    return out, bounds
+def watched(self:Record) -> tuple: # ({task: what `_courses` gives}, {task: (first step, last step)})
+    "Collect what the probes saw of each task, over the steps of the run, and where each task was trained."
+    events = self.events("watch")
+    bounds = {}
+    for event in events:
+        step = event["global"]
+        first, _ = bounds.get(event["task"], (step, step))
+        bounds[event["task"]] = first, step
+
+    courses = {}
+    for name in self.tasks:
+        mine = [event for event in events if name in event["tasks"]]
+        if mine: courses[name] = _courses(name, mine)
+    return courses, bounds
 
 # %% ../nbs/09_record.ipynb #26a849c5
 def _thin(events:list, steps:int) -> list:
-    "`events` with about `steps` of kind step at most: evenly spread, the last of each task and phase always kept."
-    at = [i for i, e in enumerate(events) if e["kind"] == "step"]
-    last = {(events[i].get("task"), events[i].get("phase")): i for i in at}.values()
-    free = max(0, min(len(at), steps - len(last)))
-    keep = {*last, *(at[j] for j in np.linspace(0, len(at)-1, free).round().astype(int))}
-    return [e for i, e in enumerate(events) if e["kind"] != "step" or i in keep]
+    "Keep about `steps` events of kind step at most: evenly spread, the last of each task and phase always."
+    at_step = [event["kind"] == "step" for event in events]
+    places = [place for place, is_step in enumerate(at_step) if is_step]
+    last = {}
+    for place in places:
+        event = events[place]
+        last[event.get("task"), event.get("phase")] = place
 
-def _short(o):
-    "Floats to six significant digits, everywhere."
-    if isinstance(o, dict): return {k: _short(v) for k, v in o.items()}
-    if isinstance(o, list): return [_short(v) for v in o]
-    return float(f"{o:.6g}") if isinstance(o, float) else o
+    free = max(0, min(len(places), steps - len(last)))
+    spread = np.linspace(0, len(places)-1, free).round().astype(int)
+    kept = {*last.values(), *(places[index] for index in spread)}
+    return [event for place, event in enumerate(events) if not at_step[place] or place in kept]
+
+def _short(value):
+    "Round floats to six significant digits, everywhere."
+    if isinstance(value, dict): return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list): return [_short(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 # %% ../nbs/09_record.ipynb #bd0174af
 _local = ("out", "argv", "cwd", "host", "pid", "user", "python", "platform")
 
-def pack(run_dir, # A run folder
-         out, # The .jsonl file to write
+def pack(run_dir:str|Path, # A run folder
+         out:str|Path, # The .jsonl file to write
          steps:int=200, # At most this many step events
         ) -> Path: # `out`
     "Store a run as one small file that `Record` reads."
-    rec = Record(run_dir); clock = defaultdict(float)
-    for e in rec.clock(): clock[e["what"], e.get("task")] += e["seconds"] or 0
-    drop = lambda d: {k: v for k, v in d.items() if k not in _local}
-    run = {**drop(rec.run), "config": drop(rec.run.get("config") or {}), "packed": {"of": len(rec.events("step"))}}
-    events = [_short(e) if e["kind"] == "step" else e for e in _thin(rec.events(), steps)]
-    times = [{"kind": "time", "what": w, "task": t, "seconds": round(s, 3)} for (w, t), s in clock.items()]
-    result = [{"kind": "result", **rec.result}] if rec.finished else []
-    return write_atomic(out, "".join(canonical(x) + "\n" for x in [{"kind": "run", **run}, *events, *times, *result]))
+    record = Record(run_dir)
+    clock = defaultdict(float)
+    for line in record.clock(): clock[line["what"], line.get("task")] += line["seconds"] or 0
+    run = {**_without(record.run, *_local),
+           "config": _without(record.run.get("config") or {}, *_local),
+           "packed": {"of": len(record.events("step"))}}
+    thinned = _thin(record.events(), steps)
+    events = [_short(event) if event["kind"] == "step" else event for event in thinned]
+    times = [{"kind": "time", "what": what, "task": task, "seconds": round(seconds, 3)}
+             for (what, task), seconds in clock.items()]
+    result = [{"kind": "result", **record.result}] if record.finished else []
+    lines = [{"kind": "run", **run}, *events, *times, *result]
+    return write_atomic(out, "".join(canonical(line) + "\n" for line in lines))
 
 # %% ../nbs/09_record.ipynb #c616bfd9
 def find_runs(where="runs", # Folder, packed file, run folder, Record, or a list of those
              ) -> list: # Records in order of path
-    "Every run and packed run below `where`."
+    "Find every run and packed run below `where`."
     if isinstance(where, Record): return [where]
-    if isinstance(where, (list, tuple)): return [r for w in where for r in find_runs(w)]
+    if isinstance(where, (list, tuple)):
+        return [record for place in where for record in find_runs(place)]
     where = expanded(where)
     if not where.exists(): raise CitError(f"no runs at {where}: the folder does not exist")
     if where.is_file() or (where/"run.json").is_file(): return [Record(where)]
-    inside = [p for p in sorted(where.iterdir()) if p.is_dir() or (p.suffix == ".jsonl" and _is_packed(p))]
-    return [r for p in inside if not p.name.startswith(".") for r in find_runs(p)]
+    inside = [path for path in sorted(where.iterdir())
+              if path.is_dir() or (path.suffix == ".jsonl" and _is_packed(path))]
+    shown = [path for path in inside if not path.name.startswith(".")]
+    return [record for path in shown for record in find_runs(path)]
 
 def _is_packed(path:Path) -> bool:
-    "Whether the first line of a file is a packed run's."
-    with open(path, "rb") as f: first = f.readline()
+    "Tell whether the first line of a file is a packed run's."
+    with open(path, "rb") as file: first = file.readline()
     return b'"kind":"run"' in first and first.startswith(b"{") and first.endswith(b"\n")
 
 # %% ../nbs/09_record.ipynb #5fdaecac
-def _setting(rec) -> dict: # {dotted name: value}
-    "What may differ between runs of one method in one protocol, besides task order and seed."
-    c = rec.config; optim, args = c.get("optim") or {}, c.get("method_args") or {}
-    code = {"code": c["method_code"][:6]} if c.get("method_code") else {}
-    code |= {f"version of {n}": v for n, v in rec.run.get("behaviour", {}).get("methods", {}).items() if v != 1}
-    kept = {f"optim.{k}" if k in args else k: optim[k] for k in ("lr", "clip", "weight_decay") if k in optim}
-    return {".".join(path): v for path, v in leaves(args)} | kept | code
+def _setting(record) -> dict: # {dotted name: value}
+    "Collect what may differ between runs of one method in one protocol, besides task order and seed."
+    config = record.config
+    optim = config.get("optim") or {}
+    args = config.get("method_args") or {}
+    code = {"code": config["method_code"][:6]} if config.get("method_code") else {}
+    versions = record.run.get("behaviour", {}).get("methods", {})
+    code |= {f"version of {name}": value for name, value in versions.items() if value != 1}
+    rates = [name for name in ("lr", "clip", "weight_decay") if name in optim]
+    kept = {f"optim.{name}" if name in args else name: optim[name] for name in rates}
+    return {".".join(path): value for path, value in leaves(args)} | kept | code
 
 def _labels(records:list) -> list:
-    "Method names; where one method occurs in several settings, with what differs."
-    by = defaultdict(list)
-    for r in records: by[r.config.get("method")].append(_setting(r))
-    bare = lambda setting: {k: v for k, v in setting.items() if k != "code"}
-    def label(r):
-        m, mine = r.config.get("method"), _setting(r)
-        newest = {k: max(a.get(k, 1) for a in by[m]) for own in by[m] for k in own if k.startswith("version of ")}
-        odd = [k for k in sorted(mine) if k not in newest and any(a.get(k) != mine[k] for a in by[m])]
-        if not any(a != mine and bare(a) == bare(mine) for a in by[m]): odd = [k for k in odd if k != "code"]
-        mine = dict.fromkeys(newest, 1) | mine
-        odd += [k for k in sorted(newest) if mine[k] < newest[k]]
-        last = [k.split(".")[-1] for k in odd]
-        said = [f"{s if last.count(s) == 1 else k}={_value(mine[k])}" for k, s in zip(odd, last)]
-        return f"{m}({', '.join(said)})" if odd else str(m)
-    return [label(r) for r in records]
+    "Name the methods; where one method occurs in several settings, with what differs."
+    settings = defaultdict(list)
+    for record in records: settings[record.config.get("method")].append(_setting(record))
+    return [_label(record, settings[record.config.get("method")]) for record in records]
 
-def _value(v) -> str: return f"{v:g}" if isinstance(v, float) else str(v)
+def _label(record, settings:list) -> str: # "ewc(lam=1)"
+    "Name a record by its method, with what differs from the other settings of that method."
+    mine = _setting(record)
+    versions = [name for setting in settings for name in setting if name.startswith("version of ")]
+    newest = {name: max(setting.get(name, 1) for setting in settings) for name in versions}
+    varies = lambda name: any(setting.get(name) != mine[name] for setting in settings)
+    odd = [name for name in sorted(mine) if name not in newest and varies(name)]
+    if not _differ_in_code(mine, settings): odd = [name for name in odd if name != "code"]
+    mine = dict.fromkeys(newest, 1) | mine
+    odd += [name for name in sorted(newest) if mine[name] < newest[name]]
+
+    method = record.config.get("method")
+    last = [name.split(".")[-1] for name in odd]
+    names = [short if last.count(short) == 1 else name for name, short in zip(odd, last)]
+    said = [f"{shown}={_value(mine[name])}" for shown, name in zip(names, odd)]
+    return f"{method}({', '.join(said)})" if odd else str(method)
+
+def _differ_in_code(mine:dict, settings:list) -> bool:
+    "Tell whether another setting differs from mine in the code and in nothing else."
+    others = [setting for setting in settings if setting != mine]
+    return any(_without(setting, "code") == _without(mine, "code") for setting in others)
+
+def _value(value) -> str: return f"{value:g}" if isinstance(value, float) else str(value)
 
 # %% ../nbs/09_record.ipynb #5bae40c6
-def _scale(rec) -> tuple: # Equal for runs whose scores have one scale
-    "Stream and protocol, whatever is trained and whether the task's label is shown."
-    fields = rec.run.get("protocol_fields") or {"protocol": rec.run.get("protocol")}
-    return rec.config.get("stream"), canonical({k: v for k, v in fields.items() if k not in ("trained", "oracle")})
+def _scale(record) -> tuple: # Equal for runs whose scores have one scale
+    "Name stream and protocol, whatever is trained and whether the task's label is shown."
+    fields = record.run.get("protocol_fields") or {"protocol": record.run.get("protocol")}
+    return record.config.get("stream"), canonical(_without(fields, "trained", "oracle"))
 
 def _norms(records:list) -> list:
-    "AP_norm of each record; NaN without a `single` run of the same scale or without chance scores."
-    own = defaultdict(lambda: defaultdict(list)) # {scale: {task: scores of a model of its own}}
-    for r in records:
-        if r.config.get("method") == "single" and len(C := r.core()) == C.shape[1]:
-            for n, x in zip(r.tasks, C.diagonal()): own[_scale(r)][n].append(x)
-    def one(r):
-        chance, alone = r.run.get("chance") or {}, own[_scale(r)]
-        return ap_norm(_last(r.R)[r.of("stream")], [chance.get(n, np.nan) for n in r.tasks], [_mean(alone[n]) for n in r.tasks])
-    return [one(r) for r in records]
+    "Compute AP_norm of each record; NaN without a `single` run of the same scale or without chance scores."
+    own = defaultdict(lambda: defaultdict(list)) # {scale: {task: scores of a model trained on it alone}}
+    for record in records:
+        if record.config.get("method") != "single": continue
+        scores = record.core()
+        if len(scores) != scores.shape[1]: continue
+        for task, score in zip(record.tasks, scores.diagonal()):
+            own[_scale(record)][task].append(score)
+    return [_norm(record, own[_scale(record)]) for record in records]
+
+def _norm(record, alone:dict) -> float: # `alone`: {task: scores of a model trained on it alone}
+    "Compute AP_norm of a record."
+    chance = record.run.get("chance") or {}
+    end = _last(record.R)[record.of("stream")]
+    lowest = [chance.get(task, np.nan) for task in record.tasks]
+    return ap_norm(end, lowest, [_mean(alone[task]) for task in record.tasks])
 
 # %% ../nbs/09_record.ipynb #d9a571e7
-_table = {"ap_norm": ("AP norm", 2), "average_accuracy": ("AP", 1), "learning_accuracy": ("learning", 1),
-          "forgetting": ("forgetting", 1), "mean_instruction_following": ("valid", 1), "content": ("content", 1),
-          "held_in_end": ("held-in", 1), "unseen_end": ("unseen", 1), "found": ("found", 0), "trainable": ("trainable", 0),
-          "stored_bytes": ("bytes", 0), "extra_forwards": ("extra forwards", 0), "seconds": ("seconds", 0)}
-_ranked = {k: -1 if k == "forgetting" else 1 for k, (_, digits) in _table.items() if digits} # Sign of better
+_table = {"ap_norm": ("AP norm", 2), # {key: (heading, digits)}
+          "average_accuracy": ("AP", 1),
+          "learning_accuracy": ("learning", 1),
+          "forgetting": ("forgetting", 1),
+          "mean_instruction_following": ("valid", 1),
+          "content": ("content", 1),
+          "held_in_end": ("held-in", 1),
+          "unseen_end": ("unseen", 1),
+          "found": ("found", 0),
+          "trainable": ("trainable", 0),
+          "stored_bytes": ("bytes", 0),
+          "extra_forwards": ("extra forwards", 0),
+          "seconds": ("seconds", 0)}
+_ranked = {key: -1 if key == "forgetting" else 1 for key, (_, digits) in _table.items() if digits} # Sign of better
 _enough = 3 # Task orders for an interval
 
-def _order(rec) -> str: return " ".join(rec.tasks)
+def _order(record) -> str: return " ".join(record.tasks)
 
 def _line(runs:list, # (record, its AP_norm) of one setting
          ) -> dict:
-    "Order means of each metric (`units`), their mean and interval, and over how many orders, seeds and runs."
-    scores = [{**r.summary(), "ap_norm": x} for r, x in runs]
-    units = {k: order_means({(_order(r), i): s[k] for i, ((r, _), s) in enumerate(zip(runs, scores))}) for k in _table}
-    seeds = [len({r.config.get("seed") for r, _ in runs if _order(r) == o}) for o in units["seconds"]]
-    said = str(seeds[0]) if len({*seeds}) == 1 else f"{min(seeds)}–{max(seeds)}"
-    out = {"orders": len(seeds), "seeds": said, "runs": len(runs)}
-    for k, u in units.items():
-        mean, low, high = t_interval(u)
-        out |= {k: mean} | ({f"{k}_low": low, f"{k}_high": high} if k in _ranked and len(u) >= _enough else {})
-    return {**out, "units": units}
+    "Compute order means of each metric (`units`), mean and interval, and over how many orders, seeds and runs."
+    summaries = [{**record.summary(), "ap_norm": norm} for record, norm in runs]
+    orders = [_order(record) for record, _ in runs]
+    units = {}
+    for key in _table:
+        values = {(order, place): summaries[place][key] for place, order in enumerate(orders)}
+        units[key] = order_means(values)
+
+    seeds = defaultdict(set)
+    for order, (record, _) in zip(orders, runs): seeds[order].add(record.config.get("seed"))
+    counts = [len(seeds[order]) for order in units["seconds"]]
+    said = str(counts[0]) if len({*counts}) == 1 else f"{min(counts)}–{max(counts)}"
+    line = {"orders": len(counts), "seeds": said, "runs": len(runs)}
+    for key, values in units.items():
+        mean, low, high = t_interval(values)
+        line[key] = mean
+        if key in _ranked and len(values) >= _enough:
+            line |= {f"{key}_low": low, f"{key}_high": high}
+    return {**line, "units": units}
 
 # %% ../nbs/09_record.ipynb #c295fc04
-def _tuned(rec) -> str:
-    "Where a run's fields come from, in words."
-    t = rec.config.get("tuned_on") or {}
-    old = ", with validation data of old tasks" if _old_val(rec) else ""
-    return f"tuned on {t.get('stream')}, {t.get('trials')} trials{old}" if t else "tuning not recorded"
+def _tuned(record) -> str:
+    "Say where a run's fields come from."
+    tuned = record.config.get("tuned_on") or {}
+    if not tuned: return "tuning not recorded"
+    old = ", with validation data of old tasks" if _old_val(record) else ""
+    return f"tuned on {tuned.get('stream')}, {tuned.get('trials')} trials{old}"
 
-def _old_val(rec) -> bool:
-    "Was the run tuned on old tasks' validation data? On another stream than `shapes-tune`: unless it says not so."
-    t = rec.config.get("tuned_on") or {}
-    unsaid = t.get("stream") != "shapes-tune" and t.get("old_val") is not False
-    return bool(t) and (unsaid or bool(t.get("old_val")) or t.get("stream") == rec.config.get("stream"))
+def _old_val(record) -> bool:
+    "Tell whether the run was tuned on old tasks' validation data: on any stream but `shapes-tune` unless it says not."
+    tuned = record.config.get("tuned_on") or {}
+    unsaid = tuned.get("stream") != "shapes-tune" and tuned.get("old_val") is not False
+    on_its_own = tuned.get("stream") == record.config.get("stream")
+    return bool(tuned) and (unsaid or bool(tuned.get("old_val")) or on_its_own)
 
-def _saw_old(rec) -> bool:
-    "Was validation data of old tasks used?"
-    return _old_val(rec) or "val_of_old_tasks" in rec.leaks
+def _saw_old(record) -> bool:
+    "Tell whether validation data of old tasks was used."
+    return _old_val(record) or "val_of_old_tasks" in record.leaks
 
-def _bound(rec) -> bool:
-    "Is it a bound rather than a competitor?"
-    untrained = bool(rec.events("end")) and not rec._cost()["trainable"]
-    return rec.config.get("method") == "single" or len(rec.rows) <= len(rec.of("stream")) or untrained
+def _bound(record) -> bool:
+    "Tell a bound from a competitor."
+    untrained = bool(record.events("end")) and not record._cost()["trainable"]
+    merges = len(record.rows) <= len(record.of("stream"))
+    return record.config.get("method") == "single" or merges or untrained
 
+# %% ../nbs/09_record.ipynb #c295fc01
 def _blocks(records:list) -> dict: # {heading: records}
-    "Records by protocol, those that saw old tasks' validation data apart; the heading names what differs."
+    "Group records by protocol, those that saw old tasks' validation data apart; the heading names what differs."
     groups, fields = defaultdict(list), {}
-    for r in records: groups[_saw_old(r), r.run.get("protocol")].append(r)
-    for (_, p), (r, *_) in groups.items():
-        data = {k: r.config.get(k) for k in ("stream", "stream_args")}
-        fields[p] = {**data, **(r.run.get("protocol_fields") or {}), "said": canonical(data)}
-    alike = len({(f["said"], f.get("data")) for f in fields.values()}) == len({f["said"] for f in fields.values()})
-    skip = ("said", "data", "test") if alike else ("said",)
-    odd = {name for f in fields.values() for name, *_ in differences(next(iter(fields.values())), f)}
-    odd = [n for n in sorted(odd, key=lambda n: (n.split("_")[0] != "stream", n)) if n.split(".")[0] not in skip]
-    said = lambda p: f"protocol {str(p)[:8]}: " + ", ".join(f"{n} = {str(_at(fields[p], n))[:40]}" for n in odd)
-    head = lambda old, p: "; ".join([said(p)]*(len(fields) > 1) + ["used validation data of old tasks: not ranked"]*old)
-    return {head(*key): groups[key] for key in sorted(groups, key=lambda k: k[0])}
+    for record in records:
+        groups[_saw_old(record), record.run.get("protocol")].append(record)
+    for (_, protocol), (record, *_) in groups.items():
+        data = {name: record.config.get(name) for name in ("stream", "stream_args")}
+        own = record.run.get("protocol_fields") or {}
+        fields[protocol] = {**data, **own, "said": canonical(data)}
+    odd = _odd_fields([*fields.values()])
+
+    def heading(old, protocol):
+        parts = []
+        if len(fields) > 1:
+            values = {name: str(_at(fields[protocol], name))[:40] for name in odd}
+            shown = ", ".join(f"{name} = {value}" for name, value in values.items())
+            parts.append(f"protocol {str(protocol)[:8]}: {shown}")
+        if old: parts.append("used validation data of old tasks: not ranked")
+        return "; ".join(parts)
+
+    ranked_first = sorted(groups, key=lambda key: key[0])
+    return {heading(*key): groups[key] for key in ranked_first}
+
+def _odd_fields(protocols:list) -> list: # Dotted names
+    "Name the fields in which protocols differ, those of the stream first."
+    streams = {each["said"] for each in protocols}
+    same_data = len({(each["said"], each.get("data")) for each in protocols}) == len(streams)
+    skip = ("said", "data", "test") if same_data else ("said",)
+    odd = {name for each in protocols for name, *_ in differences(protocols[0], each)}
+    shown = [name for name in odd if name.split(".")[0] not in skip]
+    return sorted(shown, key=lambda name: (name.split("_")[0] != "stream", name))
 
 def _at(fields, name:str):
-    "A nested field by its dotted name; a key may hold dots itself."
-    if not isinstance(fields, dict) or name in fields: return fields.get(name) if isinstance(fields, dict) else None
-    head = next((k for k in fields if name.startswith(f"{k}.")), None)
+    "Get a nested field by its dotted name; a key may hold dots itself."
+    if not isinstance(fields, dict): return None
+    if name in fields: return fields.get(name)
+    head = next((key for key in fields if name.startswith(f"{key}.")), None)
     return _at(fields[head], name[len(head)+1:]) if head else None
 
 # %% ../nbs/09_record.ipynb #bc095d55
 def _versus(a:dict, b:dict, # Lines
-            k:str) -> Paired:
-    "The paired difference a − b of a metric over the orders both have; no interval below three."
-    both = [o for o in a["units"][k] if o in b["units"][k]]
-    d = paired(*({o: r["units"][k][o] for o in both} for r in (a, b)))
-    return d if d.n >= _enough else Paired(d.mean, np.nan, np.nan, np.nan, d.n)
+            key:str, # Metric
+           ) -> Paired:
+    "Compute the paired difference a − b of a metric over the orders both have; no interval below three."
+    found = paired(*_common(a, b, key))
+    return found if found.n >= _enough else Paired(found.mean, np.nan, np.nan, np.nan, found.n)
+
+def _common(a:dict, b:dict, key:str) -> list: # {order: mean} of each
+    "Pick the order means of two lines over the orders both have."
+    both = [order for order in a["units"][key] if order in b["units"][key]]
+    pick = lambda means: {order: means[order] for order in both}
+    return [pick(a["units"][key]), pick(b["units"][key])]
 
 def _best(lines:list) -> set: # (position, metric)
-    "What leads its block by more than chance."
-    out = set()
-    for k, sign in _ranked.items():
-        able = [i for i, r in enumerate(lines) if r["ranked"] and r[k] == r[k]]
-        first, second = [*sorted(able, key=lambda i: -sign*lines[i][k]), None, None][:2]
-        if second is None: continue
-        d = _versus(lines[first], lines[second], k)
-        if min(sign*d.low, sign*d.high) > 0: out.add((first, k))
-    return out
+    "Find what leads its block by more than chance."
+    leaders = set()
+    for key, sign in _ranked.items():
+        able = [place for place, line in enumerate(lines) if line["ranked"] and _known(line[key])]
+        if len(able) < 2: continue
+        able.sort(key=lambda place: -sign*lines[place][key])
+        first, second = able[:2]
+        ahead = _versus(lines[first], lines[second], key)
+        if min(sign*ahead.low, sign*ahead.high) > 0: leaders.add((first, key))
+    return leaders
 
 # %% ../nbs/09_record.ipynb #95440d74
-def _marked(r:dict) -> str:
-    "The label of a line, with the mark that tells how it was tuned."
-    return f"{r['method']} [{r['mark']}]" if r.get("mark") else r["method"]
+def _marked(line:dict) -> str:
+    "Label a line, with the mark that tells how it was tuned."
+    return f"{line['method']} [{line['mark']}]" if line.get("mark") else line["method"]
 
+def _by_block(rows:list) -> list: # Lists of lines
+    "Divide the lines of a table into its blocks."
+    blocks = dict.fromkeys(line["block"] for line in rows)
+    return [[line for line in rows if line["block"] == block] for block in blocks]
+
+# %% ../nbs/09_record.ipynb #95440d01
 class Table:
-    "Lines of numbers in blocks; prints as Markdown and as text."
+    "Hold lines of numbers in blocks; prints as Markdown and as text."
     def __init__(self, rows:list, # One dict per line: block, method, ranked, and what `_line` gives
                  notes:list=(), # Sentences below the table
                  columns:dict|None=None, # {key: (heading, digits)}
-                ): self.rows, self.notes, self.columns = list(rows), list(notes), columns or _table
+                ):
+        self.rows, self.notes = list(rows), list(notes)
+        self.columns = columns or _table
 
-    def __repr__(self): return self.text()
-    def _repr_markdown_(self): return self.markdown()
+    def __repr__(self) -> str: return self.text()
+    def _repr_markdown_(self) -> str: return self.markdown()
 
     @property
     def keys(self) -> list: # Of the columns that hold a number
-        return [k for k in self.columns if any(r.get(k, np.nan) == r.get(k, np.nan) for r in self.rows)]
-
-    def _cell(self, r:dict, k:str) -> str:
-        "A mean, with half its interval where there is one."
-        m, high, digits = r.get(k, np.nan), r.get(f"{k}_high", np.nan), self.columns[k][1]
-        if k in ("p", "p_equivalent") and m < .001: return "<0.001"
-        said = f"{m:,.0f}" if digits == 0 and m == m else _number(m, digits)
-        return (said + (f" ± {high - m:.{digits}f}" if high - m > 1e-9 else "")).replace("-", "−")
-
-    def _parts(self, strong, say=str) -> list: # (heading, lines of cells)
-        "The blocks as strings; `strong` marks the best, `say` writes a string in the language of the table."
-        out = []
-        for block in dict.fromkeys(r["block"] for r in self.rows):
-            lines = [r for r in self.rows if r["block"] == block]; best = _best(lines)
-            cell = lambda i, r, k: strong(say(self._cell(r, k))) if (i, k) in best else say(self._cell(r, k))
-            out.append((say(block), [[say(_marked(r)), str(r["orders"]), say(r["seeds"]), *(cell(i, r, k) for k in self.keys)]
-                                     for i, r in enumerate(lines)]))
-        return out
+        held = lambda key: any(_known(line.get(key, np.nan)) for line in self.rows)
+        return [key for key in self.columns if held(key)]
 
     @property
-    def head(self) -> list: return ["method", "orders", "seeds", *(self.columns[k][0] for k in self.keys)]
+    def head(self) -> list:
+        titles = [self.columns[key][0] for key in self.keys]
+        return ["method", "orders", "seeds", *titles]
+
+    def _cell(self, line:dict, key:str) -> str:
+        "Write a mean, with half its interval where there is one."
+        mean = line.get(key, np.nan)
+        high = line.get(f"{key}_high", np.nan)
+        digits = self.columns[key][1]
+        if key in ("p", "p_equivalent") and mean < .001: return "<0.001"
+        if digits == 0 and _known(mean): said = f"{mean:,.0f}"
+        else: said = _number(mean, digits)
+        if high - mean > 1e-9: said += f" ± {high - mean:.{digits}f}"
+        return said.replace("-", "−")
+
+    def _parts(self, strong, say=str) -> list: # (heading, lines of cells)
+        "Write the blocks as strings; `strong` marks the best, `say` writes a string in the language of the table."
+        parts = []
+        for lines in _by_block(self.rows):
+            leaders, rows = _best(lines), []
+            for place, line in enumerate(lines):
+                cells = {key: say(self._cell(line, key)) for key in self.keys}
+                for key in cells:
+                    if (place, key) in leaders: cells[key] = strong(cells[key])
+                rows.append([say(_marked(line)), str(line["orders"]), say(line["seeds"]), *cells.values()])
+            parts.append((say(lines[0]["block"]), rows))
+        return parts
 
 # %% ../nbs/09_record.ipynb #5b8bd162
 @patch
 def _render(self:Table, draw, strong, title:str) -> str:
-    "Blocks below each other, each with its head."
-    return "\n\n".join([*(f"{title}{b}{title}\n\n{draw(self.head, rows)}" if b else draw(self.head, rows)
-                          for b, rows in self._parts(strong)), *self.notes])
+    "Write the blocks below each other, each with its head."
+    blocks = []
+    for block, rows in self._parts(strong):
+        heading = f"{title}{block}{title}\n\n" if block else ""
+        blocks.append(heading + draw(self.head, rows))
+    return "\n\n".join([*blocks, *self.notes])
 
 @patch
-def text(self:Table) -> str: return self._render(text_table, lambda s: f"*{s}", "")
+def text(self:Table) -> str: return self._render(text_table, lambda cell: f"*{cell}", "")
+
 @patch
-def markdown(self:Table) -> str: return self._render(markdown_table, lambda s: f"**{s}**", "**")
+def markdown(self:Table) -> str: return self._render(markdown_table, lambda cell: f"**{cell}**", "**")
+
 @patch
 def frame(self:Table): # pandas.DataFrame
-    "The numbers, unrounded."
-    lines = [{k: v for k, v in r.items() if k != "units"} for r in self.rows]
+    "Give the numbers, unrounded."
+    lines = [_without(line, "units") for line in self.rows]
     return importlib.import_module("pandas").DataFrame(lines)
 
 @patch
@@ -700,116 +956,181 @@ def csv(self:Table) -> str: return self.frame().to_csv(index=False)
 
 # %% ../nbs/09_record.ipynb #b8e316f1
 _tex = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-                      "−": "$-$", "·": "--", "–": "--", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "&%$#_{}"}})
+                      "−": "$-$", "·": "--", "–": "--", "<": "$<$", ">": "$>$",
+                      **{letter: f"\\{letter}" for letter in "&%$#_{}"}})
 
 @patch
 def latex(self:Table) -> str:
-    "A booktabs table; bold only what leads its block by more than chance."
-    say, n, rule = lambda s: s.translate(_tex), len(self.head), r"\midrule"
-    wide = lambda s: rf"\multicolumn{{{n}}}{{p{{.95\linewidth}}}}{{{s}}} \\"
-    out = [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r'*(n-1)}}}", r"\toprule",
-           " & ".join(map(say, self.head)) + r" \\"]
-    for block, rows in self._parts(lambda s: rf"\textbf{{{s}}}", say):
-        out += [rule, *([wide(rf"\emph{{{block}}}")] if block else []), *(" & ".join(r) + r" \\" for r in rows)]
-    notes = [wide(rf"\footnotesize {say(s)}") for s in self.notes]
-    return "\n".join([*out, r"\bottomrule", *notes, r"\end{tabular}"])
+    "Write a booktabs table; bold only what leads its block by more than chance."
+    say = lambda text: text.translate(_tex)
+    bold = lambda cell: rf"\textbf{{{cell}}}"
+    row = lambda cells: " & ".join(cells) + r" \\"
+    width = len(self.head)
+    wide = lambda text: rf"\multicolumn{{{width}}}{{p{{.95\linewidth}}}}{{{text}}} \\"
+
+    lines = [r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r'*(width-1)}}}", r"\toprule",
+             row(map(say, self.head))]
+    for block, rows in self._parts(bold, say):
+        lines.append(r"\midrule")
+        if block: lines.append(wide(rf"\emph{{{block}}}"))
+        lines += map(row, rows)
+    notes = [wide(rf"\footnotesize {say(note)}") for note in self.notes]
+    return "\n".join([*lines, r"\bottomrule", *notes, r"\end{tabular}"])
 
 # %% ../nbs/09_record.ipynb #922bdae9
 def _notes(rows:list, singles:set) -> list:
-    "What a reader must know about the lines of a table."
+    "Say what a reader must know about the lines of a table."
     said = []
-    names = lambda rs: "all lines" if len(rs) == len(rows) else ", ".join(dict.fromkeys(r["method"] for r in rs))
-    if any(r["orders"] >= _enough for r in rows):
-        said.append("± is half of the 95 % t-interval over task orders, seeds of an order averaged first.")
-    few = [f"{names(rs)} (n = {n})" for n in range(1, _enough) if (rs := [r for r in rows if r["orders"] == n])]
-    if few: said.append(f"No interval for {'; '.join(few)}: it needs at least {_enough} task orders.")
-    if any(_best(rs) for rs in _by_block(rows)):
-        said.append("Marked as best: the paired 95 % interval against the runner-up of the block excludes 0.")
-    if bounds := [r for r in rows if r["bound"]]: said.append(f"Bounds, not ranked: {names(bounds)}.")
-    if len(singles) > 1: said.append(f"AP norm takes the mean of {len(singles)} settings of single as its scale.")
-    if len({r["tuned"] for r in rows}) > 1: said += dict.fromkeys(f"[{r['mark']}] {r['tuned']}." for r in rows)
-    return said + [f"All {r['tuned']}." for r in rows[:1] if not r["mark"] and r["tuned"].startswith("tuned")]
 
+    def named(lines):
+        if len(lines) == len(rows): return "all lines"
+        return ", ".join(dict.fromkeys(line["method"] for line in lines))
+
+    if any(line["orders"] >= _enough for line in rows):
+        said.append("± is half of the 95 % t-interval over task orders, seeds of an order averaged first.")
+    few = []
+    for count in range(1, _enough):
+        lines = [line for line in rows if line["orders"] == count]
+        if lines: few.append(f"{named(lines)} (n = {count})")
+    if few: said.append(f"No interval for {'; '.join(few)}: it needs at least {_enough} task orders.")
+    if any(_best(lines) for lines in _by_block(rows)):
+        said.append("Marked as best: the paired 95 % interval against the runner-up of the block excludes 0.")
+    bounds = [line for line in rows if line["bound"]]
+    if bounds: said.append(f"Bounds, not ranked: {named(bounds)}.")
+    if len(singles) > 1: said.append(f"AP norm takes the mean of {len(singles)} settings of single as its scale.")
+    if len({line["tuned"] for line in rows}) > 1:
+        said += dict.fromkeys(f"[{line['mark']}] {line['tuned']}." for line in rows)
+    one_way = [line for line in rows[:1] if not line["mark"] and line["tuned"].startswith("tuned")]
+    return said + [f"All {line['tuned']}." for line in one_way]
+
+# %% ../nbs/09_record.ipynb #922bda01
 def _older(records:list) -> list: # Sentences
     "Say which runs, and which of their columns, were made by earlier versions."
-    said = []
-    known = [r.run.get("behaviour", {}) for r in records]
-    columns = {name: [made_by.get("columns", {}).get(name, 1) for made_by in known] for name in COLUMNS}
-    used = {name for made_by in known for name in made_by.get("scorers", {})}
-    today = COLUMNS | ({name: v for name, v in all_scorers().items() if name in used} if used else {})
-    scored = {name: [made_by["scorers"][name] for made_by in known if name in made_by.get("scorers", {})] for name in today if name in used}
-    for name, then in (columns | scored).items():
-        if old := [v for v in then if v < today[name]]:
-            which = f"{len(old)} of {len(then)} runs" if len(old) < len(then) else "all runs"
-            what = f"scores by {name!r}" if name in scored else name
-            said.append(f"{what}: version {min(old)} in {which}, today's is {today[name]}.")
-    made = [(r, raised(made_by, {**made_by, "rooms": VERSIONS})) for r, made_by in zip(records, known)]
-    why = defaultdict(list)
-    for r, changes in made:
-        if changes: why["; ".join(changes)].append(str(r.config.get("method")))
-    return said + [f"Made by an earlier version ({w}): {', '.join(sorted({*names}))} ({len(names)} runs)." for w, names in why.items()]
+    known = [record.run.get("behaviour", {}) for record in records]
+    return _older_columns(known) + _older_runs(records, known)
 
-def _by_block(rows:list) -> list: # Lists of lines
-    return [[r for r in rows if r["block"] == b] for b in dict.fromkeys(r["block"] for r in rows)]
+def _older_columns(known:list, # What each run was made by
+                  ) -> list: # Sentences
+    "Say which columns and scores are of earlier versions."
+    scorers = [made_by.get("scorers", {}) for made_by in known]
+    used = {name for versions in scorers for name in versions}
+    today = dict(COLUMNS)
+    if used: today |= {name: version for name, version in all_scorers().items() if name in used}
+    columns = {name: [made_by.get("columns", {}).get(name, 1) for made_by in known]
+               for name in COLUMNS}
+    scored = {name: [versions[name] for versions in scorers if name in versions]
+              for name in today if name in used}
+
+    said = []
+    for name, then in (columns | scored).items():
+        old = [version for version in then if version < today[name]]
+        if not old: continue
+        which = f"{len(old)} of {len(then)} runs" if len(old) < len(then) else "all runs"
+        what = f"scores by {name!r}" if name in scored else name
+        said.append(f"{what}: version {min(old)} in {which}, today's is {today[name]}.")
+    return said
+
+def _older_runs(records:list, known:list) -> list: # Sentences
+    "Say which methods were run by earlier versions, and what has changed since."
+    methods = defaultdict(list) # {what has changed: methods}
+    for record, made_by in zip(records, known):
+        changes = raised(made_by, {**made_by, "rooms": VERSIONS})
+        if changes: methods["; ".join(changes)].append(str(record.config.get("method")))
+    return [f"Made by an earlier version ({why}): {', '.join(sorted({*names}))} ({len(names)} runs)."
+            for why, names in methods.items()]
 
 # %% ../nbs/09_record.ipynb #e13e40dc
-def _same(rec) -> str:
-    "Equal for a run and its copies, packed or not."
-    config = {k: v for k, v in (rec.run.get("config") or {}).items() if k not in (*_local, "order")}
-    said = [rec.run.get(k) for k in ("protocol", "method_code", "interactive")]
-    versions = {k: v for k, v in _setting(rec).items() if k.startswith("version of ")}
-    return canonical([config, _order(rec), said, rec.leaks, versions])
+def _same(record) -> str:
+    "Give a text that is equal for a run and its copies, packed or not."
+    config = _without(record.run.get("config") or {}, *_local, "order")
+    said = [record.run.get(name) for name in ("protocol", "method_code", "interactive")]
+    setting = _setting(record)
+    versions = {name: setting[name] for name in setting if name.startswith("version of ")}
+    return canonical([config, _order(record), said, record.leaks, versions])
 
-def _versions(rec) -> int:
-    "Larger for what was made by later versions of the package."
-    made_by = rec.run.get("behaviour", {})
-    return sum(v for kind in ("rooms", "scorers", "columns") for v in made_by.get(kind, {}).values())
+def _versions(record) -> int:
+    "Sum up versions: larger for what was made by later versions of the package."
+    made_by = record.run.get("behaviour", {})
+    tables = [made_by.get(kind, {}) for kind in ("rooms", "scorers", "columns")]
+    return sum(version for table in tables for version in table.values())
 
 def _once(records:list) -> list:
-    "One record of each run: a finished one if there is one, of the latest version."
+    "Pick one record of each run: a finished one if there is one, of the latest version."
     first = {}
-    best = lambda i: (not records[i].finished, -_versions(records[i]))
-    for i in sorted(range(len(records)), key=best): first.setdefault(_same(records[i]), i)
-    return [records[i] for i in sorted(first.values())]
+    best_first = lambda place: (not records[place].finished, -_versions(records[place]))
+    for place in sorted(range(len(records)), key=best_first):
+        first.setdefault(_same(records[place]), place)
+    return [records[place] for place in sorted(first.values())]
 
 # %% ../nbs/09_record.ipynb #45101364
-def table(records, # Records, or where to find them
-          keep=(), # "unfinished", "interactive", "tuning": runs to show although they are usually left out
+def table(records:str|Path|Record|list, # Records, or where to find them
+          keep:tuple=(), # "unfinished", "interactive", "tuning": runs to show although they are usually left out
          ) -> Table:
-    "One line per method and setting, in blocks of equal protocol."
+    "Arrange one line per method and setting, in blocks of equal protocol."
     records = find_runs(records)
-    out = {"unfinished": lambda r: not r.finished, "interactive": lambda r: bool(r.run.get("interactive")),
-           "tuning": lambda r: r.config.get("stream") == "shapes-tune"}
-    left = {r.path: w for r in records for w, test in out.items() if w not in keep and test(r)}
-    found = [r for r in records if r.path not in left]
-    copies = len(found) - len(records := _once(found))
-    names, norms = (dict(zip([r.path for r in records], f(records))) for f in (_labels, _norms))
+    left = _left_out(records, keep)
+    found = [record for record in records if record.path not in left]
+    records = _once(found)
+    copies = len(found) - len(records)
+
+    paths = [record.path for record in records]
+    labels, norms = dict(zip(paths, _labels(records))), dict(zip(paths, _norms(records)))
     kinds = [*dict.fromkeys(map(_tuned, records))]
-    rows, marks = [], dict(zip(kinds, "abcdefghijklmnopqrstuvwxyz")) if len(kinds) > 1 else {}
-    for block, rs in _blocks(records).items():
-        lines = defaultdict(list)
-        for r in rs:
-            key = r.config.get("stream"), names[r.path], _tuned(r)
-            lines[key].append((r, norms[r.path]))
-        many = len({s for s, *_ in lines}) > 1
-        for (stream, label, tuned), each in lines.items():
-            bound = all(_bound(r) for r, _ in each)
-            rows.append({"block": block, "method": f"{label} on {stream}" if many else label, "tuned": tuned,
-                         "mark": marks.get(tuned), "bound": bound, "ranked": not (bound or _saw_old(each[0][0])),
-                         "name": each[0][0].config.get("method"), **_line(each)})
-    singles = {canonical([_scale(r), _setting(r)]) for r in records if r.config.get("method") == "single"}
-    why = [f"{list(left.values()).count(w)} {w}" for w in out if w in left.values()]
-    why += [f"{copies} duplicate{'s'*(copies > 1)}"]*bool(copies)
-    notes = [*_notes(rows, singles), *_older(records), *([f"Left out: {', '.join(why)}."] if why else [])]
+    marks = dict(zip(kinds, "abcdefghijklmnopqrstuvwxyz")) if len(kinds) > 1 else {}
+    rows = []
+    for block, members in _blocks(records).items():
+        groups = defaultdict(list)
+        for record in members:
+            key = record.config.get("stream"), labels[record.path], _tuned(record)
+            groups[key].append((record, norms[record.path]))
+        rows += _block_lines(block, groups, marks)
+
+    singles = [record for record in records if record.config.get("method") == "single"]
+    scales = {canonical([_scale(record), _setting(record)]) for record in singles}
+    notes = [*_notes(rows, scales), *_older(records), *_said_left(left, copies)]
     return Table(rows, notes or ([] if rows else ["No runs."]))
+
+# %% ../nbs/09_record.ipynb #45101301
+_usually_left = {"unfinished": lambda record: not record.finished,
+                 "interactive": lambda record: bool(record.run.get("interactive")),
+                 "tuning": lambda record: record.config.get("stream") == "shapes-tune"}
+
+def _left_out(records:list, keep) -> dict: # {path: why}
+    "Find the runs that a table leaves out."
+    tests = {why: test for why, test in _usually_left.items() if why not in keep}
+    return {record.path: why for record in records for why, test in tests.items() if test(record)}
+
+def _said_left(left:dict, copies:int) -> list: # A sentence, or none
+    "Say how many runs were left out, and why."
+    reasons = [*left.values()]
+    said = [f"{reasons.count(why)} {why}" for why in _usually_left if why in reasons]
+    if copies: said.append(f"{copies} duplicate{'s'*(copies > 1)}")
+    return [f"Left out: {', '.join(said)}."] if said else []
+
+def _block_lines(block:str, # Its heading
+                 groups:dict, # {(stream, label, how it was tuned): runs, as `_line` takes them}
+                 marks:dict, # {how it was tuned: letter}
+                ) -> list:
+    "Make the lines of one block."
+    several = len({stream for stream, *_ in groups}) > 1
+    lines = []
+    for (stream, label, tuned), runs in groups.items():
+        first, _ = runs[0]
+        bound = all(_bound(record) for record, _ in runs)
+        lines.append({"block": block, "method": f"{label} on {stream}" if several else label,
+                      "tuned": tuned, "mark": marks.get(tuned),
+                      "bound": bound, "ranked": not (bound or _saw_old(first)),
+                      "name": first.config.get("method"), **_line(runs)})
+    return lines
 
 # %% ../nbs/09_record.ipynb #d1549e1b
 def _named(lines:list, # Of one block
            method:str, # A method, or the label of a line, with or without its mark
           ) -> dict|None:
-    "The line that is meant; raises `CitError` where several are."
-    for name in (_marked, lambda r: r["method"], lambda r: r["name"]):
-        if found := [r for r in lines if name(r) == method]: break
+    "Find the line that is meant; raises `CitError` where several are."
+    for name in (_marked, lambda line: line["method"], lambda line: line["name"]):
+        found = [line for line in lines if name(line) == method]
+        if found: break
     if len(found) < 2: return found[0] if found else None
     raise CitError(f"{method!r} is the method of {len(found)} lines; name one: {', '.join(map(_marked, found))}")
 
@@ -818,55 +1139,71 @@ def against(self:Table, method:str, # A method of the table, or the label of one
             metric:str="", # Key of a column; default: AP norm, or AP where that was not measured
             margin:float|None=None, # The largest difference that does not matter: tests equivalence, too
            ) -> "Table":
-    "The table with paired differences to one of its lines, Holm-adjusted within each block."
-    k = one_of("metric", metric or next((k for k in _ranked if k in self.keys), ""), _ranked)
-    rows = [dict(r) for r in self.rows]
-    if not any(_named(lines, method) for lines in _by_block(rows)):
-        one_of("method of the table", method, [r["method"] for r in rows])
-    for lines in _by_block(rows):
-        if (base := _named(lines, method)) is None: continue
-        rest = [r for r in lines if r is not base]
-        for r in rest: r |= _difference(r, base, k, margin)
-        family = [r for r in rest if not r["bound"]]
-        for p in ("p", "p_equivalent"):
-            for r, x in zip(family, holm([r[p] for r in family])): r[p] = x
-    return Table(rows, [*self.notes, *_said_p(rows, method, k, margin)], _widened(self.columns, method, k, margin))
+    "Add paired differences to one line of the table, Holm-adjusted within each block."
+    metric = metric or next((key for key in _ranked if key in self.keys), "")
+    key = one_of("metric", metric, _ranked)
+    rows = [dict(line) for line in self.rows]
+    blocks = _by_block(rows)
+    if not any(_named(lines, method) for lines in blocks):
+        one_of("method of the table", method, [line["method"] for line in rows])
+
+    for lines in blocks:
+        base = _named(lines, method)
+        if base is None: continue
+        rest = [line for line in lines if line is not base]
+        for line in rest: line.update(_difference(line, base, key, margin))
+        family = [line for line in rest if not line["bound"]]
+        for name in ("p", "p_equivalent"):
+            adjusted = holm([line[name] for line in family])
+            for line, value in zip(family, adjusted): line[name] = value
+    notes = [*self.notes, *_said_p(rows, method, key, margin)]
+    return Table(rows, notes, _widened(self.columns, method, key, margin))
 
 # %% ../nbs/09_record.ipynb #01c17817
-def _difference(r:dict, base:dict, k:str, margin) -> dict:
-    "What one comparison adds to a line."
-    both = [o for o in r["units"][k] if o in base["units"][k]]
-    a, b = ({o: x["units"][k][o] for o in both} for x in (r, base))
-    d = _versus(r, base, k)
-    same = tost(a, b, margin).p if margin is not None and d.n >= _enough else np.nan
-    return {"difference": d.mean, "difference_low": d.low, "difference_high": d.high, "n": d.n, "p": d.p,
+def _difference(line:dict, base:dict, key:str, margin:float|None) -> dict:
+    "Compute what one comparison adds to a line."
+    found = _versus(line, base, key)
+    tested = margin is not None and found.n >= _enough
+    same = tost(*_common(line, base, key), margin).p if tested else np.nan
+    return {"difference": found.mean,
+            "difference_low": found.low,
+            "difference_high": found.high,
+            "n": found.n,
+            "p": found.p,
             "p_equivalent": same}
 
-def _widened(columns:dict, method:str, k:str, margin) -> dict: # {key: (heading, digits)}
-    "The columns with the differences right of the metric."
-    title, digits = columns[k]; out = {}
+def _widened(columns:dict, method:str, key:str, margin:float|None) -> dict: # {key: (heading, digits)}
+    "Put the columns of the differences right of the metric's."
+    title, digits = columns[key]
     more = {"difference": (f"{title} − {method}'s", digits), "n": ("n", 0), "p": ("p", 3)}
     if margin is not None: more["p_equivalent"] = (f"p (within ±{margin:g})", 3)
-    for c, v in columns.items(): out |= {c: v} | (more if c == k else {})
-    return out
+    wider = {}
+    for name, column in columns.items():
+        wider[name] = column
+        if name == key: wider |= more
+    return wider
 
-def _said_p(rows:list, method:str, k:str, margin) -> list:
-    "The footnotes of the differences."
-    few = {n: ", ".join(r["method"] for r in rows if r.get("n") == n) for n in range(_enough)}
-    said = [f"No interval: {n} common order{'s'*(n != 1)} of {method} and {m}." for n, m in few.items() if m]
-    tested = [r for r in rows if r.get("p", np.nan) == r.get("p", np.nan)]
+def _said_p(rows:list, method:str, key:str, margin:float|None) -> list:
+    "Write the footnotes of the differences."
+    said = []
+    for count in range(_enough):
+        names = ", ".join(line["method"] for line in rows if line.get("n") == count)
+        if names: said.append(f"No interval: {count} common order{'s'*(count != 1)} of {method} and {names}.")
+    tested = [line for line in rows if _known(line.get("p", np.nan))]
+    if not tested: return said
     how = " and two one-sided tests" if margin is not None else ""
-    but = " and the p of bounds"*any(r["bound"] for r in tested)
-    return said + [f"p: paired t-test{how} on the order means of {_table[k][0]}, Holm-adjusted over the comparisons of "
-                   f"a block; intervals{but} are not adjusted."]*bool(tested)
+    but = " and the p of bounds" if any(line["bound"] for line in tested) else ""
+    return said + [f"p: paired t-test{how} on the order means of {_table[key][0]}, Holm-adjusted over the comparisons "
+                   f"of a block; intervals{but} are not adjusted."]
 
 # %% ../nbs/09_record.ipynb #7f903bf7
 _metrics = (*list(_table)[1:], "backward_transfer", "forward_transfer", "mean_average_accuracy")
 
-def _schema(text:str="", whole:str="", real="", **other) -> dict: # {column: DuckDB type}
-    "Columns by type, `run` first."
+def _schema(text:str="", whole:str="", real:str="", **other) -> dict: # {column: DuckDB type}
+    "Arrange columns by type, `run` first."
     types = {"TEXT": text.split(), "BIGINT": whole.split(), "DOUBLE": real.split()}
-    return {"run": "TEXT", **{k: t for t, names in types.items() for k in names}, **other}
+    columns = {name: kind for kind, names in types.items() for name in names}
+    return {"run": "TEXT", **columns, **other}
 
 _types = {"runs": _schema("method stream backbone protocol", "seed", " ".join(_metrics),
                           finished="BOOLEAN", config="JSON"),
@@ -875,33 +1212,44 @@ _types = {"runs": _schema("method stream backbone protocol", "seed", " ".join(_m
           "answers": _schema("task question_id prompt text answer", "row", "formatted valid content")}
 
 # %% ../nbs/09_record.ipynb #69fed299
-def _lines_of(rec, what:str) -> list: # One dict per line
-    "The lines of one view for one run."
-    roles, rows = dict(rec.columns), rec.events("row")
-    if what == "runs": return [{**rec.summary(), "config": rec.run.get("config")}]
-    if what == "events": return [{**e, "i": i, "data": e} for i, e in enumerate(rec.events())]
+def _lines_of(record, what:str) -> list: # One dict per line
+    "List the lines of one view for one run."
+    roles, rows = dict(record.columns), record.events("row")
+    if what == "runs": return [{**record.summary(), "config": record.run.get("config")}]
+    if what == "events":
+        return [{**event, "i": index, "data": event} for index, event in enumerate(record.events())]
     if what == "cells":
-        return [{"row": e["row"], "after": e["name"], "task": c, "role": roles.get(c), **s}
-                for e in rows for c, s in e["scores"].items()]
-    have = [(e["row"], c) for e in rows for c in roles if rec._answers_file(e["row"], c).is_file()]
-    return [{**a, **a.get("metadata", {}), "row": t, "task": c} for t, c in have for a in rec.answers(t, c)]
+        lines = []
+        for event in rows:
+            after = {"row": event["row"], "after": event["name"]}
+            for task, scores in event["scores"].items():
+                lines.append({**after, "task": task, "role": roles.get(task), **scores})
+        return lines
+    cells = [(event["row"], task) for event in rows for task in roles]
+    have = [cell for cell in cells if record._answers_file(*cell).is_file()]
+    return [{**answer, **answer.get("metadata", {}), "row": row, "task": task}
+            for row, task in have for answer in record.answers(row, task)]
 
 # %% ../nbs/09_record.ipynb #8a49a277
 def query(sql:str, # A SELECT over the views runs, events, cells, answers
-          dirs="runs", # Where the runs are, as in `find_runs`
+          dirs:str|Path|Record|list="runs", # Where the runs are, as in `find_runs`
          ): # pandas.DataFrame
     "Ask SQL of any number of runs; needs duckdb."
     try: duckdb = importlib.import_module("duckdb")
     except ImportError:
         raise CitError("`query` needs the package duckdb, which is not installed: pip install duckdb") from None
     records = find_runs(dirs)
-    with tempfile.TemporaryDirectory() as tmp, duckdb.connect() as db:
+    with tempfile.TemporaryDirectory() as folder, duckdb.connect() as base:
         for what, types in _types.items():
-            lines = [{**x, "run": str(r.path)} for r in records if what in sql for x in _lines_of(r, what)]
-            Path(tmp, what).write_text("".join(canonical({k: x.get(k) for k in types}) + "\n" for x in lines))
-            columns = ", ".join(f"'{k}': '{t}'" for k, t in types.items())
-            source = f"read_json('{tmp}/{what}', format='newline_delimited', columns={{{columns}}})"
-            db.execute(f"create table {what} as from {source}")
-        try: return db.execute(sql).df()
-        except duckdb.Error as e:
-            raise CitError(f"the query failed: {str(e).splitlines()[0]} (views: {', '.join(_types)})") from None
+            asked = records if what in sql else []
+            lines = [{**line, "run": str(record.path)}
+                     for record in asked
+                     for line in _lines_of(record, what)]
+            rows = [{name: line.get(name) for name in types} for line in lines]
+            Path(folder, what).write_text("".join(canonical(row) + "\n" for row in rows))
+            columns = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
+            source = f"read_json('{folder}/{what}', format='newline_delimited', columns={{{columns}}})"
+            base.execute(f"create table {what} as from {source}")
+        try: return base.execute(sql).df()
+        except duckdb.Error as error:
+            raise CitError(f"the query failed: {str(error).splitlines()[0]} (views: {', '.join(_types)})") from None

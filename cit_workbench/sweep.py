@@ -21,48 +21,61 @@ from pathlib import Path
 from IPython import get_ipython
 
 from .behaviour import admitted, as_before, behaviour, class_facts, normalised, raised
-from .core import (CitError, assets, canonical, check_args, digest, disk_error, expanded, leaves, locked, one_of,
-                                plain, progress, read_json, shared, write_atomic)
+from .core import (CitError, assets, canonical, check_args, digest, disk_error, expanded, leaves, locked,
+                                one_of, plain, progress, read_json, shared, write_atomic)
 from .stream import get_stream, scorers_of
 from .testbed import recipe
 
 # %% ../nbs/12_sweep.ipynb #b0d6a2fa
+def _checkout() -> Path:
+    "Say where the checkout of the package is."
+    return Path(find_spec("cit_workbench").origin).parents[1]
+
 def _own_pages() -> Path:
-    "Where a checkout has its method pages."
-    return Path(find_spec("cit_workbench").origin).parents[1]/"nbs"/"methods"
+    "Say where a checkout has its method pages."
+    return _checkout()/"nbs"/"methods"
 
 def pages_dir() -> Path: # `nbs/methods` of the checkout
-    "The folder of the method pages."
-    if (path := _own_pages()).is_dir(): return path
+    "Return the folder of the method pages."
+    path = _own_pages()
+    if path.is_dir(): return path
     raise CitError("sweeps execute nbs/methods/*.ipynb, and this installation has none: "
                    "install from a clone (pip install -e .) or name pages by their path")
 
 def find_page(name:str, # "ewc", or a path to a notebook
               near:Path, # Folder that relative paths start from
              ) -> Path: # The notebook
-    "The notebook behind a page's name."
+    "Find the notebook behind a page's name."
     if not name.endswith(".ipynb"):
-        return pages_dir()/f"{one_of('page', name, [p.stem for p in pages_dir().glob('*.ipynb')])}.ipynb"
-    if (page := near/expanded(name)).is_file(): return page
+        known = [path.stem for path in pages_dir().glob("*.ipynb")]
+        return pages_dir()/f"{one_of('page', name, known)}.ipynb"
+    page = near/expanded(name)
+    if page.is_file(): return page
     raise CitError(f"page {page} does not exist")
 
 # %% ../nbs/12_sweep.ipynb #9cdf45ee
 def code_cells(path:Path, # A notebook
               ) -> list: # [(source, tags, directives)]
-    "The code cells of a notebook with their tags and nbdev's `#|` directives."
-    cells = [c for c in read_json(path, "page").get("cells", []) if c["cell_type"] == "code"]
-    src = lambda c: c["source"] if isinstance(c["source"], str) else "".join(c["source"])
-    flags = lambda s: {line[2:].strip() for line in s.splitlines() if line.startswith("#|")}
-    return [(src(c), set(c["metadata"].get("tags", [])), flags(src(c))) for c in cells]
+    "Read the code cells of a notebook with their tags and nbdev's `#|` directives."
+    cells = read_json(path, "page").get("cells", [])
+    return [_code_cell(cell) for cell in cells if cell["cell_type"] == "code"]
+
+def _code_cell(cell:dict) -> tuple: # (source, tags, directives)
+    "Read one code cell."
+    source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+    tags = set(cell["metadata"].get("tags", []))
+    directives = {line[2:].strip() for line in source.splitlines() if line.startswith("#|")}
+    return source, tags, directives
 
 class Source(str):
-    "A default that is known only as its source."
+    "Hold a default that is known only as its source."
 
 def page_parameters(path:Path, # A method's page
                    ) -> dict: # Default by name
-    "Names and defaults in the cell tagged `parameters`."
+    "Read names and defaults in the cell tagged `parameters`."
     tagged = [source for source, tags, _ in code_cells(path) if "parameters" in tags]
-    if len(tagged) != 1: raise CitError(f"page {path}: one code cell must be tagged 'parameters', found {len(tagged)}")
+    if len(tagged) != 1:
+        raise CitError(f"page {path}: one code cell must be tagged 'parameters', found {len(tagged)}")
     return assigned(tagged[0])
 
 def assigned(source:str, # Of a cell
@@ -81,25 +94,28 @@ def check_parameters(given:dict, # Parameters of one cell
                      path:Path, # Its page
                     ) -> dict: # All parameters of the page, defaults included
     "Raise `CitError` for a parameter that the page lacks or whose type differs; numbers get the default's type."
-    known = {k: v for k, v in page_parameters(path).items() if k != "out"}
+    known = page_parameters(path)
+    known.pop("out", None)
     if "out" in given: raise CitError("'out' cannot be set: a sweep gives every cell its own folder")
     return {**known, **_checked(given, known, f"page '{path.stem}'")}
 
 def _checked(given:dict, known:dict, # Values and defaults by name
              what:str) -> dict:
     "Compare names and types with those of the defaults; a default that says no type allows any."
-    open_ = lambda v: v is None or isinstance(v, Source)
-    kinds = [(k, None if open_(v) else type(v), field(default=None)) for k, v in known.items()]
+    kinds = []
+    for name, value in known.items():
+        says_no_type = value is None or isinstance(value, Source)
+        kinds.append((name, None if says_no_type else type(value), field(default=None)))
     return check_args(make_dataclass("Page", kinds), given, what)
 
 # %% ../nbs/12_sweep.ipynb #efce3209
-def check_injected():
-    "Raise `CitError` for a parameter from papermill that the page lacks or whose type differs; first line below the parameters."
+def check_injected() -> None: # First line below the parameters
+    "Raise `CitError` for a parameter from papermill that the page lacks or whose type differs."
     shell = get_ipython()
     try: _compared(shell.user_ns.get("In", []) if shell else [])
-    except CitError as e:
-        said = f"CitError: {e}"
-        e._render_traceback_ = lambda: [said] # What a notebook shows of it
+    except CitError as error:
+        said = f"CitError: {error}"
+        error._render_traceback_ = lambda: [said] # What a notebook shows of it
         raise
 
 def _compared(cells:list): # Sources of the cells that ran: parameters, those of papermill, the one that asks
@@ -110,19 +126,22 @@ def _compared(cells:list): # Sources of the cells that ran: parameters, those of
 # %% ../nbs/12_sweep.ipynb #7d1b4af9
 def trimmed(path:Path, # A method's page
            ) -> dict: # A notebook without its lessons
-    "The page as a sweep executes it."
-    nb, cells = read_json(path, "page"), iter(code_cells(path))
-    def keep(c):
-        if c["cell_type"] != "code": return True
-        _, tags, flags = next(cells)
+    "Read a page as a sweep executes it."
+    page = read_json(path, "page")
+    read = iter(code_cells(path))
+
+    def kept(cell):
+        if cell["cell_type"] != "code": return True
+        _, tags, flags = next(read)
         return "lesson" not in tags and not flags & {"gpu", "slow", "notest", "eval: false", "eval:false"}
-    nb["cells"] = [c for c in nb["cells"] if keep(c)]
-    nb["metadata"]["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-    return nb
+
+    page["cells"] = [cell for cell in page["cells"] if kept(cell)]
+    page["metadata"]["kernelspec"] = dict(name="python3", display_name="python3", language="python")
+    return page
 
 # %% ../nbs/12_sweep.ipynb #dcdaccf2
 def exports(path:Path) -> list: # Sources of its export cells
-    "What a page gives to the package."
+    "Read what a page gives to the package."
     return [source for source, _, flags in code_cells(path) if flags & {"export", "exporti"}]
 
 def _elsewhere(path:Path) -> bool:
@@ -142,9 +161,15 @@ def made_by(path:Path, # A method's page
            ) -> dict: # As `behaviour` says it; "page" where a page has no release
     "Name the versions of everything that a cell's result depends on."
     plus = params.get("plus", "")
-    scorers = scorers_of(get_stream(params["stream"], **params.get("stream_args", {}))) if "stream" in params else {}
-    found = behaviour({name: facts["version"] for name, facts in facts_of(path, plus).items()}, scorers)
-    return {**found, "page": digest(*map(normalised, exports(path)))} if _elsewhere(path) else found
+    scorers = scorers_of(_stream_of(params)) if "stream" in params else {}
+    versions = {name: facts["version"] for name, facts in facts_of(path, plus).items()}
+    found = behaviour(versions, scorers)
+    if not _elsewhere(path): return found
+    return {**found, "page": digest(*map(normalised, exports(path)))}
+
+def _stream_of(params:dict):
+    "Make the stream that a page's parameters name."
+    return get_stream(params["stream"], **params.get("stream_args", {}))
 
 def written(params:dict, # All parameters of a page
             path:Path, # The page
@@ -155,7 +180,8 @@ def written(params:dict, # All parameters of a page
 # %% ../nbs/12_sweep.ipynb #64ed6de8
 def _left_open(params:dict) -> bool:
     "Tell whether the recipe fills in a part of a cell's parameters."
-    optim, tuning = params.get("optim") or {}, params.get("tune") or {}
+    optim = params.get("optim") or {}
+    tuning = params.get("tune") or {}
     named = optim.get("lr"), optim.get("steps"), tuning.get("targets")
     return "optim" in params and any(value is None for value in named)
 
@@ -164,74 +190,102 @@ def data_digest(params:dict, # All parameters of a page
     "Digest the stream, the start model and what the recipe fills in."
     found = []
     if "stream" in params:
-        stream = get_stream(params["stream"], **params.get("stream_args", {}))
+        stream = _stream_of(params)
         found += [stream.digest(), stream.steps]
     if "backbone" in params: found.append(_start_digest(params["backbone"]))
-    return digest(*found, *[recipe]*_left_open(params))
+    if _left_open(params): found.append(recipe)
+    return digest(*found)
 
 @cache
 def _start_digest(name:str) -> str:
     "Digest an embedded start without loading torch, any other as a run does."
     folder = assets(name)
     embedded = folder.parent == assets() and folder.is_dir() # An absolute path leads out of the assets
-    if embedded: return digest(*(p.read_bytes() for p in sorted(folder.glob("*")) if p.is_file()))
+    if embedded:
+        files = [path for path in sorted(folder.glob("*")) if path.is_file()]
+        return digest(*(path.read_bytes() for path in files))
     from cit_workbench.backbone import start_hash
     return start_hash(name)
 
 # %% ../nbs/12_sweep.ipynb #ef6b483c
-def _put(params, path, value):
-    for k in path[:-1]: params = params.setdefault(k, {})
+def _put(params:dict, # Changed in place
+         path:tuple, # (key, …)
+         value):
+    "Set a value in nested tables."
+    for key in path[:-1]: params = params.setdefault(key, {})
     params[path[-1]] = value
 
 def _tables(spec:dict, kind:str, page:str) -> list: # Dictionaries
-    "What `[set]` or `[grid]` says of a page: one table, or one for each `[[grid.PAGE]]`."
-    own = spec.get(kind, {}).get(page, {})
-    shared = {k: v for k, v in spec.get(kind, {}).items() if k not in spec["sweep"]["pages"]}
-    return [{**shared, **t} for t in (own if isinstance(own, list) else [own])]
+    "List what `[set]` or `[grid]` says of a page: one table, or one for each `[[grid.PAGE]]`."
+    given = spec.get(kind, {})
+    own = given.get(page, {})
+    common = {name: value for name, value in given.items() if name not in spec["sweep"]["pages"]}
+    return [{**common, **table} for table in (own if isinstance(own, list) else [own])]
 
 # %% ../nbs/12_sweep.ipynb #48c49dc3
 def grid_points(spec:dict, # A sweep file, parsed
                 page:str, # A name out of its `pages`
                ) -> list: # [(parameters, those that vary)]
-    "The product of the lists under `[grid]`, over what is `[set]`."
-    [fixed], points = _tables(spec, "set", page), []
-    for axes in (list(leaves(t)) for t in _tables(spec, "grid", page)):
+    "List the product of the lists under `[grid]`, over what is `[set]`."
+    [fixed] = _tables(spec, "set", page)
+    points = []
+    for table in _tables(spec, "grid", page):
+        axes = list(leaves(table))
         for path, values in axes:
-            if not isinstance(values, list): raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
-        for values in itertools.product(*(v for _, v in axes)):
-            points.append((copy.deepcopy(fixed), {".".join(path): value for (path, _), value in zip(axes, values)}))
-            for (path, _), value in zip(axes, values): _put(points[-1][0], path, value)
+            if not isinstance(values, list):
+                raise CitError(f"[grid] {'.'.join(path)} is {values!r}, but must be a list of values")
+        paths = [path for path, _ in axes]
+        for values in itertools.product(*(values for _, values in axes)):
+            params = copy.deepcopy(fixed)
+            for path, value in zip(paths, values): _put(params, path, value)
+            points.append((params, {".".join(path): value for path, value in zip(paths, values)}))
     return points
 
 # %% ../nbs/12_sweep.ipynb #69e6d610
 def _merged(a:dict, b:dict) -> dict:
-    "Table `b` over table `a`."
-    return {**a, **{k: _merged(a.get(k, {}), v) if isinstance(v, dict) else v for k, v in b.items()}}
+    "Put table `b` over table `a`."
+    merged = {**a}
+    for key, value in b.items():
+        merged[key] = _merged(a.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
 
-def read_sweep(file, # A TOML file
+def read_sweep(file:str|Path, # A TOML file
               ) -> dict: # Its tables
     "Parse a sweep file; raises `CitError` naming what is wrong."
     file = expanded(file)
     try: spec = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError: raise CitError(f"sweep file {file} does not exist") from None
-    except ValueError as e: raise CitError(f"sweep file {file} is not valid TOML: {e}") from None
+    except ValueError as error: raise CitError(f"sweep file {file} is not valid TOML: {error}") from None
     for table in spec: one_of(f"table of {file}", table, ["sweep", "set", "grid"])
-    kinds = [("name", str, Path(file).stem), ("pages", list, None), ("records", str, ""), ("beside", list, None), ("like", str, "")]
-    given = check_args(make_dataclass("Head", kinds), spec.get("sweep", {}), f"[sweep] in {file}")
-    head = spec["sweep"] = {"name": Path(file).stem, "records": "", "beside": [], "like": "", **given}
-    if not head.get("pages"): raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc'], or ['*'] for all methods")
-    if head["pages"] == ["*"]: head["pages"] = sorted(p.stem for p in pages_dir().glob("*.ipynb"))
-    if twice := [k for k in head["pages"] if isinstance(spec.get("set", {}).get(k), list)]:
-        raise CitError(f"[[set.{twice[0]}]] in {file}: only [[grid.{twice[0]}]] may stand there as a list")
+
+    head = spec["sweep"] = _head(spec.get("sweep", {}), file)
+    lists = [page for page in head["pages"] if isinstance(spec.get("set", {}).get(page), list)]
+    if lists:
+        raise CitError(f"[[set.{lists[0]}]] in {file}: only [[grid.{lists[0]}]] may stand there as a list")
     if head["like"]:
-        other = read_sweep(Path(file).parent/head["like"]); absent = {*other["sweep"]["pages"]} - {*head["pages"]}
-        spec["set"] = _merged({k: v for k, v in other.get("set", {}).items() if k not in absent}, spec.get("set", {}))
+        other = read_sweep(file.parent/head["like"])
+        absent = {*other["sweep"]["pages"]} - {*head["pages"]}
+        theirs = {name: value for name, value in other.get("set", {}).items() if name not in absent}
+        spec["set"] = _merged(theirs, spec.get("set", {}))
     return spec
+
+def _head(given:dict, # The table `[sweep]`
+          file:Path) -> dict:
+    "Check the head of a sweep file, and fill in what it leaves open."
+    kinds = [("name", str, file.stem), ("pages", list, None), ("records", str, ""), ("beside", list, None),
+             ("like", str, "")]
+    given = check_args(make_dataclass("Head", kinds), given, f"[sweep] in {file}")
+    head = {"name": file.stem, "records": "", "beside": [], "like": "", **given}
+    if not head.get("pages"):
+        raise CitError(f"[sweep] in {file} names no pages: pages = ['ewc'], or ['*'] for all methods")
+    if head["pages"] == ["*"]:
+        head["pages"] = sorted(path.stem for path in pages_dir().glob("*.ipynb"))
+    return head
 
 # %% ../nbs/12_sweep.ipynb #6fb0ae11
 @dataclass
 class Cell:
-    "One point of the grid on one page."
+    "Describe one point of the grid on one page."
     page:Path # The notebook to execute
     given:dict # Parameters handed to papermill
     params:dict # All parameters, defaults included
@@ -245,68 +299,95 @@ class Cell:
     data:str = "" # Digest of its data
 
     @property
-    def id(self): return digest(self.page.stem, self.asked)
+    def id(self) -> str: return digest(self.page.stem, self.asked)
+
     @property
-    def out(self): return self.folder/f"{self.page.stem}-{self.key}"
+    def out(self) -> Path: return self.folder/f"{self.page.stem}-{self.key}"
+
     @property
-    def notebook(self): return self.out.with_suffix(".ipynb")
+    def notebook(self) -> Path: return self.out.with_suffix(".ipynb")
+
     @property
-    def packed(self): # Where its packed result is, or will be
+    def packed(self) -> Path|None: # Where its packed result is, or will be
         if not self.records: return None
         own = self.records/f"{self.page.stem}-{self.id}-{self.key}.jsonl"
         return own if own.exists() else next(filter(self._same, self._kept), own)
+
     @property
-    def _kept(self): return sorted(self.records.glob(f"{self.page.stem}-{self.id}-*.jsonl")) if self.records else []
+    def _kept(self) -> list:
+        if not self.records: return []
+        return sorted(self.records.glob(f"{self.page.stem}-{self.id}-*.jsonl"))
+
     def _same(self, path:Path) -> bool:
         "Tell whether a result from before there were versions is what the cell would give today."
         known = admitted(path)
         return bool(known) and known["data"] == self.data and not raised(known, self.made_by)
+
     @property
-    def older(self): # Packed results of other versions or data
+    def older(self) -> list: # Packed results of other versions or data
         return [path for path in self._kept if path != self.packed]
+
     @property
-    def finished(self): return (self.out/"result.json").exists() or bool(self.packed and self.packed.exists())
+    def finished(self) -> bool:
+        return (self.out/"result.json").exists() or bool(self.packed and self.packed.exists())
+
     @property
-    def run(self): # Where its record is, a stale one where there is no other; None: nowhere
-        return next((p for p in (self.out, self.packed, *self.older) if p and (p.is_file() or (p/"run.json").exists())), None)
-    def __str__(self): return " ".join([self.page.stem, *(f"{k}={v}" for k, v in self.varied.items())])
+    def run(self) -> Path|None: # Where its record is, a stale one where there is no other; None: nowhere
+        places = [place for place in (self.out, self.packed, *self.older) if place]
+        there = (place for place in places if place.is_file() or (place/"run.json").exists())
+        return next(there, None)
+
+    def __str__(self) -> str:
+        return " ".join([self.page.stem, *(f"{name}={value}" for name, value in self.varied.items())])
 
 # %% ../nbs/12_sweep.ipynb #fb2048f7
-def plan(file, # A TOML file
-         out="", # Folder of the sweep; default runs/sweeps/<name>
+def plan(file:str|Path, # A TOML file
+         out:str="", # Folder of the sweep; default runs/sweeps/<name>
         ) -> list: # Cells, checked
-    "All cells of a sweep; every mistake in names and types is found here."
+    "Make all cells of a sweep; every mistake in names and types is found here."
     return _cells(read_sweep(file), file, out)
 
-def _cells(spec:dict, file, out="") -> list:
-    "The same of a file that was parsed."
+_data_of = "stream", "stream_args", "backbone", "optim", "tune" # Parameters that `data_digest` reads
+
+def _cells(spec:dict, file:str|Path, out:str="") -> list:
+    "Make the cells of a file that was parsed."
     near = expanded(file).parent
-    folder, records = expanded(out or f"runs/sweeps/{spec['sweep']['name']}").absolute(), spec["sweep"]["records"]
-    pages = [find_page(p, near) for p in spec["sweep"]["pages"]]
-    known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
-    for t in ("set", "grid"):
-        for k in spec.get(t, {}): one_of(f"parameter under [{t}] in {file}", k, known)
-    cells, data = [], cache(lambda named: data_digest(json.loads(named)))
-    made = cache(lambda page, params: made_by(page, json.loads(params)))
-    for name, page in zip(spec["sweep"]["pages"], pages):
+    head = spec["sweep"]
+    folder = expanded(out or f"runs/sweeps/{head['name']}").absolute()
+    records = near/expanded(head["records"]) if head["records"] else None
+    pages = [find_page(name, near) for name in head["pages"]]
+    _check_names(spec, pages, file)
+
+    data_of = cache(lambda named: data_digest(json.loads(named)))
+    versions_of = cache(lambda page, params: made_by(page, json.loads(params)))
+    cells = {}
+    for name, page in zip(head["pages"], pages):
         for given, varied in grid_points(spec, name):
             params = check_parameters(given, page)
-            given = {k: params[k] for k in given}
-            named = {k: params[k] for k in ("stream", "stream_args", "backbone", "optim", "tune") if k in params}
-            known, content, asked = made(page, canonical(params)), data(canonical(named)), written(params, page)
-            counted = {k: v for k, v in known.items() if k != "columns"}
-            key, kept = digest(page.stem, asked, counted, content), near/expanded(records) if records else None
-            cells.append(Cell(page, given, params, key, folder, varied, records=kept, asked=asked, made_by=known, data=content))
-    return list({c.key: c for c in cells}.values())
+            given = {key: params[key] for key in given}
+            versions = versions_of(page, canonical(params))
+            data = data_of(canonical({part: params[part] for part in _data_of if part in params}))
+            asked = written(params, page)
+            counted = {kind: value for kind, value in versions.items() if kind != "columns"}
+            key = digest(page.stem, asked, counted, data)
+            cells[key] = Cell(page, given, params, key, folder, varied, records=records, asked=asked,
+                              made_by=versions, data=data)
+    return list(cells.values())
+
+def _check_names(spec:dict, pages:list, file:str|Path):
+    "Raise `CitError` for a name under `[set]` or `[grid]` that is neither a page nor a parameter."
+    known = {*spec["sweep"]["pages"]}.union(*map(page_parameters, pages))
+    for kind in ("set", "grid"):
+        for name in spec.get(kind, {}): one_of(f"parameter under [{kind}] in {file}", name, known)
 
 # %% ../nbs/12_sweep.ipynb #0b888715
 def _still(fd:int, path:Path) -> bool:
-    "Does the path lead to the open file, or was that removed?"
+    "Tell whether the path still leads to the open file."
     try: return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError: return False
 
 def _written(cell:Cell) -> bool:
-    "Does a process write the run folder of a cell?"
+    "Tell whether a process writes the run folder of a cell."
     from cit_workbench.live import alive
     return cell.out.is_dir() and alive(cell.out)
 
@@ -317,7 +398,7 @@ def held(cell:Cell): # Yields whether this process may execute it now
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = shared(path)
-    except OSError as e: raise disk_error(path, e) from e
+    except OSError as error: raise disk_error(path, error) from error
     if fd is None:
         yield False
         return
@@ -331,53 +412,71 @@ def held(cell:Cell): # Yields whether this process may execute it now
 def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
     "Execute one cell of a sweep."
     import nbformat, papermill
-    began, cell.error, beside = time.time(), "", cell.out.with_suffix(".json")
-    note = dict(page=cell.page.stem, params=cell.params, id=cell.id, key=cell.key, made_by=cell.made_by, data=cell.data)
-    write_atomic(beside, canonical(note))
+    began = time.time()
+    cell.error = ""
+    file = cell.out.with_suffix(".json")
+    note = dict(page=cell.page.stem, params=cell.params, id=cell.id, key=cell.key,
+                made_by=cell.made_by, data=cell.data)
+    write_atomic(file, canonical(note))
     try:
-        page, given = nbformat.from_dict(trimmed(cell.page)), {**cell.given, "out": str(cell.out)}
+        page = nbformat.from_dict(trimmed(cell.page))
+        given = {**cell.given, "out": str(cell.out)}
         papermill.execute_notebook(page, cell.notebook, given,
                                    kernel_name="python3", progress_bar=False, store_widget_state=False,
                                    extra_arguments=["--log-level=50"])
         if not cell.finished: cell.error = f"the page ended without {cell.out/'result.json'}"
         elif cell.records: keep(cell)
-    except papermill.PapermillExecutionError as e: cell.error = f"{e.ename}: {e.evalue}".strip()
-    except Exception as e: cell.error = f"{type(e).__name__}: {e}".strip()
-    write_atomic(beside, canonical({**note, "error": cell.error, "seconds": round(time.time() - began, 1)}))
+    except papermill.PapermillExecutionError as error: cell.error = f"{error.ename}: {error.evalue}".strip()
+    except Exception as error: cell.error = f"{type(error).__name__}: {error}".strip()
+    note |= {"error": cell.error, "seconds": round(time.time() - began, 1)}
+    write_atomic(file, canonical(note))
     return cell
 
 # %% ../nbs/12_sweep.ipynb #83d4136d
-def keep(cell:Cell):
+def keep(cell:Cell) -> None:
     "Pack a finished cell into the folder of records that the sweep names, in place of older results."
     from cit_workbench.record import pack
     old = cell.older
     pack(cell.out, cell.packed, steps=40)
-    for p in old: p.unlink()
+    for path in old: path.unlink()
 
 # %% ../nbs/12_sweep.ipynb #462a5ba4
 def notes(folder:Path, # Folder of sweeps, or of one
          ) -> list: # Notes of executed cells
-    "What earlier executions left beside their notebooks."
-    return [read_json(p, "note") for p in sorted(folder.glob("**/*.json")) if p.with_suffix(".ipynb").exists()]
+    "Read what earlier executions left next to their notebooks."
+    files = sorted(folder.glob("**/*.json"))
+    return [read_json(file, "note") for file in files if file.with_suffix(".ipynb").exists()]
 
 def status(cells:list, # Cells of a sweep
           ) -> dict: # {"finished" | "stale" | "new": cells}
     "Sort cells by what their folder holds."
     folder = cells[0].folder
-    old = {n["id"] for n in notes(folder) if (folder/f"{n['page']}-{n['key']}"/"result.json").exists()}
-    kind = lambda c: "finished" if c.finished else "stale" if c.id in old or c.older else "new"
-    return {k: [c for c in cells if kind(c) == k] for k in ("finished", "stale", "new")}
+    has_result = lambda note: (folder/f"{note['page']}-{note['key']}"/"result.json").exists()
+    old = {note["id"] for note in notes(folder) if has_result(note)}
+
+    def kind(cell):
+        if cell.finished: return "finished"
+        return "stale" if cell.id in old or cell.older else "new"
+
+    return {each: [cell for cell in cells if kind(cell) == each] for each in ("finished", "stale", "new")}
 
 # %% ../nbs/12_sweep.ipynb #8ea763b9
 def changes(cell:Cell, # A stale one
            ) -> list: # Sentences: "training 1 → 2", "its data"
     "Say what has changed since the result of a stale cell was made."
-    left = [n for n in notes(cell.folder) if n["id"] == cell.id and "made_by" in n]
-    kept = [{"made_by": {k: v for k, v in known.items() if k != "data"}, "data": known["data"]} for known in map(admitted, cell.older) if known]
-    for old in (left + kept)[-1:]:
-        page = ["the page"]*(old["made_by"].get("page") != cell.made_by.get("page"))
-        return raised(old["made_by"], cell.made_by) + page + ["its data"]*(old["data"] != cell.data)
-    return []
+    left = [note for note in notes(cell.folder) if note["id"] == cell.id and "made_by" in note]
+    kept = []
+    for known in map(admitted, cell.older):
+        if not known: continue
+        versions = {kind: value for kind, value in known.items() if kind != "data"}
+        kept.append({"made_by": versions, "data": known["data"]})
+    if not left + kept: return []
+
+    last = (left + kept)[-1]
+    said = raised(last["made_by"], cell.made_by)
+    if last["made_by"].get("page") != cell.made_by.get("page"): said.append("the page")
+    if last["data"] != cell.data: said.append("its data")
+    return said
 
 # %% ../nbs/12_sweep.ipynb #4b34529a
 def execute_held(cell:Cell) -> Cell|None: # None: somebody else is at it
@@ -396,7 +495,8 @@ def execute_all(cells:list, # Cells to execute
     "Yield cells as they finish, here or in another process; those that somebody else is at come last."
     import papermill # noqa: F401 (before the threads that use it begin)
     todo, done, waited = queue.SimpleQueue(), queue.SimpleQueue(), set()
-    for c in cells: todo.put(c)
+    for cell in cells: todo.put(cell)
+
     def work():
         try:
             while True:
@@ -404,44 +504,53 @@ def execute_all(cells:list, # Cells to execute
                 if execute_held(cell):
                     done.put(cell)
                     continue
-                if cell.key not in waited: print(f"{cell} is being executed by another process: it comes last", flush=True)
+                if cell.key not in waited:
+                    print(f"{cell} is being executed by another process: it comes last", flush=True)
                 waited.add(cell.key)
                 todo.put(cell)
                 time.sleep(pause)
         except queue.Empty: return
-        except BaseException as e: done.put(e)
-    for _ in range(min(workers, len(cells))): threading.Thread(target=work, daemon=True).start()
+        except BaseException as error: done.put(error)
+
+    for _ in range(min(workers, len(cells))):
+        threading.Thread(target=work, daemon=True).start()
     for _ in cells:
-        if isinstance(c := done.get(), BaseException): raise c
-        yield c
+        result = done.get()
+        if isinstance(result, BaseException): raise result
+        yield result
 
 # %% ../nbs/12_sweep.ipynb #2314c642
 def expected(cell:Cell, # About to be executed
              old:list, # Notes of executed cells
             ) -> float: # Seconds; NaN: nothing to go by
-    "How long the most similar executed cell took."
-    alike = lambda n: (sum(n["params"].get(k) == v for k, v in cell.params.items()), n["page"] == cell.page.stem)
-    whole = [n for n in old if n.get("seconds") and not n.get("error")]
-    return max(whole, key=alike)["seconds"] if whole else float("nan")
+    "Estimate how long a cell takes: as long as the most similar executed cell took."
+    whole = [note for note in old if note.get("seconds") and not note.get("error")]
+
+    def similarity(note):
+        same = sum(note["params"].get(name) == value for name, value in cell.params.items())
+        return same, note["page"] == cell.page.stem
+
+    return max(whole, key=similarity)["seconds"] if whole else float("nan")
 
 def duration(seconds:float) -> str:
-    "Seconds as a person says them."
+    "Write seconds as a person says them."
     if seconds != seconds: return "an unknown time"
     if seconds < 90: return f"about {seconds:.0f} s"
-    return f"about {seconds/60:.0f} min" if seconds < 5400 else f"about {seconds/3600:.1f} h"
+    if seconds < 5400: return f"about {seconds/60:.0f} min"
+    return f"about {seconds/3600:.1f} h"
 
 # %% ../nbs/12_sweep.ipynb #548bfaa1
 def recorded() -> list: # Notes
-    "What the committed records say about seconds, as notes of executed cells."
+    "Read what the committed records say about seconds, as notes of executed cells."
     from cit_workbench.record import Record
-    folder = Path(find_spec("cit_workbench").origin).parents[1]/"records"
-    found = [Record(p) for p in sorted(folder.glob("**/*.jsonl"))]
-    return [dict(page=r.config["method"], params=r.config, seconds=r.seconds()) for r in found]
+    records = [Record(path) for path in sorted((_checkout()/"records").glob("**/*.jsonl"))]
+    return [dict(page=record.config["method"], params=record.config, seconds=record.seconds())
+            for record in records]
 
 # %% ../nbs/12_sweep.ipynb #defbc9d6
 @dataclass
 class Sweep:
-    "What a sweep left: its cells, and their table."
+    "Hold what a sweep left: its cells, and their table."
     name:str # As the file calls it
     folder:Path # Where everything is
     cells:list # All of them
@@ -449,228 +558,289 @@ class Sweep:
     beside:list = field(default_factory=list) # Records to show in the same table
 
     @property
-    def failed(self): return [c for c in self.cells if c.error]
-    @property
-    def runs(self): return [*(c.run for c in self.cells if c.run), *self.beside]
-    @property
-    def sentence(self):
-        "What failed, and where to read about it; empty if nothing did."
-        return "; ".join(f"{c} failed ({_short(c.error)}): see {_near(c.notebook)}" for c in self.failed)
+    def failed(self) -> list: return [cell for cell in self.cells if cell.error]
 
-    def __str__(self):
+    @property
+    def runs(self) -> list: return [*(cell.run for cell in self.cells if cell.run), *self.beside]
+
+    @property
+    def sentence(self) -> str:
+        "Say what failed, and where to read about it; empty if nothing did."
+        said = [f"{cell} failed ({_short(cell.error)}): see {_near(cell.notebook)}" for cell in self.failed]
+        return "; ".join(said)
+
+    def __str__(self) -> str:
         if not self.runs: return f"no finished runs in {_near(self.folder)}"
         from cit_workbench.record import table
         return str(table(self.runs))
 
-def _short(text): return " ".join(text.split())[:200]
-def _near(path): return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _short(text:str) -> str: return " ".join(text.split())[:200]
+
+def _near(path:Path) -> Path:
+    "Shorten a path below the working directory."
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 # %% ../nbs/12_sweep.ipynb #6d897d63
 def in_turn(cells:list) -> list:
-    "Cells of all pages in turn, so that a sweep that is stopped early has something of each."
-    of = lambda page: [c for c in cells if c.page == page]
-    return [c for row in itertools.zip_longest(*map(of, dict.fromkeys(c.page for c in cells))) for c in row if c]
+    "Order the cells of all pages in turn, so that a sweep that is stopped early has something of each."
+    pages = dict.fromkeys(cell.page for cell in cells)
+    by_page = [[cell for cell in cells if cell.page == page] for page in pages]
+    return [cell for each in itertools.zip_longest(*by_page) for cell in each if cell]
 
 # %% ../nbs/12_sweep.ipynb #3d26d342
-def sweep(file, # A TOML file
+def sweep(file:str|Path, # A TOML file
           workers:int=1, # Cells executed at a time
           out:str="", # Folder of the sweep; default runs/sweeps/<name>
           force:bool=False, # Execute stale cells again, too
          ) -> Sweep: # Cells and table
     "Execute every cell of a sweep that has no result yet."
     if workers < 1: raise CitError(f"workers is {workers}, but must be at least 1")
-    cells = _cells(spec := read_sweep(file), file, out)
-    head, folder, kinds = spec["sweep"], cells[0].folder, status(cells)
-    name, todo = head["name"], in_turn(kinds["new"] + (kinds["stale"] if force else []))
-    seconds = sum(expected(c, notes(folder.parent) + recorded()) for c in todo)/min(workers, len(todo) or 1)
-    print(f"sweep {name}: {len(cells)} cells, {len(kinds['finished'])} finished, {len(todo)} to run"
-          + (f", {duration(seconds)}" if todo and not seconds < 60 else "") + f", in {_near(folder)}")
+    spec = read_sweep(file)
+    cells = _cells(spec, file, out)
+    head, kinds = spec["sweep"], status(cells)
+    name = head["name"]
+    todo = in_turn(kinds["new"] + (kinds["stale"] if force else []))
+    print(f"sweep {name}: {_outlook(cells, kinds, todo, workers)}")
     if not force:
-        for c in kinds["stale"]: print(f"stale: {c} ({'; '.join(changes(c)) or 'made before there were versions'}; --force runs it again)")
-    bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
-    for c in bar: bar.write(f"{c}: " + (f"failed ({_short(c.error)})" if c.error else _took(c)))
-    beside = [p for b in head["beside"] for p in sorted(expanded(file).parent.glob(b))]
-    return Sweep(name, folder, cells, [] if force else kinds["stale"], beside)
+        for cell in kinds["stale"]:
+            why = "; ".join(changes(cell)) or "made before there were versions"
+            print(f"stale: {cell} ({why}; --force runs it again)")
 
-def _took(c) -> str:
-    "How long a finished cell took, as far as its note says."
-    note = c.out.with_suffix(".json")
+    bar = progress(execute_all(todo, workers), f"sweep {name}", total=len(todo))
+    for cell in bar:
+        bar.write(f"{cell}: " + (f"failed ({_short(cell.error)})" if cell.error else _took(cell)))
+    near = expanded(file).parent
+    beside = [path for pattern in head["beside"] for path in sorted(near.glob(pattern))]
+    return Sweep(name, cells[0].folder, cells, [] if force else kinds["stale"], beside)
+
+def _outlook(cells:list, kinds:dict, todo:list, workers:int) -> str:
+    "Say how many cells there are and are to run, how long that takes, and where they go."
+    folder = cells[0].folder
+    old = notes(folder.parent) + recorded() if todo else []
+    seconds = sum(expected(cell, old) for cell in todo)/min(workers, len(todo) or 1)
+    length = f", {duration(seconds)}" if todo and not seconds < 60 else ""
+    counts = f"{len(cells)} cells, {len(kinds['finished'])} finished, {len(todo)} to run"
+    return f"{counts}{length}, in {_near(folder)}"
+
+def _took(cell:Cell) -> str:
+    "Say how long a finished cell took, as far as its note says."
+    note = cell.out.with_suffix(".json")
     seconds = read_json(note).get("seconds") if note.is_file() else None
     return "finished elsewhere" if seconds is None else f"{seconds:.0f} s"
 
 # %% ../nbs/12_sweep.ipynb #bfed6cec
 def around(middle:float, # The default
-           n:int, # How many values
-           allowed=lambda v: True, # Whether a value may be tried
+           count:int, # How many values
+           allowed=lambda value: True, # Whether a value may be tried
           ) -> list: # Ascending
-    "Values with equal ratios around a default."
+    "Lay values with equal ratios around a default."
     if not middle > 0: raise CitError(f"no grid can be laid around {middle!r}: name the values to try in `grid`")
-    step = min(.5, 2/max(1, n - 1))
+    step = min(.5, 2/max(1, count - 1))
     for down in range(9):
-        at = [middle*10**(step*(i - (n - 1)/2 - down)) for i in range(n)]
-        values = [max(1, round(v)) if isinstance(middle, int) else float(f"{v:.2g}") for v in at]
+        exact = [middle*10**(step*(place - (count - 1)/2 - down)) for place in range(count)]
+        if isinstance(middle, int): values = [max(1, round(value)) for value in exact]
+        else: values = [float(f"{value:.2g}") for value in exact]
         if all(map(allowed, values)): return values
     raise CitError(f"no values around {middle} are allowed: name the values to try in `grid`")
 
 # %% ../nbs/12_sweep.ipynb #a292aa5a
-def _strengths(m) -> dict: # {field, dotted in a chain: default}
-    "What switches a method, or each part of a chain, off at 0."
+def _strengths(method) -> dict: # {field, dotted in a chain: default}
+    "Find what switches a method, or each part of a chain, off at 0."
     from cit_workbench.method import parts
-    own = {p.name: p for p in parts(m) if p.strength}
-    return {p.strength if p is m else f"{n}.{p.strength}": getattr(p, p.strength) for n, p in own.items()}
+    own = {part.name: part for part in parts(method) if part.strength}
+    found = {}
+    for name, part in own.items():
+        dotted = part.strength if part is method else f"{name}.{part.strength}"
+        found[dotted] = getattr(part, part.strength)
+    return found
 
 def nested(pairs:dict, # {"ewc.lam": 100}
           ) -> dict: # {"ewc": {"lam": 100}}
-    "Dotted names as tables."
-    out = {}
-    for k, v in pairs.items(): _put(out, k.split("."), v)
-    return out
+    "Turn dotted names into tables."
+    tables = {}
+    for name, value in pairs.items(): _put(tables, name.split("."), value)
+    return tables
 
-def _allowed(method, args:dict, field:str, value) -> bool:
-    "May the field of the method have this value?"
+def _allowed(method:object, args:dict, field:str, value) -> bool:
+    "Tell whether the field of the method may have this value."
     from cit_workbench.method import get_method
     try: return bool(get_method(method, **_merged(args, nested({field: value}))))
     except CitError: return False
 
 # %% ../nbs/12_sweep.ipynb #1d5a3f66
-def _split(n:int, # Trials
+def _split(trials:int, # Trials
            ways:int, # Axes, at most two
           ) -> list: # Points of each, the most first
     "Divide trials over axes."
-    few = max((k for k in range(1, n + 1) if n % k == 0 and k*k <= n), default=1)
-    return [[], [n], [n//few, few]][ways]
+    small = [count for count in range(1, trials + 1) if trials % count == 0 and count*count <= trials]
+    few = max(small, default=1)
+    return [[], [trials], [trials//few, few]][ways]
 
-def axes_of(method, # As `Run` takes it
+def axes_of(method:object, # As `Run` takes it
             args:dict, # Fields that are set
             grid:dict, # {"lr", or a field of the method, dotted in a chain: values}
             lr:float, # The recipe's
             trials:int, # Points in all
            ) -> dict: # {name: values}
-    "What is given, and for the rest strength × learning rate; raises `CitError` unless that makes `trials` points."
+    "Lay what is given, and for the rest strength × learning rate; raises `CitError` unless that makes `trials` points."
     from cit_workbench.method import get_method
-    axes = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}
+    axes = {name: list(values) if isinstance(values, (list, tuple)) else [values]
+            for name, values in grid.items()}
     strengths = {} if {*axes} - {"lr"} else _strengths(get_method(method, **args))
     if len(strengths) > 1:
         raise CitError(f"{method} has several strengths ({', '.join(strengths)}): name values to try in `grid`")
+
     free = [*strengths, *({"lr"} - {*axes})]
-    for k, n in zip(free, _split(trials//math.prod(map(len, axes.values())), len(free))):
-        if n > 1: axes[k] = around({"lr": lr, **strengths}[k], n, lambda v: k == "lr" or _allowed(method, args, k, v))
+    counts = _split(trials//math.prod(map(len, axes.values())), len(free))
+    middles = {"lr": lr, **strengths}
+    for name, count in zip(free, counts):
+        may_be = lambda value: name == "lr" or _allowed(method, args, name, value)
+        if count > 1: axes[name] = around(middles[name], count, may_be)
+
     if math.prod(map(len, axes.values())) == trials: return axes
-    said = " × ".join(f"{len(v)} of {k}" for k, v in axes.items()) or "nothing to vary"
+    said = " × ".join(f"{len(values)} of {name}" for name, values in axes.items()) or "nothing to vary"
     raise CitError(f"the grid ({said}) does not make {trials} trials, and every method that is compared gets as many")
 
 # %% ../nbs/12_sweep.ipynb #a50f0066
-def val_scores(rec, # A record with a probe at the end of every task
+def val_scores(record, # A record with a probe at the end of every task
                own:bool=False, # Each task at its own end, rather than all at the end of the stream
               ) -> dict: # {task: percent}
-    "Scores on validation data."
-    probes, tasks = rec.events("probe"), rec.tasks
-    at = {t: next((p["scores"] for p in reversed(probes) if p["task"] == t or not own), {}) for t in tasks}
-    if missing := [t for t in tasks if t not in at[t]]:
-        raise CitError(f"{rec.path} has no validation score of {missing[0]} at the end of its training")
-    return {t: at[t][t]["formatted"] for t in tasks}
+    "Read scores on validation data."
+    probes, tasks = record.events("probe"), record.tasks
+    last = {}
+    for task in tasks:
+        scores = (probe["scores"] for probe in reversed(probes) if probe["task"] == task or not own)
+        last[task] = next(scores, {})
+    missing = [task for task in tasks if task not in last[task]]
+    if missing:
+        raise CitError(f"{record.path} has no validation score of {missing[0]} at the end of its training")
+    return {task: last[task][task]["formatted"] for task in tasks}
 
-def _score(rec, # A trial
+def _score(record, # A trial
            single, # The run that sets the scale
            own:bool=False, # Each task at its own end: what was learned
           ) -> float:
-    "`AP_norm` on validation data, at the end of the stream or of each task."
+    "Compute `AP_norm` on validation data, at the end of the stream or of each task."
     from cit_workbench.metrics import ap_norm
-    end, alone, chance = val_scores(rec, own), val_scores(single, own=True), rec.run["chance"]
-    for t in end:
-        if not alone[t] > chance[t]:
-            raise CitError(f"single reaches {alone[t]:.1f} % on {t}, where guessing gives {chance[t]:.1f} %: "
+    end = val_scores(record, own)
+    alone = val_scores(single, own=True)
+    chance = record.run["chance"]
+    for task in end:
+        if not alone[task] > chance[task]:
+            raise CitError(f"single reaches {alone[task]:.1f} % on {task}, where guessing gives {chance[task]:.1f} %: "
                            "there is no scale to tune on; train longer (optim steps)")
-    return ap_norm([*end.values()], [chance[t] for t in end], [alone[t] for t in end])
+    return ap_norm([*end.values()], [chance[task] for task in end], [alone[task] for task in end])
 
 # %% ../nbs/12_sweep.ipynb #28b5cc1f
-def _trained(out, # Folder of the trials
-             method, **fields): # As for `Run`; Record
-    "A finished run below `out`, found again by its configuration."
+def _trained(out:str|Path, # Folder of the trials
+             method:object, **fields): # As for `Run`; Record
+    "Train a run below `out`, or find it again, finished, by its configuration."
     from cit_workbench.train import Run
-    return Run(method, **fields, out=str(expanded(out)/Run(method, **fields).folder.name)).train()
+    folder = expanded(out)/Run(method, **fields).folder.name
+    return Run(method, **fields, out=str(folder)).train()
 
-def _probed(out, method, optim, **fields): # Record
-    "The same with a probe on validation data at the end of each task."
+def _probed(out:str|Path, method:object, optim:dict, **fields): # Record
+    "Train or find a run with a probe on validation data at the end of each task."
     from cit_workbench.train import Run
-    r = Run(method, optim=optim, **fields)
-    every = math.gcd(*(sum(r.steps(t, p) for p in r.m.phases(t)) for t in r.plan.tasks))
-    if not every: raise CitError(f"{r.m.name} trains nothing, so there is nothing to tune")
+    run = Run(method, optim=optim, **fields)
+    lengths = [sum(run.steps(task, phase) for phase in run.m.phases(task)) for task in run.plan.tasks]
+    every = math.gcd(*lengths)
+    if not every: raise CitError(f"{run.m.name} trains nothing, so there is nothing to tune")
     return _trained(out, method, optim=optim, probe_every=every, **fields)
 
-def _recipe(out, optim:dict, **fields) -> dict: # Fields of `optim`
-    "Steps and learning rate as a run resolves them, from the record of the start model."
-    got = {**_trained(out, "zero_shot", optim=optim, **fields).config["optim"]}
-    if got["steps"]: return {**optim, **{k: got[k] for k in ("steps", "lr")}}
+def _recipe(out:str|Path, optim:dict, **fields) -> dict: # Fields of `optim`
+    "Read steps and learning rate as a run resolves them, from the record of the start model."
+    resolved = {**_trained(out, "zero_shot", optim=optim, **fields).config["optim"]}
+    if resolved["steps"]: return {**optim, "steps": resolved["steps"], "lr": resolved["lr"]}
     raise CitError("tuning probes at the end of each task: give the number of steps in `optim`")
 
 # %% ../nbs/12_sweep.ipynb #d4ada5a3
-def tune(method, # As `Run` takes it
+def tune(method:object, # As `Run` takes it
          grid:dict|None=None, # {"lr" or a field, dotted in a chain: values}; default: around the defaults
          stream:str="shapes-tune", # No other stream may be tuned on
          trials:int=12, # Points of the grid; the same number for every method that is compared
-         out="runs/tune", # Folder of the trials and results
+         out:str|Path="runs/tune", # Folder of the trials and results
          method_args:dict|None=None, # Fields of the method that stay as they are
-         stream_args:dict|None=None, optim:dict|None=None, # As for `Run`
+         stream_args:dict|None=None, # As for `Run`
+         optim:dict|None=None, # As for `Run`
          **fields, # Further fields of `Run`
         ) -> dict: # method, fields, score, edge, tuned_on, trials
     "Choose learning rate and strength of a method by `AP_norm` on the validation data of `shapes-tune`."
     if trials < 1: raise CitError(f"trials is {trials}, but must be at least 1")
-    args, fields = method_args or {}, {**fields, "stream": stream, "stream_args": {"n_test": 1, **(stream_args or {})}}
+    args = method_args or {}
+    fields = {**fields, "stream": stream, "stream_args": {"n_test": 1, **(stream_args or {})}}
     _for_tuning(stream, fields["stream_args"])
     own = own_lr(method, args)
     lay = lambda lr: axes_of(method, args, grid or {}, own or lr, trials)
     _check_points(method, lay(1.), args, optim or {}, fields)
+
     optim = _recipe(out, optim or {}, **fields)
-    axes, single, done = lay(optim["lr"]), _probed(out, "single", optim, **fields), []
+    axes = lay(optim["lr"])
+    single = _probed(out, "single", optim, **fields)
+    done = []
     for point in (bar := progress(_points(axes), f"tune {method}")):
         given = _given(point, args, own)
-        rec = _probed(out, method, {**optim, **given["optim"]}, method_args=given["method_args"], **fields)
-        done.append({"point": point, "fields": given, "score": _score(rec, single),
-                     "learned": _score(rec, single, own=True), "run": rec.name})
+        record = _probed(out, method, {**optim, **given["optim"]}, method_args=given["method_args"], **fields)
+        done.append({"point": point,
+                     "fields": given,
+                     "score": _score(record, single),
+                     "learned": _score(record, single, own=True),
+                     "run": record.name})
         bar.write(f"{_said(point)}: {done[-1]['score']:.3f}")
-    return _chosen(done, axes, expanded(out), rec.config["method"], stream)
+    return _chosen(done, axes, expanded(out), record.config["method"], stream)
 
 # %% ../nbs/12_sweep.ipynb #c20fff4b
-def own_lr(method, args:dict) -> float|None:
-    "The learning rate of a method that has one of its own as a field."
+def own_lr(method:object, args:dict) -> float|None:
+    "Return the learning rate of a method that has a separate one as a field."
     from cit_workbench.method import get_method
     return getattr(get_method(method, **args), "lr", None)
 
 def _given(point:dict, args:dict, own:float|None=None) -> dict:
-    "A point of the grid as fields of `Run`; `lr` is the method's own where it has one."
-    theirs = {k: v for k, v in point.items() if k != "lr" or own}
-    return {"method_args": _merged(args, nested(theirs)), "optim": {k: v for k, v in point.items() if k not in theirs}}
+    "Turn a point of the grid into fields of `Run`; `lr` is the method's own where it has one."
+    theirs = {name: value for name, value in point.items() if name != "lr" or own}
+    optim = {name: value for name, value in point.items() if name not in theirs}
+    return {"method_args": _merged(args, nested(theirs)), "optim": optim}
 
 # %% ../nbs/12_sweep.ipynb #721a2532
-def _points(axes:dict) -> list: return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+def _points(axes:dict) -> list:
+    "List the points of a grid."
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
-def _check_points(method, axes:dict, args:dict, optim:dict, fields:dict):
+def _check_points(method:object, axes:dict, args:dict, optim:dict, fields:dict):
     "Raise `CitError` for a mistake in any trial, before the first."
     from cit_workbench.train import Run
-    for given in (_given(p, args, own_lr(method, args)) for p in _points(axes)):
+    for point in _points(axes):
+        given = _given(point, args, own_lr(method, args))
         Run(method, method_args=given["method_args"], optim={**optim, **given["optim"]}, **fields)
 
-def _said(point): return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())
+def _said(point:dict) -> str:
+    "Write a point as words: lr=0.01 lam=3"
+    words = {name: f"{value:g}" if isinstance(value, float) else value for name, value in point.items()}
+    return " ".join(f"{name}={value}" for name, value in words.items())
 
 # %% ../nbs/12_sweep.ipynb #a3c4288c
 def _for_tuning(stream:str, args:dict):
     "Raise `CitError` unless every task is one of `shapes-tune`."
     if stream != "shapes-tune":
         raise CitError(f"tuning is on stream 'shapes-tune' only, whose tasks are in no other stream; got {stream!r}")
-    own = [t.name for t in get_stream(stream)]
-    for t in get_stream(stream, **args): one_of("task to tune on", t.name, own)
+    own = [task.name for task in get_stream(stream)]
+    for task in get_stream(stream, **args): one_of("task to tune on", task.name, own)
 
 # %% ../nbs/12_sweep.ipynb #987a76c9
 def _chosen(done:list, # Trials: point, fields, score, run
             axes:dict, out:Path, method:str, stream:str) -> dict:
-    "The best trial, written to a file with all of them."
-    best = max(done, key=lambda d: d["score"])
-    edge = [k for k, v in best["point"].items() if len(axes[k]) > 2 and v in (min(axes[k]), max(axes[k]))]
-    tuned_on = {"stream": stream, "trials": len(done), "old_val": False}
-    found = {"method": method, "fields": best["fields"], "score": best["score"], "edge": edge, "tuned_on": tuned_on,
-             "trials": [{k: d[k] for k in ("point", "score", "learned", "run")} for d in done]}
-    write_atomic(out/f"{method}-{digest([d['run'] for d in done])[:8]}.json", json.dumps(plain(found), indent=1) + "\n")
+    "Choose the best trial, and write it to a file with all of them."
+    best = max(done, key=lambda trial: trial["score"])
+    ends = {name: (min(values), max(values)) for name, values in axes.items() if len(values) > 2}
+    edge = [name for name, value in best["point"].items() if value in ends.get(name, ())]
+    found = {"method": method,
+             "fields": best["fields"],
+             "score": best["score"],
+             "edge": edge,
+             "tuned_on": {"stream": stream, "trials": len(done), "old_val": False},
+             "trials": [{key: trial[key] for key in ("point", "score", "learned", "run")} for trial in done]}
+    name = f"{method}-{digest([trial['run'] for trial in done])[:8]}.json"
+    write_atomic(out/name, json.dumps(plain(found), indent=1) + "\n")
     return found
 
 # %% ../nbs/12_sweep.ipynb #430ed251
@@ -678,19 +848,22 @@ def run_once(method:str, # A method of the package
              method_args:dict|None=None, # Its fields
              **fields, # As for `Run`, `out` apart
             ): # Record
-    "A finished run to put beside others, trained unless the same code did so before."
+    "Train a run to put next to others, or find it finished where the same code did so before."
     import torch
     from cit_workbench.core import cache_dir
     from cit_workbench.method import versions_of
     from cit_workbench.train import Run
     run = Run(method, method_args=method_args or {}, **fields)
-    data = data_digest({k: getattr(run, k) for k in ("stream", "stream_args", "backbone")})
-    libraries = [version(l) for l in ("torch", "transformers", "peft")], torch.get_num_threads()
+    data = data_digest({name: getattr(run, name) for name in ("stream", "stream_args", "backbone")})
+    libraries = [version(name) for name in ("torch", "transformers", "peft")], torch.get_num_threads()
     made = behaviour(versions_of(run.m), scorers_of(run.data))
     key = digest(run.config(), made, data, recipe, libraries)
-    run.folder = cache_dir()/"runs"/key; run.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = shared(run.folder.with_suffix(".lock"))
-    if lock is None: raise CitError(f"{run.folder.with_suffix('.lock')} belongs to another user and cannot be opened; $CIT_CACHE names another folder")
+    run.folder = cache_dir()/"runs"/key
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    file = run.folder.with_suffix(".lock")
+    lock = shared(file)
+    if lock is None:
+        raise CitError(f"{file} belongs to another user and cannot be opened; $CIT_CACHE names another folder")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX) # Who comes second waits for the record
         return run.train()
