@@ -29,6 +29,10 @@ def _left_out(record, keep) -> bool:
     interactive = record.run.get("interactive") and "interactive" not in keep
     return bool(trial or interactive)
 
+def _counted(runs:int) -> str:
+    "Write how many runs there are."
+    return f"{runs} run{'s'*(runs > 1)}"
+
 class Runs:
     "Group records by stream and protocol, and in each group by method and setting."
     def __init__(self, where:list|str|Path, # As `find_runs` takes it
@@ -41,9 +45,9 @@ class Runs:
 
     def _named(self, records:list) -> str:
         "Name a group by its stream, how many runs it has, and its protocol."
-        first, count = records[0], len(records)
-        protocol = str(first.run.get("protocol"))[:6]
-        return f"{first.config.get('stream')} ({count} run{'s'*(count > 1)}, protocol {protocol})"
+        first = records[0]
+        stream, protocol = first.config.get("stream"), str(first.run.get("protocol"))[:6]
+        return f"{stream} ({_counted(len(records))}, protocol {protocol})"
 
     def lines(self, name:str) -> dict: # {label: [(record, summary)]}
         "Sort the runs of one group by method and setting."
@@ -79,14 +83,16 @@ class Compare(View):
     def __init__(self, where:list|str|Path="runs", # Folder of runs, or a list of records
                  keep:tuple=(), # "interactive", "tuning": runs to show although they are usually left out
                  dark:bool|None=None):
-        self.runs, self.lines = Runs(where, keep), {}
+        self.runs = Runs(where, keep)
+        self.lines = {}
         self.seen = {} # Records and settings in the clouds
         if not self.runs.records:
             raise CitError(f"no run to compare in {where}")
         self._menus()
         self.frame, self.table = framed(self._make()), W.HTML()
         self.more = W.Accordion([self.table], titles=["Table"])
-        super().__init__([knobs(self.group, self.what, self.cost, self.chosen), self.frame, self.more], dark)
+        menus = knobs(self.group, self.what, self.cost, self.chosen)
+        super().__init__([menus, self.frame, self.more], dark)
         self.group.observe(lambda _: self.safely(self.choose), "value")
         for menu in (self.chosen, self.what, self.cost):
             menu.observe(lambda _: self.safely(self.draw), "value")
@@ -124,7 +130,8 @@ def _tabulate(self:Compare):
         return
     records = [record for line in self.lines.values() for record, _ in line]
     lines = [line for line in table(records).markdown().splitlines() if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [line.strip("|").split("|") for line in lines]
+    head, _, *rows = [[cell.strip() for cell in line] for line in cells]
     self.table.value = grid(head, rows)
 
 # %% ../nbs/11d_compare_view.ipynb #96cba116
@@ -228,8 +235,9 @@ def draw(self:Compare):
             records = shown[index][1] if index < len(shown) else []
             self._matrix(index, spots.get(str(index + 1)), records)
         some = self._intervals()
-        known = {"6": self._cloud(7, "forgetting"), "7": self._cloud(10, self.cost.value), "5": some}
-        self.fig.layout.xaxis7.title = _costs[self.cost.value]
+        cost = self.cost.value
+        known = {"6": self._cloud(7, "forgetting"), "7": self._cloud(10, cost), "5": some}
+        self.fig.layout.xaxis7.title = _costs[cost]
         heads = [spot.title for spot in spots.values()]
         empty = [spots[number] for number, on in known.items() if not on]
         soon = [noted("comes when a run of this stream has finished", spot, self.colors) for spot in empty]
@@ -256,7 +264,7 @@ def _titled(self:Compare, name:str, records:list) -> str:
     if self.picked in records and count == 1:
         return f"▸ {name[:28]}"
     same = len(_alike(records))
-    how = f"{same} of {count} runs" if same < count else f"{count} run{'s'*(count > 1)}"
+    how = f"{same} of {count} runs" if same < count else _counted(count)
     return f"{name[:24]} ({how})"
 
 # %% ../nbs/11d_compare_view.ipynb #bc7a8cd5
@@ -265,7 +273,8 @@ def _matrix(self:Compare, index:int, # Of the heat map
             spot, # Where it lies; None: nowhere
             records:list): # The first says what rows and columns are
     "Draw the mean R of those records that have the first one's rows and columns."
-    heat, layout, place = self.fig.data[index], self.fig.layout, index + 1
+    heat, layout = self.fig.data[index], self.fig.layout
+    place = index + 1
     heat.visible = spot is not None
     for side in "xy":
         layout[f"{side}axis{place}"].visible = heat.visible
@@ -273,9 +282,11 @@ def _matrix(self:Compare, index:int, # Of the heat map
         return
     first = records[0]
     rows = [f"{at} {name}" if first.rows.count(name) > 1 else name for at, name in enumerate(first.rows)]
-    mean = np.mean([record.matrix(self.what.value) for record in _alike(records)], 0)[:, first.of("stream")]
+    scores = [record.matrix(self.what.value) for record in _alike(records)]
+    mean = np.mean(scores, 0)[:, first.of("stream")]
     heat.x, heat.y, heat.z = first.tasks, rows, mean
-    heat.texttemplate = readable("%{z:.0f}", 3, mean.shape, spot, self.high*(spot.y1 - spot.y0))
+    high = self.high*(spot.y1 - spot.y0)
+    heat.texttemplate = readable("%{z:.0f}", 3, mean.shape, spot, high)
     heat.textfont = {"size": 10}
     colour_bar(heat, spot, self.wide)
     layout[f"xaxis{place}"].tickangle = slant(first.tasks, spot.wide)
@@ -307,12 +318,15 @@ def _cloud(self:Compare, at:int, # Number of its first trace
     line, dots, means = self.fig.data[at:at + 3]
     runs = self._located(key)
     self._draw_dots(dots, runs)
-    names = list(dict.fromkeys(name for *_, name in runs))
-    mids = [np.mean([run[:2] for run in runs if run[3] == name], 0).tolist() for name in names]
+    places = defaultdict(list)
+    for x, y, _, name in runs:
+        places[name].append((x, y))
+    names, mids = list(places), [np.mean(own, 0).tolist() for own in places.values()]
     self._draw_means(means, mids, names)
     self._axes_of(at, bool(mids))
     best = [mids[index] for index in front(mids, (-1, 1))] if mids else []
-    line.x, line.y = [x for x, _ in best], [y for _, y in best]
+    line.x = [x for x, _ in best]
+    line.y = [y for _, y in best]
     self.seen[at] = [record for *_, record, _ in runs], names
     return bool(mids)
 
@@ -330,7 +344,8 @@ def _located(self:Compare, key:str) -> list: # [(x, y, record, setting)]
 @patch
 def _draw_dots(self:Compare, dots, runs:list): # As `_located` gives them
     "Draw runs; the picked one is larger and has a rim."
-    dots.x, dots.y = [x for x, *_ in runs], [y for _, y, *_ in runs]
+    dots.x = [x for x, *_ in runs]
+    dots.y = [y for _, y, *_ in runs]
     dots.text = [f"{name}<br>{record.name}" for *_, record, name in runs]
     self._mark(dots, [name for *_, name in runs])
     picked = [record is self.picked for *_, record, _ in runs]
@@ -341,7 +356,8 @@ def _draw_dots(self:Compare, dots, runs:list): # As `_located` gives them
 def _draw_means(self:Compare, means, mids:list, names:list):
     "Draw the mean of each setting, with its name where there are few."
     means.text = [name[:22] for name in names]
-    means.x, means.y = [x for x, _ in mids], [y for _, y in mids]
+    means.x = [x for x, _ in mids]
+    means.y = [y for _, y in mids]
     means.mode = "markers+text" if len(mids) <= 8 else "markers"
     means.textposition = sides(mids) if mids else []
     self._mark(means, names)
@@ -388,4 +404,5 @@ def _on_mean(self:Compare, at:int, trace, points, state):
         return
     _, names = self.seen[at]
     first = names[points.point_inds[0]]
-    self.chosen.value = (first, *[name for name in self.chosen.value if name != first])[:4]
+    others = [name for name in self.chosen.value if name != first]
+    self.chosen.value = (first, *others)[:4]

@@ -48,7 +48,8 @@ class Forgetting(View):
         self.rec = self.story.rec
         self.tasks, self.answers = self.rec.tasks, Answers(self.rec)
         self._menus()
-        self.frame, self.samples = framed(self._make()), Samples(self.rec, other)
+        self.frame = framed(self._make())
+        self.samples = Samples(self.rec, other)
         below = W.Accordion([self.samples], titles=["Answers: what was asked, what was said at each task's end"])
         menus = [self.score, self.stat, self.layer, self.at]
         super().__init__([knobs(*menus, self.follow), self.frame, below], dark)
@@ -93,7 +94,8 @@ def _make(self:Forgetting) -> go.FigureWidget:
 @patch
 def paint(self:Forgetting):
     "Give all traces the colours of the theme."
-    colours, count = self.colors, 2*len(self.tasks)
+    colours = self.colors
+    count = 2*len(self.tasks)
     curves, rest = self.fig.data[:count], self.fig.data[count:]
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
@@ -168,7 +170,8 @@ def _mark_steps(self:Forgetting, panels:tuple, # Axes of those that share the st
 def _panels(self:Forgetting, formats:list) -> list: # Rows of panels
     "Place curves over what the method does, over three panels that show one step."
     config, acts = self.rec.config, self.stat.value
-    method, score = config["method"], "loss" if self.score.value == "nll" else "score"
+    method = config["method"]
+    score = "loss" if self.score.value == "nll" else "score"
     run = f"{method} on {config['stream']}, seed {config['seed']}"
     said = f"{run}: each task's {score} through the whole stream"
     high, below = (250, 14) if acts else (300, 48)
@@ -181,12 +184,13 @@ def _panels(self:Forgetting, formats:list) -> list: # Rows of panels
 def _step_panels(self:Forgetting, formats:list) -> list: # Panels side by side
     "Make room for the layers and the formats of one step."
     drifts = [layers for frame in self.story.frames for layers in frame["drift"].values()]
-    deep = max(map(len, drifts), default=4)
-    look = {"least": 130, "high": max(170, min(400, 13*deep)), "below": room_for(self.tasks), "right": 50}
+    layers = max(map(len, drifts), default=4)
+    room = room_for(self.tasks)
+    look = {"least": 130, "high": max(170, min(400, 13*layers)), "below": room, "right": 50}
     answers = {**look, "below": room_for(formats), "high": max(170, 15*len(self.tasks))}
     return [Panel("2", layered[self.layer.value], left=46, **look),
             Panel("3", "gradient cosine with the task now", left=46, **look),
-            Panel("4", "answered in whose format, %", left=room_for(self.tasks), **answers)]
+            Panel("4", "answered in whose format, %", left=room, **answers)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #f5507da7
 @patch
@@ -197,9 +201,9 @@ def _curves(self:Forgetting):
     for index, task in enumerate(self.tasks):
         line, ends = self.fig.data[2*index:2*index + 2]
         curve, column = story.line(task, score), story.ends(task, score)
-        self.known += [value for value in (*curve[1], *column[1]) if np.isfinite(value)]
-        few = np.isfinite(curve[1]).sum() <= np.isfinite(column[1]).sum()
-        line.x, line.y = column if few else curve
+        probed_at, measured_at = np.isfinite(curve[1]), np.isfinite(column[1])
+        self.known += [*curve[1][probed_at], *column[1][measured_at]]
+        line.x, line.y = column if probed_at.sum() <= measured_at.sum() else curve
         ends.x, ends.y = column
         ends.marker.opacity = [1. if row > index else .35 for row in story.rows] or 1.
 
@@ -232,8 +236,9 @@ _steps = "optimiser steps over the whole stream"
 @patch
 def _acts(self:Forgetting) -> bool: # Does it say anything?
     "Draw what the method says of itself, through the same steps."
-    name, line, layout = self.stat.value, self.fig.data[-1], self.fig.layout
+    name = self.stat.value
     on = bool(name)
+    line, layout = self.fig.data[-1], self.fig.layout
     self.stat.layout.display = None if on else "none"
     line.x, line.y = zip(*self.story.stats[name]) if on else ([], [])
     line.name = name or ""
@@ -249,9 +254,11 @@ def _show(self:Forgetting, number:str, # Of the panel's axes
           x, y, z,
           form:str, chars:int): # Of the longest value
     "Fill a panel; without values it is not there."
-    heat, layout = self.fig.data[2*len(self.tasks) + int(number) - 2], self.fig.layout
-    on, high = bool(np.size(z)), self.high*(spot.y1 - spot.y0)
+    heats, layout = self.fig.data[2*len(self.tasks):], self.fig.layout
+    heat = heats[int(number) - 2]
+    on = bool(np.size(z))
     heat.x, heat.y, heat.z, heat.visible = x, y, z, on
+    high = self.high*(spot.y1 - spot.y0)
     heat.texttemplate = readable(form, chars, np.atleast_2d(z).shape, spot, high)
     heat.textfont = {"size": 10}
     colour_bar(heat, spot, self.wide)
@@ -262,7 +269,8 @@ def _show(self:Forgetting, number:str, # Of the panel's axes
 @patch
 def _by_layer(self:Forgetting, number:str, spot, frame:dict|None, key:str) -> list: # Annotations
     "Show a value per layer and old task."
-    found = {task: frame[key][task] for task in self.tasks if task in frame[key]} if frame else {}
+    known = frame[key] if frame else {}
+    found = {task: known[task] for task in self.tasks if task in known}
     values = np.array(list(found.values()), float).T
     layers = len(values)
     self._show(number, spot, list(found), list(range(layers)), values, "%{z:.2f}", 5)
@@ -288,8 +296,9 @@ def _answered(self:Forgetting, full:dict|None) -> tuple: # (tasks, format names,
     row = story.row_at(at) or 0
     measured = story.rows[row][0] if row in story.rows else -1
     nearer = full and abs(full["step"] - at) < abs(measured - at)
+    probes = nearer or (full and self.rec.packed)
     try:
-        found = self.answers.of_frame(full) if nearer or (full and self.rec.packed) else self.answers.at(row)
+        found = self.answers.of_frame(full) if probes else self.answers.at(row)
         return *found, ""
     except CitError as error:
         why = str(error) if story.rows else "comes when the start model has been asked"
