@@ -23,7 +23,8 @@ from .core import CitError, expanded, progress, read_json, rng, write_atomic
 def _unit(rows) -> np.ndarray: # NaN where a row is zero
     "Scale rows to length 1."
     lengths = np.linalg.norm(rows, axis=1)
-    return np.asarray(rows, float)/np.where(lengths > 1e-12, lengths, np.nan)[:, None]
+    lengths = np.where(lengths > 1e-12, lengths, np.nan)
+    return np.asarray(rows, float)/lengths[:, None]
 
 def cosine(A:np.ndarray, # [n, d]
            B:np.ndarray, # [m, d]
@@ -34,9 +35,10 @@ def cosine(A:np.ndarray, # [n, d]
 def halves(samples:np.ndarray, # Embeddings of a task's samples [n, d]
           ) -> np.ndarray: # [2, d]; NaN for an empty half
     "Average the even rows and the odd rows."
-    empty = np.full(samples.shape[1], np.nan)
-    means = [half.mean(0, dtype=float) if len(half) else empty for half in (samples[::2], samples[1::2])]
-    return np.stack(means)
+    def mean(half):
+        return half.mean(0, dtype=float) if len(half) else np.full(samples.shape[1], np.nan)
+
+    return np.stack([mean(samples[::2]), mean(samples[1::2])])
 
 # %% ../nbs/10a_similarity.ipynb #26bbf6e2
 def similarity(tasks:np.ndarray, # Half means of every task [T, 2, d], from `halves`
@@ -59,7 +61,8 @@ def shuffled(samples:list, # Embeddings of every task's samples [n_t, d]
         order = rng("similarity", "shuffled", *key, number).permutation(len(pool))
         return np.split(pool[order], cuts)
 
-    return np.stack([similarity([halves(task) for task in deal(number)]) for number in range(draws)])
+    deals = (deal(number) for number in range(draws))
+    return np.stack([similarity([halves(task) for task in tasks]) for tasks in deals])
 
 # %% ../nbs/10a_similarity.ipynb #eeb243ad
 def layer_of(name:str) -> str:
@@ -96,7 +99,8 @@ def importance_overlap(importances:list, # Per task: {parameter name: values ≥
     "Compute the Fisher overlap of the tasks' normalised diagonal importances."
     values = _rows(importances, importances[0]).astype(float)
     sums = values.sum(1)
-    roots = np.sqrt(values/np.where(sums > 0, sums, np.nan)[:, None])
+    sums = np.where(sums > 0, sums, np.nan)
+    roots = np.sqrt(values/sums[:, None])
     return roots @ roots.T
 
 # %% ../nbs/10a_similarity.ipynb #b8cedd8f
@@ -143,8 +147,8 @@ def _design(known:np.ndarray, # [T, T] bool
            ) -> np.ndarray: # [cells, 1 + 2T]
     "Write which effects each known cell has: the constant, its row's and its column's."
     i, j = np.nonzero(known)
-    effects = np.eye(len(known))
-    return np.concatenate([np.ones((len(i), 1)), effects[i], effects[j]], 1)
+    constant, effects = np.ones((len(i), 1)), np.eye(len(known))
+    return np.concatenate([constant, effects[i], effects[j]], 1)
 
 def double_centred(M:np.ndarray, # [T, T]
                    known:np.ndarray|None=None, # Cells to use [T, T]; default: all that are no NaN, off the diagonal
@@ -169,6 +173,10 @@ def _corr(values:np.ndarray, # [cells]
     with np.errstate(invalid="ignore"):
         return others @ values/np.sqrt((values @ values)*(others*others).sum(1))
 
+def _largest(values:np.ndarray) -> float:
+    "Return the largest absolute value."
+    return np.abs(values).max()
+
 def _ranks(values:np.ndarray) -> np.ndarray:
     "Rank values along the last axis; values that agree to nine decimals are equal."
     return rankdata(np.round(values, 9), axis=-1)
@@ -178,7 +186,8 @@ def _perms(count:int, draws:int, key) -> np.ndarray: # [draws, T], the identity 
     if count <= 7:
         return np.array(list(permutations(range(count))))
     draw = rng("mantel", *key)
-    return np.stack([np.arange(count), *(draw.permutation(count) for _ in range(draws))])
+    drawn = [draw.permutation(count) for _ in range(draws)]
+    return np.stack([np.arange(count), *drawn])
 
 # %% ../nbs/10a_similarity.ipynb #8ddbf484
 def _off_diagonal(S:np.ndarray, F:np.ndarray) -> np.ndarray: # [T, T] bool
@@ -199,12 +208,13 @@ def mantel(S:np.ndarray, # Similarity [T, T]
     S, F = np.asarray(S, float), np.asarray(F, float)
     off = _off_diagonal(S, F)
     similar, lost = double_centred(S), double_centred(F)
-    least = 1e-10*max(np.abs(S[off]).max(), np.abs(F[off]).max(), 1)
-    if min(np.abs(similar[off]).max(), np.abs(lost[off]).max()) < least:
+    least = 1e-10*max(_largest(S[off]), _largest(F[off]), 1)
+    if min(_largest(similar[off]), _largest(lost[off])) < least:
         raise CitError("one of the matrices is nothing but row and column effects; there is nothing to compare")
 
     orders = _perms(len(S), draws, key)
-    moved = lost[orders[:, :, None], orders[:, None, :]][:, off]
+    rows, columns = orders[:, :, None], orders[:, None, :]
+    moved = lost[rows, columns][:, off]
     out = {"cells": int(off.sum()), "tasks": len(S), "permutations": len(orders)}
     for name, seen in (("pearson", np.asarray), ("spearman", _ranks)):
         found = _corr(seen(similar[off]), seen(moved))
@@ -220,9 +230,10 @@ def _fit(S, F, known, with_S:bool) -> tuple: # (mu, r [T], c [T], beta)
     sums = np.zeros((2, design.shape[1]))
     sums[0, 1:T+1] = 1
     sums[1, T+1:2*T+1] = 1
-    values = np.append(F[known], [0, 0])
-    weights = np.linalg.lstsq(np.concatenate([design, sums]), values, rcond=None)[0]
-    return weights[0], weights[1:T+1], weights[T+1:2*T+1], weights[-1]
+    rows, values = np.concatenate([design, sums]), np.append(F[known], [0, 0])
+    weights = np.linalg.lstsq(rows, values, rcond=None)[0]
+    mu, *_, beta = weights
+    return mu, weights[1:T+1], weights[T+1:2*T+1], beta
 
 def _left_out(S, F, t:int, with_S:bool) -> tuple: # (predicted, true), the row's cells before the column's
     "Predict the cells of a task that is left out of the fit."
@@ -235,7 +246,8 @@ def _left_out(S, F, t:int, with_S:bool) -> tuple: # (predicted, true), the row's
     mu, r, c, beta = _fit(S, F, known, with_S)
     row = mu + c[rest] + beta*S[t, rest]
     column = mu + r[rest] + beta*S[rest, t]
-    return np.append(row, column), np.append(F[t, rest], F[rest, t])
+    true = np.append(F[t, rest], F[rest, t])
+    return np.append(row, column), true
 
 def forecast(S:np.ndarray, # Similarity [T, T]
              F:np.ndarray, # Forgetting [T, T]
@@ -262,13 +274,15 @@ def _pace(make, out) -> tuple: # (seconds per stage, optimiser steps per stage)
     from cit_workbench.train import recipe
 
     def steps(run):
-        return sum(run.steps(task, phase) for task in run.plan.tasks for phase in run.m.phases(task))/2
+        phases = [(task, phase) for task in run.plan.tasks for phase in run.m.phases(task)]
+        return sum(run.steps(task, phase) for task, phase in phases)/2
 
     real, few = make(out), make(out, steps=5)
     record = few.train()
     real.opt, real.tuning = recipe(real.opt, real.tuning, get_backbone(real.backbone), real.data.steps)
     training = record.seconds("train")/2*steps(real)/steps(few)
-    return training + record.seconds("evaluate")/len(record.rows), round(steps(real))
+    evaluation = record.seconds("evaluate")/len(record.rows)
+    return training + evaluation, round(steps(real))
 
 # %% ../nbs/10a_similarity.ipynb #0b361868
 def read_pairs(path:str|Path, # A file that `pairwise` wrote
@@ -295,7 +309,11 @@ def _trunks(runs:dict, # {pair: run}
             todo:list, # Pairs that are not finished
            ) -> dict: # {pair: the pair that trains its first stage}
     "Choose for each pair the one that trains the first stage in full, a finished one where there is one."
-    known = {pair: (pair[0], *(task.name for task in run.data.held_in)) for pair, run in runs.items()}
+    def stage(pair):
+        held_in = [task.name for task in runs[pair].data.held_in]
+        return pair[0], *held_in
+
+    known = {pair: stage(pair) for pair in runs}
     whole = {}
     for pair in sorted(runs, key=lambda pair: pair in todo):
         whole.setdefault(known[pair], pair)
@@ -346,7 +364,7 @@ def pairwise(stream:str, # A stream whose arguments include `tasks`
         own = {"stream": stream, "stream_args": {**args, "tasks": [i, j]}, "out": str(out)}
         return Run(**{**fields, **own, "optim": {**fields.get("optim", {}), **optim}})
 
-    runs = {(i, j): make(folder/f"{i}--{j}", i, j) for i in tasks for j in tasks if i != j}
+    runs = {(i, j): make(folder/f"{i}--{j}", i, j) for i, j in permutations(tasks, 2)}
     todo = [pair for pair, run in runs.items() if not (run.folder/"result.json").is_file()]
     trunks = _trunks(runs, todo)
     whole = {*trunks.values()}
