@@ -183,13 +183,16 @@ def _places(columns, gap:float=.35) -> np.ndarray: # [columns]
 
 def _cell(ax, x:float, y:float, score:float, framed:bool, size:float):
     "Draw one score: a coloured square with its number."
+    corner = x - .5, y - .5
     if score != score:
-        ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc="white", ec="#c8c8c8", lw=.8, hatch="////"))
+        ax.add_patch(Rectangle(corner, 1, 1, fc="white", ec="#c8c8c8", lw=.8, hatch="////"))
         return
-    shade = colormaps["Blues"](.04 + .82*min(max(score, 0), 100)/100)
-    ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc=shade, ec="white", lw=.8))
+    shown = min(max(score, 0), 100)
+    shade = colormaps["Blues"](.04 + .82*shown/100)
+    ax.add_patch(Rectangle(corner, 1, 1, fc=shade, ec="white", lw=.8))
     if framed:
-        ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
+        inner = x - .47, y - .47
+        ax.add_patch(Rectangle(inner, .94, .94, fc="none", ec="black", lw=.9))
     ink = "white" if score > 58 else "black"
     if size:
         ax.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=size, color=ink)
@@ -223,7 +226,8 @@ def _draw_heat(ax, scores, rows, columns, title:str="", size:float=7, names:str=
             _cell(ax, x, y, scores[number, index], framed, size)
 
     _label_heat(ax, xs, ys, rows, columns, names)
-    ax.set(xlim=(-.5, xs[-1]+.5), ylim=(ys[-1]+.5, -.5), aspect="equal", anchor="NW")
+    right, bottom = xs[-1] + .5, ys[-1] + .5
+    ax.set(xlim=(-.5, right), ylim=(bottom, -.5), aspect="equal", anchor="NW")
     ax.tick_params(length=0, pad=2)
     ax.spines[:].set_visible(False)
     ax.set_title(title, pad=17 if "x" in names else 11)
@@ -599,10 +603,11 @@ def _draw_bars(ax, records):
 # %% ../nbs/10_analysis.ipynb #96f8f659
 def _line_heights(groups:dict, cols:int) -> list: # Inches
     "Give each line of matrices the height of its tallest one."
-    first, *_ = groups.values()
-    cell = min(.2, 1.6/len(first[0].columns))
-    sizes = [len(records[0].rows) for records in groups.values()]
-    return [.6 + cell*max(sizes[at:at+cols]) for at in range(0, len(sizes), cols)]
+    firsts = [records[0] for records in groups.values()]
+    cell = min(.2, 1.6/len(firsts[0].columns))
+    sizes = [len(record.rows) for record in firsts]
+    tallest = [max(sizes[at:at+cols]) for at in range(0, len(sizes), cols)]
+    return [.6 + cell*rows for rows in tallest]
 
 def _draw_matrices(axes:list, groups:dict, cols:int):
     "Draw the mean R of each method, small, under its label."
@@ -743,8 +748,9 @@ def _able(courses:dict, # {method: scores of the task [runs, rows]} of methods w
          ) -> dict: # {method: what is left at the end}
     "Keep the methods that learned the task at all: nearly as well as the best one."
     learned = {method: course[:, at].mean() for method, course in courses.items()}
+    left = {method: course[:, -1].mean() for method, course in courses.items()}
     enough = .85*max(learned.values())
-    return {method: courses[method][:, -1].mean() for method, score in learned.items() if score >= enough}
+    return {method: left[method] for method, score in learned.items() if score >= enough}
 
 def _draw_method(ax, name:str, course, index:int, height:float):
     "Draw how one task fares in a method with a row per task."
@@ -753,13 +759,14 @@ def _draw_method(ax, name:str, course, index:int, height:float):
     ax.plot(at, mean, marker=_marks[index], color=hue)
     if len(course) > 1:
         ax.fill_between(at, course.min(0), course.max(0), color=hue, alpha=.15, lw=0)
-    _name_end(ax, f"{name} {mean[-1]:.0f}", at[-1], height, hue, 7, 7.5)
+    text = f"{name} {mean[-1]:.0f}"
+    _name_end(ax, text, at[-1], height, hue, 7, 7.5)
 
 def _draw_level(ax, name:str, level:float, rows:int, height:float):
     "Draw a method without a row per task across all rows."
-    grey = "#777777"
+    grey, text = "#777777", f"{name} {level:.0f}"
     ax.plot(range(rows), np.full(rows, level), ls=(0, (4, 2)), lw=.9, color=grey)
-    _name_end(ax, f"{name} {level:.0f}", rows - 1, height, grey, 7, 7.5)
+    _name_end(ax, text, rows - 1, height, grey, 7, 7.5)
 
 def _draw_one_task(ax, groups:dict, task:str):
     "Draw curves of one task, each named at its end."
@@ -886,9 +893,9 @@ def _draw_scatter(ax, S, F, names:list, what:str, title:str):
     ax.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0)
     ax.set_box_aspect(1)
     pairs = sorted(zip(*np.nonzero(off)), key=lambda pair: -x[pair] - y[pair]/100)
-    for rank, (i, j) in enumerate(pairs[:2]):
-        text, place = f"{names[i]} after {names[j]}", (x[i, j], y[i, j])
-        ax.annotate(text, place, xytext=(-5, -5*rank), textcoords="offset points",
+    for rank, pair in enumerate(pairs[:2]):
+        task, later = (names[index] for index in pair)
+        ax.annotate(f"{task} after {later}", (x[pair], y[pair]), xytext=(-5, -5*rank), textcoords="offset points",
                     fontsize=6.5, ha="right", va="center")
     ax.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred")
     ax.set_title(title, fontsize=7.5)
