@@ -252,7 +252,7 @@ def _shown(self:Compare) -> list: # [(title, records)]
         shown = [(self.picked.name, [self.picked]), *shown]
     return [(self._titled(name, records), records) for name, records in shown[:4]]
 
-def _alike(records:list) -> list:
+def _same_cells(records:list) -> list:
     "Keep the records that have the first one's rows and columns."
     first = records[0].rows, records[0].columns
     return [record for record in records if (record.rows, record.columns) == first]
@@ -263,7 +263,7 @@ def _titled(self:Compare, name:str, records:list) -> str:
     count = len(records)
     if self.picked in records and count == 1:
         return f"▸ {name[:28]}"
-    same = len(_alike(records))
+    same = len(_same_cells(records))
     how = f"{same} of {count} runs" if same < count else _counted(count)
     return f"{name[:24]} ({how})"
 
@@ -282,7 +282,7 @@ def _matrix(self:Compare, index:int, # Of the heat map
         return
     first = records[0]
     rows = [f"{at} {name}" if first.rows.count(name) > 1 else name for at, name in enumerate(first.rows)]
-    scores = [record.matrix(self.what.value) for record in _alike(records)]
+    scores = [record.matrix(self.what.value) for record in _same_cells(records)]
     mean = np.mean(scores, 0)[:, first.of("stream")]
     heat.x, heat.y, heat.z = first.tasks, rows, mean
     high = self.high*(spot.y1 - spot.y0)
