@@ -7,7 +7,8 @@ __all__ = ['Picture', 'heat', 'curves', 'kinds', 'losses', 'stats_plot', 'costs'
            'one_task', 'matrices', 'likeness', 'spectra', 'figures']
 
 # %% ../nbs/10_analysis.ipynb #ac5dc3f2
-import io, warnings
+import io
+import warnings
 from collections import defaultdict
 from functools import cache
 from itertools import groupby
@@ -16,6 +17,7 @@ from textwrap import wrap
 
 import numpy as np
 from matplotlib import colormaps, font_manager, style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -38,502 +40,820 @@ _meta = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None},
 
 # %% ../nbs/10_analysis.ipynb #7213a328
 def _house():
-    "matplotlib's defaults and ours, whatever the caller's settings are."
+    "Return matplotlib's defaults and ours as a context, whatever the caller's settings are."
     return style.context(["default", _style])
 
+def _blend(hue:str, # "#RRGGBB"
+           quarters:int, # Of the hue; the rest is white
+          ) -> list: # Red, green, blue
+    "Blend a hue with white."
+    channels = [int(hue[at:at+2], 16) for at in (1, 3, 5)]
+    return [round(255 + (channel - 255)*quarters/4) for channel in channels]
+
 def _palette() -> Image.Image:
-    "Our hues blended with white, the blues of R, and greys: all that a picture needs."
-    blend = [[round(255 + (int(h[k:k+2], 16) - 255)*a/4) for k in (1, 3, 5)] for h in _hues for a in range(1, 5)]
-    blues = [[round(255*c) for c in colormaps["Blues"](x)[:3]] for x in np.linspace(.02, .88, 40)]
-    greys = [[g]*3 for g in range(15, 256, 24)] + [[236]*3, [221]*3]
-    out = Image.new("P", (1, 1)); out.putpalette(sum(blend + blues + greys, []))
+    "Collect all colours that a picture needs: our hues blended with white, the blues of R, and greys."
+    blends = [_blend(hue, quarters) for hue in _hues for quarters in range(1, 5)]
+    shades = [colormaps["Blues"](depth)[:3] for depth in np.linspace(.02, .88, 40)]
+    blues = [[round(255*channel) for channel in shade] for shade in shades]
+    greys = [[level]*3 for level in (*range(15, 256, 24), 236, 221)]
+
+    out = Image.new("P", (1, 1))
+    out.putpalette(sum(blends + blues + greys, []))
     return out
 
 # %% ../nbs/10_analysis.ipynb #f302d28d
 @cache
 def _glyphs(file:str) -> frozenset: # Of code points
-    "The characters that a font file can draw; none where it cannot be read."
-    try: return frozenset(font_manager.get_font(file).get_charmap())
-    except (OSError, RuntimeError): return frozenset()
+    "Read which characters a font file can draw; none where it cannot be read."
+    try:
+        return frozenset(font_manager.get_font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
 
 @cache
 def _fonts_for(lacking:frozenset, # Code points that our font lacks
               ) -> tuple: # (names of installed fonts that have them, code points that no font has)
     "Choose fonts, the one with most of what is lacking first."
-    plain = [f for f in font_manager.fontManager.ttflist if f.style == "normal" and "Last Resort" not in f.name] # Boxes
+    plain = [font for font in font_manager.fontManager.ttflist
+             if font.style == "normal" and "Last Resort" not in font.name] # That one draws boxes
     names = []
     while lacking and plain:
-        best = max(plain, key=lambda f: (len(lacking & _glyphs(f.fname)), f.weight == 400, f.name))
-        if not lacking & _glyphs(best.fname): break
+        best = max(plain, key=lambda font: (len(lacking & _glyphs(font.fname)), font.weight == 400, font.name))
+        if not lacking & _glyphs(best.fname):
+            break
         names.append(best.name)
         lacking -= _glyphs(best.fname)
     return tuple(names), lacking
 
 def _texts(figure:Figure) -> list: # Strings
-    "All that is written in a figure, labels of ticks included."
-    makers = [a.get_major_formatter() for ax in figure.axes for a in (ax.xaxis, ax.yaxis)]
-    ticks = [str(s) for m in makers if isinstance(m, FixedFormatter) for s in m.seq]
-    return [*dict.fromkeys([t.get_text() for t in figure.findobj(Text)] + ticks)]
+    "List all that is written in a figure, labels of ticks included."
+    sides = [side for ax in figure.axes for side in (ax.xaxis, ax.yaxis)]
+    makers = [side.get_major_formatter() for side in sides]
+    ticks = [str(label) for maker in makers if isinstance(maker, FixedFormatter) for label in maker.seq]
+    written = [text.get_text() for text in figure.findobj(Text)]
+    return [*dict.fromkeys(written + ticks)]
 
+# %% ../nbs/10_analysis.ipynb #64532624
 _told = set() # Texts of which it was said that no font has them
+
+def _warn_of_boxes(texts:list, # Those that no font can draw whole
+                   none:frozenset): # Code points that no font has
+    "Warn once of each text that is drawn with boxes."
+    new = [text for text in texts if text not in _told]
+    if not new:
+        return
+    _told.update(new)
+    said = ", ".join(map(repr, new[:4]))
+    chars = "".join(map(chr, sorted(none)))[:20]
+    warnings.warn(f"{said} is drawn with boxes: neither {_style['font.family']} nor an installed font has {chars!r}; "
+                  "a font that has, such as Noto Sans CJK, is found once it is installed")
 
 def _find_fonts(figure:Figure) -> bool: # Can everything be drawn?
     "Put fonts behind ours that have what it lacks; warn once of each text that no font can draw."
     ours = _style["font.family"]
     have = _glyphs(font_manager.findfont(ours))
-    lacking = frozenset(ord(c) for t in _texts(figure) for c in t if not c.isspace()) - have
-    names, none = _fonts_for(lacking)
+    needed = frozenset(ord(char) for text in _texts(figure) for char in text if not char.isspace())
+    names, none = _fonts_for(needed - have)
     if names:
-        for text in figure.findobj(Text): text.set_fontfamily([ours, *names])
-        for ax in figure.axes: ax.tick_params(labelfontfamily=[ours, *names])
-    odd = [t for t in _texts(figure) if none & {*map(ord, t)}]
-    if new := [t for t in odd if t not in _told]:
-        _told.update(new)
-        said, chars = ", ".join(map(repr, new[:4])), "".join(map(chr, sorted(none)))[:20]
-        warnings.warn(f"{said} is drawn with boxes: neither {ours} nor an installed font has {chars!r}; "
-                      "a font that has, such as Noto Sans CJK, is found once it is installed")
+        for text in figure.findobj(Text):
+            text.set_fontfamily([ours, *names])
+        for ax in figure.axes:
+            ax.tick_params(labelfontfamily=[ours, *names])
+
+    odd = [text for text in _texts(figure) if none & {*map(ord, text)}]
+    _warn_of_boxes(odd, none)
     return not odd
 
 # %% ../nbs/10_analysis.ipynb #4e8cd779
 class Picture:
-    "A matplotlib figure (`figure`) that shows itself and saves reproducibly."
+    "Hold a matplotlib figure (`figure`) that shows itself and saves reproducibly."
     def __init__(self, width:float, height:float): # Inches
-        with _house(): self.figure = Figure(figsize=(width, height), layout="constrained")
+        with _house():
+            self.figure = Figure(figsize=(width, height), layout="constrained")
 
     @property
-    def axes(self) -> list: return self.figure.axes
+    def axes(self) -> list:
+        return self.figure.axes
 
     def data(self, format:str="png", # "png", "pdf" or "svg"
              dpi:int=200, # For png
             ) -> bytes:
-        "The picture as a file's content."
-        buf = io.BytesIO(); one_of("format", format, _meta)
+        "Return the picture as a file's content."
+        one_of("format", format, _meta)
+        content = io.BytesIO()
         with _house(), warnings.catch_warnings():
-            if not _find_fonts(self.figure): warnings.filterwarnings("ignore", "Glyph .* missing from") # It was said
-            self.figure.savefig(buf, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
-        return buf.getvalue()
+            if not _find_fonts(self.figure):
+                warnings.filterwarnings("ignore", "Glyph .* missing from") # It was said
+            self.figure.savefig(content, format=format, dpi=dpi, metadata=_meta[format], facecolor="white")
+        return content.getvalue()
 
     def _repr_png_(self) -> bytes:
-        "Small, for a notebook: every colour is one of the palette's."
-        full = Image.open(io.BytesIO(self.data(dpi=80))).convert("RGB"); small = io.BytesIO()
+        "Return the picture small, for a notebook: every colour is one of the palette's."
+        full = Image.open(io.BytesIO(self.data(dpi=80))).convert("RGB")
+        small = io.BytesIO()
         full.quantize(palette=_palette(), dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
 
-    def __repr__(self): return f"Picture({' × '.join(f'{x:.1f} in' for x in self.figure.get_size_inches())})"
+    def __repr__(self):
+        sides = [f"{inches:.1f} in" for inches in self.figure.get_size_inches()]
+        return f"Picture({' × '.join(sides)})"
 
 # %% ../nbs/10_analysis.ipynb #eca93c47
-def _panel(draw, ax, width:float, height:float):
+def _panel(draw, ax, width:float, height:float) -> Picture|Axes:
     "Call `draw(ax)` in the house style, on `ax` (which is returned) or on a new picture."
     out = Picture(width, height) if ax is None else ax
-    with _house(): draw(out.figure.add_subplot() if ax is None else ax)
+    with _house():
+        draw(out.figure.add_subplot() if ax is None else ax)
     return out
+
+def _lines_of(count:int, cols:int) -> int:
+    "Count the lines of a grid that holds so many panels."
+    return -(-count//cols)
 
 # %% ../nbs/10_analysis.ipynb #9d42b543
 _slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 _roles = {"stream": "stream", "held_in": "held-in", "unseen": "unseen"}
 
 def _places(columns, gap:float=.35) -> np.ndarray: # [columns]
-    "Where columns stand: a gap between groups."
-    jumps = [a != b for (_, a), (_, b) in zip(columns, columns[1:])]
-    return np.arange(len(columns)) + gap*np.concatenate([[0], np.cumsum(jumps)])[:len(columns)]
+    "Place columns one apart, with a gap between groups."
+    roles = [role for _, role in columns]
+    jumps = [left != right for left, right in zip(roles, roles[1:])]
+    groups = np.concatenate([[0], np.cumsum(jumps)])[:len(columns)]
+    return np.arange(len(columns)) + gap*groups
 
-def _cell(ax, x:float, y:float, v:float, framed:bool, size:float):
-    "One score: a coloured square with its number."
-    if v != v:
-        ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc="white", ec="#c8c8c8", lw=.8, hatch="////"))
+def _cell(ax, x:float, y:float, score:float, framed:bool, size:float):
+    "Draw one score: a coloured square with its number."
+    corner = x - .5, y - .5
+    if score != score:
+        ax.add_patch(Rectangle(corner, 1, 1, fc="white", ec="#c8c8c8", lw=.8, hatch="////"))
         return
-    shade = colormaps["Blues"](.04 + .82*min(max(v, 0), 100)/100)
-    ax.add_patch(Rectangle((x-.5, y-.5), 1, 1, fc=shade, ec="white", lw=.8))
-    if framed: ax.add_patch(Rectangle((x-.47, y-.47), .94, .94, fc="none", ec="black", lw=.9))
-    ink = "white" if v > 58 else "black"
-    if size: ax.text(x, y, f"{v:.0f}", ha="center", va="center", fontsize=size, color=ink)
+    shown = min(max(score, 0), 100)
+    shade = colormaps["Blues"](.04 + .82*shown/100)
+    ax.add_patch(Rectangle(corner, 1, 1, fc=shade, ec="white", lw=.8))
+    if framed:
+        inner = x - .47, y - .47
+        ax.add_patch(Rectangle(inner, .94, .94, fc="none", ec="black", lw=.9))
+    ink = "white" if score > 58 else "black"
+    if size:
+        ax.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=size, color=ink)
 
 # %% ../nbs/10_analysis.ipynb #9f87d254
-def _draw_heat(ax, M, rows, columns, title:str="", size:float=7, names:str="xy"):
-    "R as squares on `ax`; `names` says which axes are labelled."
-    xs, T = _places(columns), [r for _, r in columns].count("stream")
-    ys = np.arange(len(rows)) + .35*(np.arange(len(rows)) > 0)
-    for t, y in enumerate(ys):
-        for i, x in enumerate(xs): _cell(ax, x, y, M[t, i], t == i+1 and len(rows) == T+1 and i < T, size)
-    small, pad = (7, 17) if "x" in names else (5.5, 11)
-    ax.set_xticks([]); ax.set_yticks([])
-    if "x" in names: ax.set_xticks(xs, [c for c, _ in columns], **_slanted)
-    if "y" in names: ax.set_yticks(ys, rows, fontsize=small)
-    for role in dict.fromkeys(r for _, r in columns):
-        at = [x for x, (_, r) in zip(xs, columns) if r == role]
-        ax.text(np.mean(at), -.62, _roles[role], ha="center", va="bottom", fontsize=small, color="#555555")
-    ax.set(xlim=(-.5, xs[-1]+.5), ylim=(ys[-1]+.5, -.5), aspect="equal", anchor="NW")
-    ax.tick_params(length=0, pad=2); ax.spines[:].set_visible(False); ax.set_title(title, pad=pad)
+def _label_heat(ax, xs, ys, rows, columns, names:str):
+    "Write the groups of columns above the squares, and the axes' labels that `names` asks for."
+    small = 7 if "x" in names else 5.5
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if "x" in names:
+        ax.set_xticks(xs, [column for column, _ in columns], **_slanted)
+    if "y" in names:
+        ax.set_yticks(ys, rows, fontsize=small)
+
+    roles = [role for _, role in columns]
+    for role in dict.fromkeys(roles):
+        places = [x for x, own in zip(xs, roles) if own == role]
+        ax.text(np.mean(places), -.62, _roles[role], ha="center", va="bottom", fontsize=small, color="#555555")
+
+def _draw_heat(ax, scores, rows, columns, title:str="", size:float=7, names:str="xy"):
+    "Draw R as squares on `ax`; `names` says which axes are labelled."
+    xs = _places(columns)
+    ys = np.arange(len(rows))
+    ys = ys + .35*(ys > 0)
+    stream = [role for _, role in columns].count("stream")
+    per_task = len(rows) == stream + 1
+    for number, y in enumerate(ys):
+        for index, x in enumerate(xs):
+            framed = number == index + 1 and per_task and index < stream
+            _cell(ax, x, y, scores[number, index], framed, size)
+
+    _label_heat(ax, xs, ys, rows, columns, names)
+    right, bottom = xs[-1] + .5, ys[-1] + .5
+    ax.set(xlim=(-.5, right), ylim=(bottom, -.5), aspect="equal", anchor="NW")
+    ax.tick_params(length=0, pad=2)
+    ax.spines[:].set_visible(False)
+    ax.set_title(title, pad=17 if "x" in names else 11)
 
 def heat(rec:Record, what:str="formatted", # Or "valid", "content"
-         ax=None):
-    "R as a heat map: the start model on top, stream, held-in and unseen columns apart."
-    M = rec.matrix(what); w, h = .42*M.shape[1] + 1.2, .4*M.shape[0] + 1.5
+         ax:Axes|None=None) -> Picture|Axes:
+    "Draw R as a heat map: the start model on top, stream, held-in and unseen columns apart."
+    scores = rec.matrix(what)
+    height, width = scores.shape
     title = "score of each task after each task, %" if what == "formatted" else f"{what} answers after each task, %"
-    return _panel(lambda ax: _draw_heat(ax, M, rec.rows, rec.columns, title), ax, w, h)
+    draw = lambda ax: _draw_heat(ax, scores, rec.rows, rec.columns, title)
+    return _panel(draw, ax, .42*width + 1.2, .4*height + 1.5)
 
 # %% ../nbs/10_analysis.ipynb #0d238d29
-def _spread(ys, gap:float, lo:float=0, hi:float=100) -> np.ndarray:
-    "Label heights near `ys`, at least `gap` apart, within `lo` and `hi`, in the same order."
-    order = np.argsort(ys, kind="stable"); out = np.asarray(ys, float)[order]
+def _spread(ys, gap:float, low:float=0, high:float=100) -> np.ndarray:
+    "Move label heights near `ys` at least `gap` apart, within `low` and `high`, in the same order."
+    order = np.argsort(ys, kind="stable")
+    out = np.asarray(ys, float)[order]
+    room = gap*np.arange(len(out))
     for _ in range(200):
         close = np.flatnonzero(np.diff(out) < gap - 1e-6)
-        for k in close: mid = (out[k] + out[k+1])/2; out[k], out[k+1] = mid - gap/2, mid + gap/2
-        out = np.clip(out, lo + gap*np.arange(len(out)), hi - gap*np.arange(len(out))[::-1])
-        if not len(close): break
-    back = np.empty_like(out); back[order] = out
+        for index in close:
+            middle = (out[index] + out[index + 1])/2
+            out[index], out[index + 1] = middle - gap/2, middle + gap/2
+        out = np.clip(out, low + room, high - room[::-1])
+        if not len(close):
+            break
+
+    back = np.empty_like(out)
+    back[order] = out
     return back
 
 def _axes_of_rows(ax, rows):
-    "Rows of R on the x axis, percent on the y axis."
+    "Set rows of R on the x axis, percent on the y axis."
     ax.set_xticks(range(len(rows)), rows, **_slanted)
     ax.set(ylim=(-3, 103), yticks=range(0, 101, 25), xlim=(-.15, len(rows) - .85))
-    ax.grid(axis="y", lw=.4, color="#dddddd"); ax.set_axisbelow(True)
+    ax.grid(axis="y", lw=.4, color="#dddddd")
+    ax.set_axisbelow(True)
+
+def _name_end(ax, text:str, x:float, y:float, color:str, right:float=5, size:float=7):
+    "Write a name to the right of a line's end."
+    ax.annotate(text, (x, y), xytext=(right, 0), textcoords="offset points", va="center",
+                fontsize=size, color=color, annotation_clip=False)
 
 # %% ../nbs/10_analysis.ipynb #e51f28a9
-def _draw_curves(ax, rec):
-    "One record: a line per stream task, named at its end."
-    R, T = rec.R, len(rec.of("stream")); own = len(R) == T + 1
-    done = ~np.isnan(R[:, :T]).any(1)
-    heights = _spread(R[np.flatnonzero(done)[-1], :T], 7.5) if done.any() else []
-    for i in range(len(heights)):
-        hue, mark, y = _hues[i % 8], _marks[i % 8], R[:, i]
-        ax.plot(range(len(R)), y, ls=(0, (2, 2)) if own else "-", lw=.7, marker=None if own else mark, color=hue)
-        if own:
-            ax.plot(range(i+1, len(R)), y[i+1:], color=hue)
-            ax.plot(i+1, y[i+1], mark, color=hue)
-        ax.annotate(rec.columns[i][0], (len(R)-1, heights[i]), xytext=(5, 0), textcoords="offset points", va="center",
-                    fontsize=7, color=hue, annotation_clip=False)
-    _axes_of_rows(ax, rec.rows); ax.set_title("each task over the stream, %")
+def _draw_curve(ax, course, index:int, per_task:bool):
+    "Draw the scores of one stream task: thin and dashed until it is learned, marked there, then solid."
+    hue, mark = _hues[index % 8], _marks[index % 8]
+    dashes = (0, (2, 2)) if per_task else "-"
+    ax.plot(range(len(course)), course, ls=dashes, lw=.7, marker=None if per_task else mark, color=hue)
+    if per_task:
+        learned = index + 1
+        ax.plot(range(learned, len(course)), course[learned:], color=hue)
+        ax.plot(learned, course[learned], mark, color=hue)
+
+def _draw_curves(ax, record):
+    "Draw one record: a line per stream task, named at its end."
+    stream = len(record.of("stream"))
+    scores = record.R[:, :stream]
+    done = ~np.isnan(scores).any(1)
+    heights = []
+    if done.any():
+        last = np.flatnonzero(done)[-1]
+        heights = _spread(scores[last], 7.5)
+    for index, height in enumerate(heights):
+        name, _ = record.columns[index]
+        _draw_curve(ax, scores[:, index], index, len(scores) == stream + 1)
+        _name_end(ax, name, len(scores) - 1, height, _hues[index % 8])
+    _axes_of_rows(ax, record.rows)
+    ax.set_title("each task over the stream, %")
 
 # %% ../nbs/10_analysis.ipynb #15825e80
-def _methods(recs) -> dict: # {label: [records]}
-    "Records by method and arguments, in order."
+def _methods(records) -> dict: # {label: [records]}
+    "Group records by method and arguments, in order."
     out = defaultdict(list)
-    for label, r in zip(_labels(recs), recs): out[label].append(r)
+    for label, record in zip(_labels(records), records):
+        out[label].append(record)
     return dict(out)
 
-def _draw_task(ax, recs, task:str, rows):
-    "Several records: the score of one task, a line per method."
-    for k, (label, rs) in enumerate(_methods(recs).items()):
-        ys = [r.R[:, [c for c, _ in r.columns].index(task)] for r in rs]
-        ys = np.array([y if len(y) == len(rows) else np.full(len(rows), y[-1]) for y in ys])
-        own = len(rs[0].rows) == len(rows)
-        look = dict(marker=_marks[k % 8]) if own else dict(ls=(0, (4, 2)), lw=1)
-        ax.plot(range(len(rows)), ys.mean(0), color=_hues[k % 8], label=label, **look)
-        if len(ys) > 1: ax.fill_between(range(len(rows)), ys.min(0), ys.max(0), color=_hues[k % 8], alpha=.15, lw=0)
-    if task in rows: ax.axvline(rows.index(task), color="#999999", lw=.6, ls=":")
-    _axes_of_rows(ax, rows); ax.set_title(task)
+def _course(record, task:str) -> np.ndarray: # [rows]
+    "Take the scores of one task from R."
+    names = [name for name, _ in record.columns]
+    return record.R[:, names.index(task)]
+
+def _stretched(course, rows:int) -> np.ndarray: # [rows]
+    "Repeat the last score on all rows where a method has no row per task."
+    return course if len(course) == rows else np.full(rows, course[-1])
+
+def _draw_task(ax, records, task:str, rows):
+    "Draw several records: the score of one task, a line per method."
+    at = range(len(rows))
+    for index, (label, group) in enumerate(_methods(records).items()):
+        hue = _hues[index % 8]
+        courses = np.array([_stretched(_course(record, task), len(rows)) for record in group])
+        look = dict(ls=(0, (4, 2)), lw=1)
+        if len(group[0].rows) == len(rows):
+            look = dict(marker=_marks[index % 8])
+        ax.plot(at, courses.mean(0), color=hue, label=label, **look)
+        if len(courses) > 1:
+            ax.fill_between(at, courses.min(0), courses.max(0), color=hue, alpha=.15, lw=0)
+
+    if task in rows:
+        ax.axvline(rows.index(task), color="#999999", lw=.6, ls=":")
+    _axes_of_rows(ax, rows)
+    ax.set_title(task)
 
 # %% ../nbs/10_analysis.ipynb #9241e9d2
-def _longest(recs) -> list:
-    "Rows of the record that has the most: a method with a row per task."
-    return max((r.rows for r in recs), key=len)
+def _longest(records) -> list:
+    "Take the rows of the record that has the most: a method with a row per task."
+    return max((record.rows for record in records), key=len)
 
 def _one_stream(recs) -> list:
-    "Records of the same stream tasks, those without a row per task last; raises `CitError`."
-    recs = find_runs(recs)
-    recs.sort(key=lambda r: len(r.rows) <= len(r.of("stream")))
-    if not recs: raise CitError("there is no run to draw: the list of records is empty")
-    tasks = [sorted(r.tasks) for r in recs]
-    for r, t in zip(recs, tasks):
-        if t == tasks[0]: continue
-        raise CitError(f"{r.name} and {recs[0].name} have different tasks and cannot share a picture: "
-                       f"{', '.join(t)}, and {', '.join(tasks[0])}")
-    return recs
+    "Find records of the same stream tasks, those without a row per task last; raises `CitError`."
+    records = find_runs(recs)
+    records.sort(key=lambda record: len(record.rows) <= len(record.of("stream")))
+    if not records:
+        raise CitError("there is no run to draw: the list of records is empty")
+    tasks = [sorted(record.tasks) for record in records]
+    for record, own in zip(records, tasks):
+        if own == tasks[0]:
+            continue
+        raise CitError(f"{record.name} and {records[0].name} have different tasks and cannot share a picture: "
+                       f"{', '.join(own)}, and {', '.join(tasks[0])}")
+    return records
 
 # %% ../nbs/10_analysis.ipynb #ab913580
-def curves(recs, # A record, or several of one stream
-           ax=None): # For one record
-    "The score of each task over the training rows."
-    recs = _one_stream(recs); T = len(recs[0].of("stream"))
-    if len(recs) == 1: return _panel(lambda ax: _draw_curves(ax, recs[0]), ax, 1.8 + .42*len(recs[0].rows), 2.5)
-    cols = min(4, T); out = Picture(.5 + 1.75*cols, .5 + 1.75*-(-T//cols))
+def curves(recs:Record|list|str|Path, # A record, or several of one stream
+           ax:Axes|None=None, # For one record
+          ) -> Picture|Axes:
+    "Draw the score of each task over the training rows."
+    records = _one_stream(recs)
+    first = records[0]
+    if len(records) == 1:
+        width = 1.8 + .42*len(first.rows)
+        return _panel(lambda ax: _draw_curves(ax, first), ax, width, 2.5)
+
+    stream = len(first.of("stream"))
+    cols = min(4, stream)
+    lines = _lines_of(stream, cols)
+    out = Picture(.5 + 1.75*cols, .5 + 1.75*lines)
     with _house():
-        axes = out.figure.subplots(-(-T//cols), cols, sharex=True, sharey=True, squeeze=False)
-        for ax, (task, _) in zip(axes.flat, recs[0].columns): _draw_task(ax, recs, task, _longest(recs))
-        for ax in axes.flat[T:]: ax.set_visible(False)
-        for ax in axes[:, 0]: ax.set_ylabel("score, %")
+        axes = out.figure.subplots(lines, cols, sharex=True, sharey=True, squeeze=False)
+        for ax, (task, _) in zip(axes.flat, first.columns):
+            _draw_task(ax, records, task, _longest(records))
+        for ax in axes.flat[stream:]:
+            ax.set_visible(False)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("score, %")
         out.figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return out
 
 # %% ../nbs/10_analysis.ipynb #f6f12209
 _kinds = {"formatted": (0, "as formatted"), "valid": (4, "format-valid"), "content": (2, "content, forced choice")}
 
-def _draw_kinds(ax, rec):
-    cols, names = rec.of("stream"), rec.tasks; T = len(names)
-    for j, (what, (hue, label)) in enumerate(_kinds.items()):
-        C, end, y = rec.core(what), _last(rec.matrix(what))[cols], np.arange(T) + .22*(j - 1)
-        if len(C) == T:
-            ax.hlines(y, end, C.diagonal(), color=_hues[hue], lw=1, alpha=.5)
-            ax.plot(C.diagonal(), y, _marks[j], mfc="white", mec=_hues[hue], ls="")
-        ax.plot(end, y, _marks[j], color=_hues[hue], ls="", label=label)
-    ax.set_yticks(range(T), names); ax.set(xlim=(-3, 103), ylim=(T - .5, -.5))
-    ax.tick_params(axis="y", length=0); ax.grid(axis="x", lw=.4, color="#dddddd"); ax.set_axisbelow(True)
+def _draw_kind(ax, record, what:str, index:int):
+    "Draw one score of each stream task, just learned (hollow) and at the end (filled)."
+    hue, label = _kinds[what]
+    scores = record.core(what)
+    end = _last(record.matrix(what))[record.of("stream")]
+    ys = np.arange(len(record.tasks)) + .22*(index - 1)
+    if len(scores) == len(ys):
+        learned = scores.diagonal()
+        ax.hlines(ys, end, learned, color=_hues[hue], lw=1, alpha=.5)
+        ax.plot(learned, ys, _marks[index], mfc="white", mec=_hues[hue], ls="")
+    ax.plot(end, ys, _marks[index], color=_hues[hue], ls="", label=label)
+
+def _draw_kinds(ax, record):
+    "Draw the three scores of each stream task."
+    for index, what in enumerate(_kinds):
+        _draw_kind(ax, record, what, index)
+    names = record.tasks
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlim=(-3, 103), ylim=(len(names) - .5, -.5))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", lw=.4, color="#dddddd")
+    ax.set_axisbelow(True)
     ax.set_title("just learned (hollow) and at the end (filled), %")
     ax.legend(loc="upper center", bbox_to_anchor=(.45, 0), borderaxespad=2., ncols=3, handletextpad=.1, columnspacing=1)
 
-def kinds(rec:Record, ax=None):
-    "The three scores of each task, just learned and at the end."
-    return _panel(lambda ax: _draw_kinds(ax, rec), ax, 3.4, .9 + .34*len(rec.of("stream")))
+def kinds(rec:Record, ax:Axes|None=None) -> Picture|Axes:
+    "Draw the three scores of each task, just learned and at the end."
+    height = .9 + .34*len(rec.of("stream"))
+    return _panel(lambda ax: _draw_kinds(ax, rec), ax, 3.4, height)
 
 # %% ../nbs/10_analysis.ipynb #dea75a03
-def _bands(ax, rec) -> int: # Space above, in points
+def _spans(record) -> list: # [(task, global steps)]
+    "List which steps each task was trained at."
+    groups = groupby(record.events("step"), key=lambda event: event.get("task"))
+    return [(name, [event["global"] for event in events]) for name, events in groups]
+
+def _bands(ax, record) -> int: # Space above, in points
     "Shade every other task's steps and name the tasks above, slanted when they are many."
-    groups = groupby(rec.events("step"), key=lambda e: e.get("task"))
-    spans = [(name, [e["global"] for e in group]) for name, group in groups]
-    many = len(spans) > 5; look = dict(rotation=25, ha="left", rotation_mode="anchor") if many else dict(ha="center")
-    for k, (name, at) in enumerate(spans):
-        if k % 2: ax.axvspan(at[0], at[-1], color="#ececec", lw=0, zorder=0)
-        where = at[0] if many else (at[0] + at[-1])/2, 1
-        ax.annotate(str(name), where, xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-                    va="bottom", fontsize=6, color="#555555", **look)
+    spans = _spans(record)
+    many = len(spans) > 5
+    look = dict(rotation=25, ha="left", rotation_mode="anchor") if many else dict(ha="center")
+    for index, (name, steps) in enumerate(spans):
+        first, last = steps[0], steps[-1]
+        if index % 2:
+            ax.axvspan(first, last, color="#ececec", lw=0, zorder=0)
+        place = first if many else (first + last)/2
+        ax.annotate(str(name), (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                    textcoords="offset points", va="bottom", fontsize=6, color="#555555", **look)
     return 22 if many else 12
 
 # %% ../nbs/10_analysis.ipynb #a8a10b89
 def _note(ax, text:str):
-    "A sentence where there is nothing to draw."
+    "Write a sentence where there is nothing to draw."
     ax.set(xticks=[], yticks=[])
     ax.text(.5, .5, text, ha="center", va="center", color="#777777", transform=ax.transAxes)
 
-def _draw_series(ax, rec, name:str, title:str, hue:str):
-    "One quantity of the steps."
-    x, y = rec.series(name); seen = ~np.isnan(y); good = y[seen]
-    pad = _bands(ax, rec)
-    ax.plot(x[seen], good, color=hue, lw=1.1)
-    if not good.size: _note(ax, "not recorded")
-    elif good.min() > 0 and good.max() > 30*good.min(): ax.set_yscale("log")
-    else: ax.yaxis.set_major_locator(MaxNLocator(4))
-    if good.size: ax.set_xlim(x[0] - .02*(x[-1] - x[0]) - 1, x[-1] + .02*(x[-1] - x[0]) + 1)
-    if good.size: ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.set_xlabel("step"); ax.set_title(title, pad=pad)
+def _scale_values(ax, values):
+    "Choose the y axis: logarithmic when positive values span more than a factor of 30."
+    if not values.size:
+        _note(ax, "not recorded")
+    elif values.min() > 0 and values.max() > 30*values.min():
+        ax.set_yscale("log")
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(4))
 
-def losses(rec:Record, ax=None):
-    "The training loss over all tasks; logarithmic when it spans more than a factor of 30."
+def _draw_series(ax, record, name:str, title:str, hue:str):
+    "Draw one quantity of the steps."
+    x, y = record.series(name)
+    seen = ~np.isnan(y)
+    pad = _bands(ax, record)
+    ax.plot(x[seen], y[seen], color=hue, lw=1.1)
+    _scale_values(ax, y[seen])
+    if seen.any():
+        margin = .02*(x[-1] - x[0])
+        ax.set_xlim(x[0] - margin - 1, x[-1] + margin + 1)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlabel("step")
+    ax.set_title(title, pad=pad)
+
+def losses(rec:Record, ax:Axes|None=None) -> Picture|Axes:
+    "Draw the training loss over all tasks; logarithmic when it spans more than a factor of 30."
     return _panel(lambda ax: _draw_series(ax, rec, "loss", "training loss", _hues[0]), ax, 4.4, 2.)
 
 # %% ../nbs/10_analysis.ipynb #61957090
-def stats_plot(rec:Record):
-    "One small panel for each statistic the method recorded."
-    names = rec.stats; cols = min(3, max(1, len(names))); rows = max(1, -(-len(names)//cols))
-    out = Picture(.4 + 2.3*cols, .3 + 1.55*rows)
+def stats_plot(rec:Record) -> Picture:
+    "Draw one small panel for each statistic the method recorded."
+    names = rec.stats
+    cols = min(3, max(1, len(names)))
+    lines = max(1, _lines_of(len(names), cols))
+    out = Picture(.4 + 2.3*cols, .3 + 1.55*lines)
     with _house():
-        axes = out.figure.subplots(rows, cols, squeeze=False)
-        for k, (ax, name) in enumerate(zip(axes.flat, names)): _draw_series(ax, rec, name, name, _hues[k % 8])
-        for ax in axes.flat[len(names):]: ax.axis("off")
-        if not names: _note(axes[0, 0], f"{rec.config.get('method')} records no statistics")
+        axes = out.figure.subplots(lines, cols, squeeze=False)
+        for index, (ax, name) in enumerate(zip(axes.flat, names)):
+            _draw_series(ax, rec, name, name, _hues[index % 8])
+        for ax in axes.flat[len(names):]:
+            ax.axis("off")
+        if not names:
+            _note(axes[0, 0], f"{rec.config.get('method')} records no statistics")
     return out
 
 # %% ../nbs/10_analysis.ipynb #1ad13295
 _costs = {"seconds": "seconds", "trainable": "trainable parameters", "stored_bytes": "stored",
           "extra_forwards": "extra forward passes"}
 
-def _amount(x:float, bytes:bool=False) -> str:
-    "A count or a size, short."
+def _amount(value:float, bytes:bool=False) -> str:
+    "Write a count or a size short."
     for unit in ("", "k", "M", "G"):
-        if abs(x) < 1000: break
-        x /= 1000
-    return ("0" if x == 0 else f"{x:.3g}") + (f" {unit}B" if bytes else f" {unit}" if unit else "")
+        if abs(value) < 1000:
+            break
+        value /= 1000
+    digits = "0" if value == 0 else f"{value:.3g}"
+    if bytes:
+        return f"{digits} {unit}B"
+    return f"{digits} {unit}" if unit else digits
 
 # %% ../nbs/10_analysis.ipynb #1f5a6ef1
-def _draw_cost(ax, recs, key:str):
-    "One cost, a bar per method; seconds split into training and the rest."
-    names, of = list(_methods(recs)), [[r.summary() for r in rs] for rs in _methods(recs).values()]
-    full = np.array([np.mean([s[key] for s in ss]) for ss in of]); y = np.arange(len(names))
-    ax.barh(y, full, .62, color="#b9b9b9" if key == "seconds" else _hues[0])
-    if key == "seconds": ax.barh(y, [np.mean([s["train_seconds"] for s in ss]) for ss in of], .62, color=_hues[0])
-    for k, v in enumerate(full):
-        ax.annotate(_amount(v, key == "stored_bytes"), (v, k), xytext=(3, 0), textcoords="offset points",
-                    va="center", fontsize=7)
-    ax.set_yticks(y, names); ax.set_xticks([])
-    ax.set(xlim=(0, 1.35*max(full.max(), 1e-9)), ylim=(len(names) - .5, -.5))
-    ax.tick_params(axis="y", length=0); ax.spines["bottom"].set_visible(False); ax.set_title(_costs[key])
+def _summaries(records) -> dict: # {label: [summary]}
+    "Sum up the records of each method."
+    return {label: [record.summary() for record in group] for label, group in _methods(records).items()}
 
-def costs(recs):
-    "What each method took; of the seconds, training is dark, evaluation and loading light."
-    recs = find_runs(recs); out = Picture(7.4, .5 + .24*len(_methods(recs)))
+def _means(summaries:dict, key:str) -> np.ndarray: # [methods]
+    "Average one entry of the summaries of each method."
+    return np.array([np.mean([summary[key] for summary in group]) for group in summaries.values()])
+
+def _draw_cost(ax, records, key:str):
+    "Draw one cost, a bar per method; seconds split into training and the rest."
+    summaries = _summaries(records)
+    full, ys = _means(summaries, key), np.arange(len(summaries))
+    ax.barh(ys, full, .62, color="#b9b9b9" if key == "seconds" else _hues[0])
+    if key == "seconds":
+        ax.barh(ys, _means(summaries, "train_seconds"), .62, color=_hues[0])
+    for y, cost in enumerate(full):
+        text = _amount(cost, key == "stored_bytes")
+        ax.annotate(text, (cost, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+
+    ax.set_yticks(ys, list(summaries))
+    ax.set_xticks([])
+    longest = max(full.max(), 1e-9)
+    ax.set(xlim=(0, 1.35*longest), ylim=(len(summaries) - .5, -.5))
+    ax.tick_params(axis="y", length=0)
+    ax.spines["bottom"].set_visible(False)
+    ax.set_title(_costs[key])
+
+def costs(recs:Record|list|str|Path, # Records, or where to find them
+         ) -> Picture:
+    "Draw what each method took; of the seconds, training is dark, evaluation and loading light."
+    records = find_runs(recs)
+    out = Picture(7.4, .5 + .24*len(_methods(records)))
     with _house():
-        for ax, key in zip(out.figure.subplots(1, 4, sharey=True), _costs): _draw_cost(ax, recs, key)
+        for ax, key in zip(out.figure.subplots(1, 4, sharey=True), _costs):
+            _draw_cost(ax, records, key)
     return out
 
 # %% ../nbs/10_analysis.ipynb #a40e427e
-def _footer(s:dict) -> str:
-    "Headline and cost of a run in two lines."
-    scores = {"AP": "average_accuracy", "learning accuracy": "learning_accuracy", "forgetting": "forgetting",
+_headlines = {"AP": "average_accuracy", "learning accuracy": "learning_accuracy", "forgetting": "forgetting",
               "valid": "mean_instruction_following", "content": "content"}
-    cost = [f"{_amount(s['trainable'])} trainable", f"{_amount(s['stored_bytes'], True)} stored",
-            f"{_amount(s['extra_forwards'])} extra forwards", f"{s['seconds']:.0f} s",
-            f"told: {', '.join(s['leaks']) or 'nothing'}"]
-    said = [f"{name} {'–' if s[k] != s[k] else f'{s[k]:.1f}'}" for name, k in scores.items()]
-    return " · ".join(said) + "\n" + " · ".join(cost)
+
+def _points(score:float) -> str:
+    "Write a score, or a dash where there is none."
+    return "–" if score != score else f"{score:.1f}"
+
+def _footer(summary:dict) -> str:
+    "Write headline and cost of a run in two lines."
+    spent = [f"{_amount(summary['trainable'])} trainable",
+             f"{_amount(summary['stored_bytes'], True)} stored",
+             f"{_amount(summary['extra_forwards'])} extra forwards",
+             f"{summary['seconds']:.0f} s",
+             f"told: {', '.join(summary['leaks']) or 'nothing'}"]
+    scores = [f"{name} {_points(summary[key])}" for name, key in _headlines.items()]
+    return " · ".join(scores) + "\n" + " · ".join(spent)
 
 # %% ../nbs/10_analysis.ipynb #fd01c44e
-def report(rec:Record):
-    "R, forgetting curves, what was forgotten, loss, statistics and cost of one run."
-    s, stats, T = rec.summary(), rec.stats[:2], len(rec.of("stream"))
-    panels = [["R", "curves"], ["kinds", "loss"]] + ([["s0", f"s{len(stats)-1}"]] if stats else [])
-    high = [max(2.3, 1.15 + min(.26, 3./len(rec.columns))*len(rec.rows)), .9 + .19*T, 1.4][:len(panels)]
-    out = Picture(7.4, sum(high) + .7)
+def report(rec:Record) -> Picture:
+    "Draw R, forgetting curves, what was forgotten, loss, statistics and cost of one run."
+    summary, stats = rec.summary(), rec.stats[:2]
+    panels = [["R", "curves"], ["kinds", "loss"]]
+    if stats:
+        panels.append(["s0", f"s{len(stats)-1}"])
+    top = 1.15 + min(.26, 3./len(rec.columns))*len(rec.rows)
+    middle = .9 + .19*len(rec.of("stream"))
+    heights = [max(2.3, top), middle, 1.4][:len(panels)]
+
+    out = Picture(7.4, sum(heights) + .7)
     with _house():
-        ax = out.figure.subplot_mosaic(panels, height_ratios=high)
-        heat(rec, ax=ax["R"]); curves(rec, ax=ax["curves"]); kinds(rec, ax=ax["kinds"]); losses(rec, ax=ax["loss"])
-        for k, name in enumerate(stats): _draw_series(ax[f"s{k}"], rec, name, name, _hues[k + 1])
-        name = f"{s['method']} on {s['stream']}, seed {s['seed']}" + ("" if rec.finished else " (unfinished)")
-        out.figure.suptitle(name, x=.01, ha="left", fontsize=10, fontweight="bold")
-        out.figure.supxlabel(_footer(s), x=.01, ha="left", fontsize=7.5)
+        axes = out.figure.subplot_mosaic(panels, height_ratios=heights)
+        heat(rec, ax=axes["R"])
+        curves(rec, ax=axes["curves"])
+        kinds(rec, ax=axes["kinds"])
+        losses(rec, ax=axes["loss"])
+        for index, name in enumerate(stats):
+            _draw_series(axes[f"s{index}"], rec, name, name, _hues[index + 1])
+        unfinished = "" if rec.finished else " (unfinished)"
+        title = f"{summary['method']} on {summary['stream']}, seed {summary['seed']}{unfinished}"
+        out.figure.suptitle(title, x=.01, ha="left", fontsize=10, fontweight="bold")
+        out.figure.supxlabel(_footer(summary), x=.01, ha="left", fontsize=7.5)
     return out
 
 # %% ../nbs/10_analysis.ipynb #9257a529
-def _mean_R(rs) -> np.ndarray:
-    "Mean R over the records that have the rows and columns of the first."
-    same = [r.R for r in rs if (r.rows, r.columns) == (rs[0].rows, rs[0].columns)]
-    return np.mean(same, 0)
+def _mean_R(records) -> np.ndarray:
+    "Average R over the records that have the rows and columns of the first."
+    first = records[0].rows, records[0].columns
+    return np.mean([record.R for record in records if (record.rows, record.columns) == first], 0)
 
-def _draw_bars(ax, recs):
-    "Learning accuracy (light) and average accuracy (dark) per method."
-    of = {label: [r.summary() for r in rs] for label, rs in _methods(recs).items()}; y = np.arange(len(of))
-    mean = lambda k: np.array([np.mean([s[k] for s in ss]) for ss in of.values()])
-    ax.barh(y, np.nan_to_num(mean("learning_accuracy")), .62, color="#cfe3f2")
-    ax.barh(y, mean("average_accuracy"), .34, color=_hues[0])
-    for k, v in enumerate(mean("average_accuracy")): ax.text(v + 1, k, f"{v:.1f}", va="center", fontsize=7)
-    ax.set_yticks(y, list(of)); ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, 108), ylim=(len(of) - .5, -.5), xlabel="mean over tasks, %")
+def _draw_bars(ax, records):
+    "Draw learning accuracy (light) and average accuracy (dark) per method."
+    summaries = _summaries(records)
+    ys = np.arange(len(summaries))
+    learned, kept = (_means(summaries, key) for key in ("learning_accuracy", "average_accuracy"))
+    ax.barh(ys, np.nan_to_num(learned), .62, color="#cfe3f2")
+    ax.barh(ys, kept, .34, color=_hues[0])
+    for y, score in enumerate(kept):
+        ax.text(score + 1, y, f"{score:.1f}", va="center", fontsize=7)
+
+    ax.set_yticks(ys, list(summaries))
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 108), ylim=(len(summaries) - .5, -.5), xlabel="mean over tasks, %")
     ax.set_title("just learned (light) and kept to the end (dark)")
 
 # %% ../nbs/10_analysis.ipynb #96f8f659
-def compare(recs): # Records, or where to find them
-    "R of each method, the first task's score over the stream, and accuracy learned against accuracy kept."
-    recs = _one_stream(recs); groups = _methods(recs); cols = min(4, len(groups)); rows = -(-len(groups)//cols)
-    size = [len(rs[0].rows) for rs in groups.values()]; cell = min(.2, 1.6/len(recs[0].columns))
-    high = [.6 + cell*max(size[k:k+cols]) for k in range(0, len(size), cols)]
-    top, low = sum(high), 1.9 + .08*len(groups); first = recs[0].columns[0][0]
+def _line_heights(groups:dict, cols:int) -> list: # Inches
+    "Give each line of matrices the height of its tallest one."
+    firsts = [records[0] for records in groups.values()]
+    cell = min(.2, 1.6/len(firsts[0].columns))
+    sizes = [len(record.rows) for record in firsts]
+    tallest = [max(sizes[at:at+cols]) for at in range(0, len(sizes), cols)]
+    return [.6 + cell*rows for rows in tallest]
+
+def _draw_matrices(axes:list, groups:dict, cols:int):
+    "Draw the mean R of each method, small, under its label."
+    for index, (ax, (label, records)) in enumerate(zip(axes, groups.items())):
+        rows, columns = records[0].rows, records[0].columns
+        size = 5 if (7.4/cols - .5)/len(columns) > .17 else 0 # No numbers where they have no room
+        names = "" if index % cols else "y"
+        lines = wrap(label.replace(", ", " , "), max(12, 76//cols))
+        title = "\n".join(lines).replace(" ,", ",")
+        _draw_heat(ax, _mean_R(records), rows, columns, title, size, names)
+    for ax in axes[len(groups):]:
+        ax.axis("off")
+
+def compare(recs:Record|list|str|Path, # Records, or where to find them
+           ) -> Picture:
+    "Draw R of each method, the first task's score over the stream, and accuracy learned against accuracy kept."
+    records = _one_stream(recs)
+    groups, first = _methods(records), records[0].columns[0][0]
+    cols = min(4, len(groups))
+    heights = _line_heights(groups, cols)
+    top, low = sum(heights), 1.9 + .08*len(groups)
+
     out = Picture(7.4, top + low)
     with _house():
         upper, lower = out.figure.subfigures(2, 1, height_ratios=[top, low])
-        axes = list(upper.subplots(rows, cols, squeeze=False, height_ratios=high).flat)
+        axes = upper.subplots(len(heights), cols, squeeze=False, height_ratios=heights)
         line, bars = lower.subplots(1, 2)
-        for k, (label, rs) in enumerate(groups.items()):
-            numbers, names = 5*((7.4/cols - .5)/len(rs[0].columns) > .17), "" if k % cols else "y"
-            title = "\n".join(wrap(label.replace(", ", " , "), max(12, 76//cols))).replace(" ,", ",")
-            _draw_heat(axes[k], _mean_R(rs), rs[0].rows, rs[0].columns, title, numbers, names)
-        for ax in axes[len(groups):]: ax.axis("off")
-        _draw_task(line, recs, first, _longest(recs)); line.set_title(f"first task, {first}: score over the stream, %")
-        _draw_bars(bars, recs); lower.legend(*line.get_legend_handles_labels(), loc="outside lower left", ncols=8)
+        _draw_matrices(list(axes.flat), groups, cols)
+        _draw_task(line, records, first, _longest(records))
+        line.set_title(f"first task, {first}: score over the stream, %")
+        _draw_bars(bars, records)
+        lower.legend(*line.get_legend_handles_labels(), loc="outside lower left", ncols=8)
     return out
 
 # %% ../nbs/10_analysis.ipynb #f94af19c
-def front(points, # [n, 2]
-          signs=(1, 1), # +1: more is better, −1: less is better
+def front(points:list|np.ndarray, # [n, 2]
+          signs:tuple=(1, 1), # +1: more is better, −1: less is better
          ) -> list: # Indices, the first coordinate ascending; NaN is never on it
-    "Points that no other point beats in both coordinates."
-    P = np.asarray(points, float).reshape(-1, 2); Q = P*np.asarray(signs)
-    beaten = lambda q: bool(((Q >= q).all(1) & (Q > q).any(1)).any())
-    return sorted((i for i, q in enumerate(Q) if not np.isnan(q).any() and not beaten(q)), key=lambda i: P[i][0])
+    "Find the points that no other point beats in both coordinates."
+    places = np.asarray(points, float).reshape(-1, 2)
+    gains = places*np.asarray(signs)
+
+    def beaten(gain):
+        as_good = (gains >= gain).all(1)
+        better = (gains > gain).any(1)
+        return bool((as_good & better).any())
+
+    known = ~np.isnan(gains).any(1)
+    best = [index for index, gain in enumerate(gains) if known[index] and not beaten(gain)]
+    return sorted(best, key=lambda index: places[index][0])
+
+def _shown_fields(point:dict) -> tuple: # (of the colour, or None; of the size)
+    "Choose colour for the learning rate and size for the other field, or size for the rate where there is no other."
+    names = [*point]
+    if len(names) > 1 and "lr" in names:
+        return "lr", [name for name in names if name != "lr"][0]
+    return None, names[0]
+
+def _label_trials(ax, by, values, size, sizes):
+    "Add marks to the legend: one for each colour, and one sentence for the size."
+    for index, value in enumerate(values if by else []):
+        hue, mark = _hues[index % 8], _marks[index % 8]
+        ax.scatter([], [], 24, hue, mark, label=f"{by} {value:g}")
+    ends = sizes[::max(1, len(sizes) - 1)]
+    said = " … ".join(f"{value:g}" for value in ends)
+    ax.scatter([], [], 0, "w", label=f"larger: {size}\n{said}")
 
 def _draw_trials(ax, trials, title):
-    "Colour for the learning rate and size for the other field, or size for the rate where there is no other."
-    at, keys = np.array([[t["learned"], t["score"]] for t in trials]), [*trials[0]["point"]]
-    by, size = ("lr", [k for k in keys if k != "lr"][0]) if len(keys) > 1 and "lr" in keys else (None, keys[0])
-    hues, sizes = ([*dict.fromkeys(t["point"].get(k) for t in trials)] for k in (by, size))
-    ax.plot([-2, 2], [-2, 2], lw=.6, color="#bbbbbb"); ax.plot(*at[front(at)].T, lw=.8, color="#888888", zorder=1)
-    for t, (x, y) in zip(trials, at):
-        k, n = hues.index(t["point"].get(by)), sizes.index(t["point"][size])
-        ax.scatter(x, y, 16 + 60*n/max(1, len(sizes) - 1), _hues[k % 8], _marks[k % 8], lw=.4, edgecolors="white", zorder=2)
-    for k, v in enumerate(hues if by else []): ax.scatter([], [], 24, _hues[k % 8], _marks[k % 8], label=f"{by} {v:g}")
-    ax.scatter([], [], 0, "w", label=f"larger: {size}\n" + " … ".join(f"{v:g}" for v in sizes[::max(1, len(sizes) - 1)]))
-    lo = min(0., at.min()) - .05
-    ax.set(xlim=(lo, 1.05), ylim=(lo, 1.05), xlabel="learned, AP norm", ylabel="left at the end, AP norm", title=title, box_aspect=1)
+    "Draw trials as marks, and the front through them."
+    by, size = _shown_fields(trials[0]["point"])
+    values = [*dict.fromkeys(trial["point"].get(by) for trial in trials)]
+    sizes = [*dict.fromkeys(trial["point"].get(size) for trial in trials)]
+    at = np.array([[trial["learned"], trial["score"]] for trial in trials])
+    ax.plot([-2, 2], [-2, 2], lw=.6, color="#bbbbbb")
+    ax.plot(*at[front(at)].T, lw=.8, color="#888888", zorder=1)
+    for trial, (x, y) in zip(trials, at):
+        index = values.index(trial["point"].get(by))
+        rank = sizes.index(trial["point"][size])
+        hue, mark = _hues[index % 8], _marks[index % 8]
+        area = 16 + 60*rank/max(1, len(sizes) - 1)
+        ax.scatter(x, y, area, hue, mark, lw=.4, edgecolors="white", zorder=2)
+
+    _label_trials(ax, by, values, size, sizes)
+    low = min(0., at.min()) - .05
+    ax.set(xlim=(low, 1.05), ylim=(low, 1.05), title=title, box_aspect=1)
+    ax.set(xlabel="learned, AP norm", ylabel="left at the end, AP norm")
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
-def tradeoff(found, # What `tune` gives, or the file it wrote
-             ax=None):
-    "All trials of a method: learned against left at the end."
+def tradeoff(found:dict|str|Path, # What `tune` gives, or the file it wrote
+             ax:Axes|None=None) -> Picture|Axes:
+    "Draw all trials of a method: learned against left at the end."
     found = read_json(found, "result of tuning") if isinstance(found, (str, Path)) else found
-    return _panel(lambda ax: _draw_trials(ax, found["trials"], f"{found['method']}: {len(found['trials'])} trials on {found['tuned_on']['stream']}"), ax, 4.4, 3)
+    trials = found["trials"]
+    title = f"{found['method']}: {len(trials)} trials on {found['tuned_on']['stream']}"
+    return _panel(lambda ax: _draw_trials(ax, trials, title), ax, 4.4, 3)
 
 # %% ../nbs/10_analysis.ipynb #f37d4359
-def _each_once(recs) -> dict: # {method: [records]}
-    "One setting per method, in the order that most methods share; methods without a row per task as they are."
-    recs, by = find_runs(recs), defaultdict(list)
-    for r in recs: by[r.config.get("method")].append(r)
-    if any(len({*_labels(rs)}) > 1 for rs in by.values()): # Controls, trials of another rate
+def _per_task(record) -> bool:
+    "Tell whether a record has a row per task, after the start model's."
+    return len(record.rows) == len(record.tasks) + 1
+
+def _one_setting(records) -> dict: # {method: [records]}
+    "Keep one setting per method, the usual one where there are several."
+    by = defaultdict(list)
+    for record in records:
+        by[record.config.get("method")].append(record)
+    if any(len({*_labels(group)}) > 1 for group in by.values()): # Controls, trials of another rate
         from cit_workbench.testbed import usual
-        by = {rs[0].config["method"]: rs for rs in usual(recs).values()}
-    own = lambda r: len(r.rows) == len(r.tasks) + 1
-    orders = [o for rs in by.values() for o in {tuple(r.tasks): 0 for r in rs if own(r)}]
-    best = max(dict.fromkeys(orders), key=orders.count, default=())
-    same = {m: [r for r in rs if not own(r) or tuple(r.tasks) == best] for m, rs in sorted(by.items())}
-    return {m: rs for m, rs in same.items() if rs}
+        by = {group[0].config["method"]: group for group in usual(records).values()}
+    return by
+
+def _each_once(recs) -> dict: # {method: [records]}
+    "Keep one setting per method, in the order that most methods share; methods without a row per task as they are."
+    by = _one_setting(find_runs(recs))
+    orders = []
+    for group in by.values():
+        orders += dict.fromkeys(tuple(record.tasks) for record in group if _per_task(record))
+    most = max(dict.fromkeys(orders), key=orders.count, default=())
+
+    out = {}
+    for method, group in sorted(by.items()):
+        same = [record for record in group if not _per_task(record) or tuple(record.tasks) == most]
+        if same:
+            out[method] = same
+    return out
 
 # %% ../nbs/10_analysis.ipynb #bff24e3a
 def _spaced(last:dict, # {method: what is left of the task}
-            n:int=4) -> list: # Methods, most left first
-    "Evenly spaced in rank, both ends included."
-    ranked = sorted(last, key=lambda m: (-last[m], m))
-    return [ranked[i] for i in dict.fromkeys(np.linspace(0, len(ranked) - 1, min(n, len(ranked))).round().astype(int))]
+            count:int=4) -> list: # Methods, most left first
+    "Choose methods evenly spaced in rank, both ends included."
+    ranked = sorted(last, key=lambda method: (-last[method], method))
+    even = np.linspace(0, len(ranked) - 1, min(count, len(ranked)))
+    ranks = even.round().astype(int)
+    return [ranked[rank] for rank in dict.fromkeys(ranks)]
+
+def _able(courses:dict, # {method: scores of the task [runs, rows]} of methods with a row per task
+          at:int, # The task's row
+         ) -> dict: # {method: what is left at the end}
+    "Keep the methods that learned the task at all: nearly as well as the best one."
+    learned = {method: course[:, at].mean() for method, course in courses.items()}
+    left = {method: course[:, -1].mean() for method, course in courses.items()}
+    enough = .85*max(learned.values())
+    return {method: left[method] for method, score in learned.items() if score >= enough}
+
+def _draw_method(ax, name:str, course, index:int, height:float):
+    "Draw how one task fares in a method with a row per task."
+    at = range(course.shape[1])
+    mean, hue = course.mean(0), _hues[index]
+    ax.plot(at, mean, marker=_marks[index], color=hue)
+    if len(course) > 1:
+        ax.fill_between(at, course.min(0), course.max(0), color=hue, alpha=.15, lw=0)
+    text = f"{name} {mean[-1]:.0f}"
+    _name_end(ax, text, at[-1], height, hue, 7, 7.5)
+
+def _draw_level(ax, name:str, level:float, rows:int, height:float):
+    "Draw a method without a row per task across all rows."
+    grey, text = "#777777", f"{name} {level:.0f}"
+    ax.plot(range(rows), np.full(rows, level), ls=(0, (4, 2)), lw=.9, color=grey)
+    _name_end(ax, text, rows - 1, height, grey, 7, 7.5)
 
 def _draw_one_task(ax, groups:dict, task:str):
-    "Curves of one task, each named at its end."
-    course = {m: np.array([r.R[:, [c for c, _ in r.columns].index(task)] for r in rs]) for m, rs in groups.items()}
-    rows = max((rs[0].rows for rs in groups.values()), key=len); at = rows.index(task)
-    level = {m: y[:, -1].mean() for m, y in course.items() if y.shape[1] < len(rows) and groups[m][0].events("row")}
-    top = max(y[:, at].mean() for m, y in course.items() if m not in level)
-    able = {m: y[:, -1].mean() for m, y in course.items() if m not in level and y[:, at].mean() >= .85*top}
-    shown = [*_spaced(able), *list(level)[:1]]
-    heights = dict(zip(shown, _spread([{**able, **level}[m] for m in shown], 9)))
-    for k, m in enumerate(shown):
-        y = course[m].mean(0) if m in able else np.full(len(rows), level[m])
-        look = dict(marker=_marks[k], color=_hues[k]) if m in able else dict(ls=(0, (4, 2)), lw=.9, color="#777777")
-        ax.plot(range(len(rows)), y, **look)
-        if m in able and len(course[m]) > 1:
-            ax.fill_between(range(len(rows)), course[m].min(0), course[m].max(0), color=_hues[k], alpha=.15, lw=0)
-        ax.annotate(f"{m} {y[-1]:.0f}", (len(rows) - 1, heights[m]), xytext=(7, 0), textcoords="offset points",
-                    va="center", fontsize=7.5, color=look["color"], annotation_clip=False)
-    _axes_of_rows(ax, rows); ax.axvline(at, color="#999999", lw=.6, ls=":")
-    ax.set(xlabel="after", ylabel=f"score on {task}, %")
-    ax.set_title(f"{task} in 4 of {len(able)} methods that learned it" if len(able) > 4 else f"{task} over the stream")
+    "Draw curves of one task, each named at its end."
+    rows = max((group[0].rows for group in groups.values()), key=len)
+    at = rows.index(task)
+    courses = {method: np.array([_course(record, task) for record in group]) for method, group in groups.items()}
+    levels = {method: course[:, -1].mean() for method, course in courses.items()
+              if course.shape[1] < len(rows) and groups[method][0].events("row")}
+    able = _able({method: course for method, course in courses.items() if method not in levels}, at)
+    shown = [*_spaced(able), *list(levels)[:1]]
+    ends = {**able, **levels}
+    heights = _spread([ends[method] for method in shown], 9)
+    for index, (method, height) in enumerate(zip(shown, heights)):
+        if method in able:
+            _draw_method(ax, method, courses[method], index, height)
+        else:
+            _draw_level(ax, method, levels[method], len(rows), height)
 
-def one_task(recs, # Records, or where to find them
+    _axes_of_rows(ax, rows)
+    ax.axvline(at, color="#999999", lw=.6, ls=":")
+    ax.set(xlabel="after", ylabel=f"score on {task}, %")
+    some = f"{task} in 4 of {len(able)} methods that learned it"
+    ax.set_title(some if len(able) > 4 else f"{task} over the stream")
+
+def one_task(recs:Record|list|str|Path, # Records, or where to find them
              task:str="", # Default: the first of the stream
-             ax=None):
-    "What is left of one task after each later one, in at most four methods."
-    groups = _each_once(recs); own = [rs[0] for rs in groups.values() if len(rs[0].rows) == len(rs[0].tasks) + 1]
-    if not own: raise CitError("there is no run with a row per task to draw")
-    task = one_of("task", task or own[0].tasks[0], own[0].tasks)
+             ax:Axes|None=None) -> Picture|Axes:
+    "Draw what is left of one task after each later one, in at most four methods."
+    groups = _each_once(recs)
+    able = [group[0] for group in groups.values() if _per_task(group[0])]
+    if not able:
+        raise CitError("there is no run with a row per task to draw")
+    tasks = able[0].tasks
+    task = one_of("task", task or tasks[0], tasks)
     return _panel(lambda ax: _draw_one_task(ax, groups, task), ax, 3.7, 2.6)
 
 # %% ../nbs/10_analysis.ipynb #8276b496
-def _squares(ax, M, names:list, rows:list, low:float, high:float, size:float):
-    "A matrix as squares without numbers."
+def _squares(ax, matrix, names:list, rows:list, low:float, high:float, size:float):
+    "Draw a matrix as squares without numbers."
+    height, width = matrix.shape
     pad = high - low
-    ax.imshow(np.ma.masked_invalid(M), cmap="Blues", vmin=low - .04*pad, vmax=high + .16*pad, interpolation="nearest")
-    ax.set_xticks(np.arange(1, M.shape[1]) - .5, minor=True); ax.set_yticks(np.arange(1, len(M)) - .5, minor=True)
-    ax.grid(which="minor", color="white", lw=.6); ax.tick_params(which="both", length=0); ax.spines[:].set_visible(False)
-    ax.set_xticks(range(M.shape[1]), names, fontsize=size, rotation=90); ax.set_yticks(range(len(M)), rows, fontsize=size)
+    known = np.ma.masked_invalid(matrix)
+    ax.imshow(known, cmap="Blues", vmin=low - .04*pad, vmax=high + .16*pad, interpolation="nearest")
+    ax.set_xticks(np.arange(1, width) - .5, minor=True)
+    ax.set_yticks(np.arange(1, height) - .5, minor=True)
+    ax.grid(which="minor", color="white", lw=.6)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(range(width), names, fontsize=size, rotation=90)
+    ax.set_yticks(range(height), rows, fontsize=size)
 
-def _draw_small(ax, M, tasks:list, name:str, names:str):
-    "A method's matrix, its diagonal framed; `names` says which axes are labelled."
+def _draw_small(ax, matrix, tasks:list, name:str, names:str):
+    "Draw a method's matrix, its diagonal framed; `names` says which axes are labelled."
     blank = [""]*len(tasks)
-    _squares(ax, M, tasks if "x" in names else blank, tasks if "y" in names else blank, 0, 100, 6.2)
-    for i in range(len(M)):
-        ax.add_patch(Rectangle((i - .5, i - .5), 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
+    below, left = (tasks if axis in names else blank for axis in "xy")
+    _squares(ax, matrix, below, left, 0, 100, 6.2)
+    for index in range(len(matrix)):
+        corner = index - .5, index - .5
+        ax.add_patch(Rectangle(corner, 1, 1, fc="none", ec="black", lw=.7, zorder=4, clip_on=False))
     ax.set_title(name, fontsize=7, pad=3)
 
-def matrices(recs): # Records, or where to find them
-    "R of every method, small, the one that ends highest first; rows: after each task, columns: score on each task."
-    trained = lambda r: len(r.rows) == len(r.tasks) + 1 and r.summary()["trainable"] # zero_shot has nothing to show
-    groups = {m: rs for m, rs in _each_once(recs).items() if trained(rs[0])}
-    if not groups: raise CitError("there is no run with a row per task to draw")
-    core = {m: np.mean([r.core() for r in rs], 0) for m, rs in groups.items()}
-    ranked, tasks = sorted(core, key=lambda m: (-core[m][-1].mean(), m)), next(iter(groups.values()))[0].tasks
-    cols = min(6, len(ranked)); high = -(-len(ranked)//cols)
-    out = Picture(7.4, .55 + (7.4 - .7)/cols*high + .16*high)
+# %% ../nbs/10_analysis.ipynb #233924e8
+def _trained(records) -> bool: # `zero_shot` has nothing to show
+    "Tell whether a method has a row per task and trains anything."
+    return _per_task(records[0]) and records[0].summary()["trainable"]
+
+def matrices(recs:Record|list|str|Path, # Records, or where to find them
+            ) -> Picture:
+    "Draw R of every method, small, the one that ends highest first; rows: after each task, columns: each task's score."
+    groups = {method: group for method, group in _each_once(recs).items() if _trained(group)}
+    if not groups:
+        raise CitError("there is no run with a row per task to draw")
+    cores = {method: np.mean([record.core() for record in group], 0) for method, group in groups.items()}
+    kept = {method: core[-1].mean() for method, core in cores.items()}
+    ranked = sorted(cores, key=lambda method: (-kept[method], method))
+    tasks = next(iter(groups.values()))[0].tasks
+    cols = min(6, len(ranked))
+    lines = _lines_of(len(ranked), cols)
+
+    out = Picture(7.4, .55 + (7.4 - .7)/cols*lines + .16*lines)
     with _house():
-        axes = out.figure.subplots(high, cols, squeeze=False)
-        for k, (ax, m) in enumerate(zip(axes.flat, ranked)):
-            names = "y"*(k % cols == 0) + "x"*(k//cols == high - 1)
-            _draw_small(ax, core[m], tasks, f"{m}  {core[m][-1].mean():.0f}", names)
-        for ax in axes.flat[len(ranked):]: ax.axis("off")
+        axes = out.figure.subplots(lines, cols, squeeze=False)
+        for index, (ax, method) in enumerate(zip(axes.flat, ranked)):
+            names = "y"*(index % cols == 0) + "x"*(index//cols == lines - 1)
+            _draw_small(ax, cores[method], tasks, f"{method}  {kept[method]:.0f}", names)
+        for ax in axes.flat[len(ranked):]:
+            ax.axis("off")
         said = ("rows: after each task; columns: score on each task, white 0 to dark 100 %; framed: just learned; "
                 "beside the name: mean of the last row")
         out.figure.supxlabel(said, fontsize=7, color="#555555")
@@ -543,131 +863,212 @@ def matrices(recs): # Records, or where to find them
 _kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruction/cosine",
              "answers": "features/answer/cosine"}
 
+def _plain(recs) -> list: # Records
+    "Find the runs of plain tuning with a row per task, at the learning rate of most of them."
+    tuned = [record for record in find_runs(recs) if record.config.get("method") == "finetune"]
+    plain = [record for record in tuned if _per_task(record)]
+    if not plain:
+        raise CitError("similarity is drawn beside what plain tuning forgets, and there is no run of finetune "
+                       "with a row per task")
+    rates = [(record.config.get("optim") or {}).get("lr") for record in plain]
+    most = max(rates, key=rates.count)
+    return [record for record, rate in zip(plain, rates) if rate == most]
+
 def _lost(recs, what:str) -> tuple: # (task names, drops [T, T]); NaN where never adjacent
-    "What plain tuning forgot of each task right after each other, at the learning rate of most runs."
+    "Measure what plain tuning forgot of each task right after each other, at the learning rate of most runs."
     from cit_workbench.similarity import adjacent_forgetting
-    own = lambda r: r.config.get("method") == "finetune" and len(r.rows) == len(r.tasks) + 1
-    plain = [r for r in find_runs(recs) if own(r)]
-    if not plain: raise CitError("similarity is drawn beside what plain tuning forgets, and there is no run of finetune "
-                                 "with a row per task")
-    rates = [(r.config.get("optim") or {}).get("lr") for r in plain]; rate = max(rates, key=rates.count)
+    plain = _plain(recs)
     names = sorted(plain[0].tasks)
-    return names, adjacent_forgetting([(r.tasks, r.core(what)) for r, x in zip(plain, rates) if x == rate], names)[0]
+    drops, _ = adjacent_forgetting([(record.tasks, record.core(what)) for record in plain], names)
+    return names, drops
 
 # %% ../nbs/10_analysis.ipynb #0f609dea
-def _draw_scatter(ax, S, F, names:list, what:str, said:str):
-    "Both matrices without row and column effects; the two most similar pairs are named."
+def _draw_scatter(ax, S, F, names:list, what:str, title:str):
+    "Draw both matrices without row and column effects, one against the other; the two most similar pairs are named."
     from cit_workbench.similarity import double_centred
-    x, y, off = double_centred(S), double_centred(F), ~np.eye(len(S), dtype=bool)
-    ax.axhline(0, color="#dddddd", lw=.6); ax.axvline(0, color="#dddddd", lw=.6)
-    ax.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0); ax.set_box_aspect(1)
-    for n, (i, j) in enumerate(sorted(zip(*np.nonzero(off)), key=lambda p: -x[p] - y[p]/100)[:2]):
-        ax.annotate(f"{names[i]} after {names[j]}", (x[i, j], y[i, j]), fontsize=6.5, xytext=(-5, -5*n), ha="right",
-                    va="center", textcoords="offset points")
-    ax.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred"); ax.set_title(said, fontsize=7.5)
+    x, y = double_centred(S), double_centred(F)
+    off = ~np.eye(len(S), dtype=bool)
+    ax.axhline(0, color="#dddddd", lw=.6)
+    ax.axvline(0, color="#dddddd", lw=.6)
+    ax.plot(x[off], y[off], "o", ms=3.2, color=_hues[0], alpha=.65, mew=0)
+    ax.set_box_aspect(1)
+    pairs = sorted(zip(*np.nonzero(off)), key=lambda pair: -x[pair] - y[pair]/100)
+    for rank, pair in enumerate(pairs[:2]):
+        task, later = (names[index] for index in pair)
+        ax.annotate(f"{task} after {later}", (x[pair], y[pair]), xytext=(-5, -5*rank), textcoords="offset points",
+                    fontsize=6.5, ha="right", va="center")
+    ax.set(xlabel="similarity, centred", ylabel=f"{what} lost, centred")
+    ax.set_title(title, fontsize=7.5)
 
-def likeness(recs, # Records of plain tuning in balanced orders, or where to find them
-             collected, # What `collect` gave
+def _grouped(S) -> np.ndarray: # Indices
+    "Order tasks so that similar ones are side by side."
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    distances = 1 - S[np.triu_indices(len(S), 1)]
+    return leaves_list(linkage(distances, "average", optimal_ordering=True))
+
+def likeness(recs:Record|list|str|Path, # Records of plain tuning in balanced orders, or where to find them
+             collected, # What `collect` gave: a `Collected`
              kind:str="answers", # Or "images", "instructions"
              what:str="content", # Or "formatted", "valid"
-            ):
-    "How alike tasks are, what each lost to each, one against the other; raises `CitError` where a pair is missing."
-    from scipy.cluster.hierarchy import leaves_list, linkage
+            ) -> Picture:
+    "Draw how similar tasks are, what each lost to each, and both together; raises `CitError` where a pair is missing."
     from cit_workbench.similarity import mantel
-    names, F = _lost(recs, what); one_of("similarity", kind, _kinds_of)
-    at = [collected.tasks.index(one_of("task of the collected file", n, collected.tasks)) for n in names]
-    S = collected[_kinds_of[kind]][np.ix_(at, at)]; m = mantel(S, F)
-    k = leaves_list(linkage(1 - S[np.triu_indices(len(S), 1)], "average", optimal_ordering=True)) # Alike side by side
-    names, S, F = [names[i] for i in k], S[np.ix_(k, k)], F[np.ix_(k, k)]
-    p = "p < 0.001" if m["p_pearson"] < .001 else f"p = {m['p_pearson']:.3f}"
+    names, F = _lost(recs, what)
+    one_of("similarity", kind, _kinds_of)
+    at = [collected.tasks.index(one_of("task of the collected file", name, collected.tasks)) for name in names]
+    S = collected[_kinds_of[kind]][np.ix_(at, at)]
+    found, order = mantel(S, F), _grouped(S)
+    names = [names[index] for index in order]
+    S, F = S[np.ix_(order, order)], F[np.ix_(order, order)]
+    p = "p < 0.001" if found["p_pearson"] < .001 else f"p = {found['p_pearson']:.3f}"
+
     out = Picture(7.4, 2.75)
     with _house():
-        a, b, c = out.figure.subplots(1, 3)
-        _squares(a, S, names, names, 0, 1, 6.8); a.set_title(f"similarity of {kind}, 0 to 1", fontsize=7.5)
-        _squares(b, F, names, [""]*len(names), 0, 100, 6.8); b.set_title(f"{what} lost to the column, 0 to 100", fontsize=7.5)
-        _draw_scatter(c, S, F, names, what, f"r = {m['pearson']:.2f}, {p}, {m['cells']} pairs")
+        similar, lost, both = out.figure.subplots(1, 3)
+        _squares(similar, S, names, names, 0, 1, 6.8)
+        similar.set_title(f"similarity of {kind}, 0 to 1", fontsize=7.5)
+        _squares(lost, F, names, [""]*len(names), 0, 100, 6.8)
+        lost.set_title(f"{what} lost to the column, 0 to 100", fontsize=7.5)
+        said = f"r = {found['pearson']:.2f}, {p}, {found['cells']} pairs"
+        _draw_scatter(both, S, F, names, what, said)
     return out
 
 # %% ../nbs/10_analysis.ipynb #2ce61e07
-def _draw_spectra(ax, collected, spots:list, t:int, named:bool):
-    "A line per modality of one task."
-    first = {p: collected[f"{p}/raw/values"][t, 0] for p in spots}
-    for k, p in enumerate(spots):
-        v, (low, up) = np.sqrt(collected[f"{p}/raw/values"][t]), collected[f"{p}/raw/band"][t]
-        seen, held = v > 1e-3*v[0], low > 1e-3*v[0]; x = np.arange(1, len(v) + 1)
-        ax.fill_between(x[:len(low)][held], low[held], up[held], color=_hues[k], alpha=.25, lw=0)
-        ax.plot(x[seen], v[seen], color=_hues[k], lw=1.1)
-        above = -10 if first[p] == min(first.values()) else 4
-        if named: ax.annotate(p.rpartition("/")[2], (1, v[0]), xytext=(2, above), textcoords="offset points",
-                              fontsize=6.5, color=_hues[k])
-    ax.set(xscale="log", yscale="log"); ax.set_title(collected.tasks[t], fontsize=7.5)
-    ax.minorticks_off(); ax.grid(lw=.3, color="#e4e4e4"); ax.set_axisbelow(True)
+def _draw_spectrum(ax, collected, place:str, task:int, hue:str):
+    "Draw the singular values of one task in one modality, and their band."
+    values = np.sqrt(collected[f"{place}/raw/values"][task])
+    low, high = collected[f"{place}/raw/band"][task]
+    x = np.arange(1, len(values) + 1)
+    floor = 1e-3*values[0]
+    seen, held = values > floor, low > floor
+    ax.fill_between(x[:len(low)][held], low[held], high[held], color=hue, alpha=.25, lw=0)
+    ax.plot(x[seen], values[seen], color=hue, lw=1.1)
 
-def spectra(collected, # What `collect` gave
+def _draw_spectra(ax, collected, places:list, task:int, named:bool):
+    "Draw one task: a line per modality."
+    energy = {place: collected[f"{place}/raw/values"][task, 0] for place in places}
+    for index, place in enumerate(places):
+        _draw_spectrum(ax, collected, place, task, _hues[index])
+        if not named:
+            continue
+        modality = place.rpartition("/")[2]
+        start = 1, np.sqrt(energy[place])
+        above = -10 if energy[place] == min(energy.values()) else 4
+        ax.annotate(modality, start, xytext=(2, above), textcoords="offset points", fontsize=6.5, color=_hues[index])
+
+    ax.set(xscale="log", yscale="log")
+    ax.set_title(collected.tasks[task], fontsize=7.5)
+    ax.minorticks_off()
+    ax.grid(lw=.3, color="#e4e4e4")
+    ax.set_axisbelow(True)
+
+def spectra(collected, # What `collect` gave: a `Collected`
             level:str="input", # Or "layer 3", …
-           ):
-    "Singular values of each task's embeddings, a line per modality, per token."
-    places = collected.places("raw/values"); one_of("level", level, {p.rpartition("/")[0] for p in places})
-    spots = [p for p in places if p.startswith(f"{level}/")]
-    tasks, cols = collected.tasks, min(4, len(collected.tasks)); high = -(-len(tasks)//cols)
-    top = 4*max(np.sqrt(collected[f"{p}/raw/values"][:, 0].max()) for p in spots)
-    out = Picture(7.4, .35 + 1.55*high)
+           ) -> Picture:
+    "Draw singular values of each task's embeddings, a line per modality, per token."
+    known = collected.places("raw/values")
+    one_of("level", level, {place.rpartition("/")[0] for place in known})
+    places = [place for place in known if place.startswith(f"{level}/")]
+    tasks = collected.tasks
+    cols = min(4, len(tasks))
+    lines = _lines_of(len(tasks), cols)
+    strongest = [collected[f"{place}/raw/values"][:, 0].max() for place in places]
+
+    out = Picture(7.4, .35 + 1.55*lines)
     with _house():
-        axes = out.figure.subplots(high, cols, squeeze=False, sharex=True, sharey=True)
-        for t, ax in enumerate(axes.flat[:len(tasks)]): _draw_spectra(ax, collected, spots, t, t == 0)
-        for ax in axes.flat[len(tasks):]: ax.axis("off")
-        for ax in axes[-1]: ax.set_xlabel("direction")
-        for ax in axes[:, 0]: ax.set_ylabel("√energy per token")
-        axes[0, 0].set_ylim(top=top)
+        axes = out.figure.subplots(lines, cols, squeeze=False, sharex=True, sharey=True)
+        for task, ax in enumerate(axes.flat[:len(tasks)]):
+            _draw_spectra(ax, collected, places, task, task == 0)
+        for ax in axes.flat[len(tasks):]:
+            ax.axis("off")
+        for ax in axes[-1]:
+            ax.set_xlabel("direction")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("√energy per token")
+        axes[0, 0].set_ylim(top=4*max(map(np.sqrt, strongest)))
     return out
 
 # %% ../nbs/10_analysis.ipynb #3a8e95be
-def _sets(recs) -> dict: # {file name prefix: [records]}
-    "Finished records of one stream and one protocol, whatever is trained; a stream's largest set bears its name alone."
+def _safe(name:str) -> str:
+    "Replace what does not belong in a file's name."
+    return "".join(char if char.isalnum() or char in "-_" else "-" for char in name)
+
+def _sets(records) -> dict: # {file name prefix: [records]}
+    "Group finished records by stream and protocol, whatever is trained; a stream's largest set bears its name alone."
     out = defaultdict(list)
-    for r in recs:
-        fields = r.run.get("protocol_fields") or {"protocol": r.run.get("protocol")}
-        key = digest({k: v for k, v in fields.items() if k != "trained"})
-        if r.finished: out[str(r.config.get("stream")), key].append(r)
-    most = {s: max((k for k in out if k[0] == s), key=lambda k: len(out[k])) for s, _ in out}
-    safe = lambda s: "".join(c if c.isalnum() or c in "-_" else "-" for c in s)
-    named = {safe(s + (f"-{p[:6]}" if (s, p) != most[s] else "")): rs for (s, p), rs in out.items()}
-    return dict(sorted(named.items(), key=lambda x: -len(x[1])))
+    for record in records:
+        fields = record.run.get("protocol_fields") or {"protocol": record.run.get("protocol")}
+        protocol = digest({name: value for name, value in fields.items() if name != "trained"})
+        if record.finished:
+            out[str(record.config.get("stream")), protocol].append(record)
+
+    named = {}
+    for (stream, protocol), group in out.items():
+        largest = max((key for key in out if key[0] == stream), key=lambda key: len(out[key]))
+        more = "" if (stream, protocol) == largest else f"-{protocol[:6]}"
+        named[_safe(stream + more)] = group
+    return dict(sorted(named.items(), key=lambda item: -len(item[1])))
 
 # %% ../nbs/10_analysis.ipynb #b52bf28a
-def _pictures(recs, collected) -> dict: # {name: function that draws}
-    "What can be drawn of one set of records and of what was collected of its stream (or None)."
-    out = {"compare": lambda: compare(recs), "curves": lambda: curves(recs), "costs": lambda: costs(recs)}
-    per_task = {r.config.get("method") for r in recs if len(r.rows) == len(r.tasks) + 1}
-    if len(per_task) > 1: out |= {"one-task": lambda: one_task(recs), "matrices": lambda: matrices(recs)}
-    if collected: out["spectra"] = lambda: spectra(collected)
-    if not collected or "finetune" not in per_task or len(recs[0].tasks) < 4: return out
-    every = np.isnan(_lost(recs, "content")[1]).sum() == len(recs[0].tasks) # Pair stood side by side
-    return out | ({"likeness": lambda: likeness(recs, collected)} if every else {})
+def _pictures(records, collected) -> dict: # {name: function that draws}
+    "List what can be drawn of one set of records and of what was collected of its stream (or None)."
+    out = {"compare": lambda: compare(records), "curves": lambda: curves(records), "costs": lambda: costs(records)}
+    methods = {record.config.get("method") for record in records if _per_task(record)}
+    if len(methods) > 1:
+        out |= {"one-task": lambda: one_task(records), "matrices": lambda: matrices(records)}
+    if not collected:
+        return out
+    out["spectra"] = lambda: spectra(collected)
+    count = len(records[0].tasks)
+    if "finetune" not in methods or count < 4:
+        return out
+    _, drops = _lost(records, "content")
+    if np.isnan(drops).sum() == count: # Every pair stood side by side
+        out["likeness"] = lambda: likeness(records, collected)
+    return out
 
-def figures(src="runs", # Run folders, packed runs, Records, or folders of those; files of `collect` lie below a folder
-            out="figures", # Where to write
-            formats=("pdf", "svg", "png"),
+def _all_collected(src) -> list: # Of `Collected`
+    "Read the files of `collect` below the folders among `src`."
+    from cit_workbench.spectra import read_collected
+    sources = src if isinstance(src, (list, tuple)) else [src]
+    folders = [expanded(source) for source in sources if isinstance(source, (str, Path))]
+    return [read_collected(path) for folder in folders for path in sorted(folder.rglob("*.npz"))]
+
+def _fits(collected, record) -> bool:
+    "Tell whether a file of `collect` is of a record's stream and tasks."
+    same = collected.about.get("stream") == record.config.get("stream")
+    return same and {*record.tasks} == {*collected.tasks}
+
+# %% ../nbs/10_analysis.ipynb #6441ba00
+_names = ("compare", "curves", "costs", "one-task", "matrices", "likeness", "spectra", "report")
+
+def figures(src:Record|list|str|Path="runs", # Runs, as `find_runs` takes them; files of `collect` lie below folders
+            out:str|Path="figures", # Where to write
+            formats:tuple=("pdf", "svg", "png"),
             reports:bool=True, # Also one report per run
-            only=(), # Of compare, curves, costs, one-task, matrices, likeness, spectra, report; default: all
+            only:tuple=(), # Of compare, curves, costs, one-task, matrices, likeness, spectra, report; default: all
            ) -> list: # Paths written
     "Write the pictures of all finished runs as files that are the same every time."
-    from cit_workbench.spectra import read_collected
-    runs = [r for r in find_runs(src) if r.config.get("stream") != "shapes-tune"] # trials are no results
-    folders = [expanded(p) for p in (src if isinstance(src, (list, tuple)) else [src]) if isinstance(p, (str, Path))]
-    collected = [read_collected(p) for f in folders for p in sorted(f.rglob("*.npz"))]
-    kinds = ("compare", "curves", "costs", "one-task", "matrices", "likeness", "spectra", "report")
-    for name in only: one_of("picture", name, kinds)
-    sets, paths = _sets(runs), []
-    if not sets: raise CitError(f"no finished run to draw in {src}")
-    for prefix, recs in sets.items():
-        same = lambda c: c.about.get("stream") == recs[0].config.get("stream") and {*recs[0].tasks} == {*c.tasks}
-        mine = [c for c in collected if same(c)]
-        collected = [c for c in collected if c not in mine] # Drawn once, with the largest set of its stream
-        pictures = _pictures(recs, mine[0] if mine else None)
-        if reports: pictures |= {f"report-{r.name}": (lambda r=r: report(r)) for r in recs}
+    trial = lambda record: record.config.get("stream") == "shapes-tune" # Trials are no results
+    records = [record for record in find_runs(src) if not trial(record)]
+    collected = _all_collected(src)
+    for name in only:
+        one_of("picture", name, _names)
+    sets, paths = _sets(records), []
+    if not sets:
+        raise CitError(f"no finished run to draw in {src}")
+
+    for prefix, group in sets.items():
+        mine = [found for found in collected if _fits(found, group[0])]
+        collected = [found for found in collected if found not in mine] # Drawn with its stream's largest set alone
+        pictures = _pictures(group, mine[0] if mine else None)
+        if reports:
+            pictures |= {f"report-{record.name}": (lambda record=record: report(record)) for record in group}
         for name, draw in pictures.items():
-            if only and name not in only and name.split("-")[0] not in only: continue
+            if only and name not in only and name.split("-")[0] not in only:
+                continue
             picture = draw()
-            paths += [write_atomic(expanded(out)/f"{prefix}-{name}.{f}", picture.data(f)) for f in formats]
+            for format in formats:
+                path = expanded(out)/f"{prefix}-{name}.{format}"
+                paths.append(write_atomic(path, picture.data(format)))
     return paths

@@ -7,6 +7,7 @@ __all__ = ['Runs', 'interval', 'Compare', 'sides']
 
 # %% ../nbs/11d_compare_view.ipynb #be8b1e15
 from collections import defaultdict
+from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
@@ -18,38 +19,55 @@ from .analysis import front
 from .core import CitError
 from .metrics import order_means, t_interval
 from .record import _labels, _scale, find_runs, table
-from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks, noted,
-                                number, readable, room_for, slant, template)
+from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks,
+                                noted, number, readable, room_for, slant, template)
 
 # %% ../nbs/11d_compare_view.ipynb #f9e6fed7
+def _left_out(record, keep) -> bool:
+    "Tell whether a run is usually left out: a trial of tuning, or an interactive run."
+    trial = record.config.get("stream") == "shapes-tune" and "tuning" not in keep
+    interactive = record.run.get("interactive") and "interactive" not in keep
+    return bool(trial or interactive)
+
+def _counted(runs:int) -> str:
+    "Write how many runs there are."
+    return f"{runs} run{'s'*(runs > 1)}"
+
 class Runs:
-    "Records in groups of one stream and protocol, and in each group by method and setting."
-    def __init__(self, where, # As `find_runs` takes it
-                 keep=()): # "interactive", "tuning": runs to show although they are usually left out
-        left = lambda r: (r.config.get("stream") == "shapes-tune" and "tuning" not in keep
-                          or r.run.get("interactive") and "interactive" not in keep)
-        self.records = [r for r in find_runs(where) if not left(r)]
+    "Group records by stream and protocol, and in each group by method and setting."
+    def __init__(self, where:list|str|Path, # As `find_runs` takes it
+                 keep:tuple=()): # "interactive", "tuning": runs to show although they are usually left out
+        self.records = [record for record in find_runs(where) if not _left_out(record, keep)]
         groups = defaultdict(list)
-        for r in self.records: groups[_scale(r)].append(r)
-        self.groups = {self._named(rs): rs for rs in sorted(groups.values(), key=len, reverse=True)}
-    def _named(self, rs:list) -> str:
-        "Stream, how many runs, protocol."
-        how, protocol = f"{len(rs)} run{'s'*(len(rs) > 1)}", str(rs[0].run.get("protocol"))[:6]
-        return f"{rs[0].config.get('stream')} ({how}, protocol {protocol})"
+        for record in self.records:
+            groups[_scale(record)].append(record)
+        self.groups = {self._named(group): group for group in sorted(groups.values(), key=len, reverse=True)}
+
+    def _named(self, records:list) -> str:
+        "Name a group by its stream, how many runs it has, and its protocol."
+        first = records[0]
+        stream, protocol = first.config.get("stream"), str(first.run.get("protocol"))[:6]
+        return f"{stream} ({_counted(len(records))}, protocol {protocol})"
+
     def lines(self, name:str) -> dict: # {label: [(record, summary)]}
-        "The runs of one group by method and setting."
-        out, rs = defaultdict(list), self.groups[name]
-        for label, r in zip(_labels(rs), rs):
-            if r.events("row"): out[label].append((r, r.summary()))
+        "Sort the runs of one group by method and setting."
+        out, records = defaultdict(list), self.groups[name]
+        for label, record in zip(_labels(records), records):
+            if record.events("row"):
+                out[label].append((record, record.summary()))
         return dict(out)
 
 # %% ../nbs/11d_compare_view.ipynb #4e7b77ef
 def interval(line:list, # [(record, summary)] of one setting
              key:str, # Of the summary
             ) -> tuple: # (mean, half of the 95 % t-interval over orders or NaN)
-    "Mean over task orders, seeds of an order averaged first."
-    means = order_means({(tuple(r.tasks), i): number(s.get(key)) for i, (r, s) in enumerate(line)})
-    if len(means) < 3: return float(np.mean(list(means.values()))), float("nan")
+    "Average over task orders, seeds of an order averaged first."
+    scores = {}
+    for index, (record, summary) in enumerate(line):
+        scores[tuple(record.tasks), index] = number(summary.get(key))
+    means = order_means(scores)
+    if len(means) < 3:
+        return float(np.mean(list(means.values()))), float("nan")
     mean, low, high = t_interval(means)
     return mean, high - mean
 
@@ -60,43 +78,60 @@ _costs = {"train_seconds": "training, seconds", "seconds": "training and evaluat
 
 # %% ../nbs/11d_compare_view.ipynb #7ec4cc51
 class Compare(View):
-    "Result matrices side by side, intervals, and what accuracy costs; `picked` is the run that was clicked."
+    "Show result matrices side by side, intervals, and what accuracy costs; `picked` is the run that was clicked."
     picked = traitlets.Any(None) # A Record or None
-    def __init__(self, where="runs", # Folder of runs, or a list of records
-                 keep=(), # "interactive", "tuning": runs to show although they are usually left out
+    def __init__(self, where:list|str|Path="runs", # Folder of runs, or a list of records
+                 keep:tuple=(), # "interactive", "tuning": runs to show although they are usually left out
                  dark:bool|None=None):
-        self.runs, self.lines, self.seen = Runs(where, keep), {}, {} # `seen`: records and settings in the clouds
-        if not self.runs.records: raise CitError(f"no run to compare in {where}")
+        self.runs = Runs(where, keep)
+        self.lines = {}
+        self.seen = {} # Records and settings in the clouds
+        if not self.runs.records:
+            raise CitError(f"no run to compare in {where}")
+        self._menus()
+        self.frame, self.table = framed(self._make()), W.HTML()
+        self.more = W.Accordion([self.table], titles=["Table"])
+        menus = knobs(self.group, self.what, self.cost, self.chosen)
+        super().__init__([menus, self.frame, self.more], dark)
+        self.group.observe(lambda _: self.safely(self.choose), "value")
+        for menu in (self.chosen, self.what, self.cost):
+            menu.observe(lambda _: self.safely(self.draw), "value")
+        self.observe(lambda _: self.safely(self.draw), "picked")
+        self.more.observe(lambda _: self.safely(self._tabulate), "selected_index")
+        self.safely(self.choose)
+        self.settle()
+
+    def _menus(self):
+        "Make the menus."
         self.group = choice("stream", list(self.runs.groups), 430, 50)
         look = {"width": "380px", "max_width": "98%"}
         self.chosen = W.SelectMultiple(description="matrices", rows=4, layout=look, style={"description_width": "60px"})
         self.what = choice("score", ["formatted", "valid", "content"], 170, 50)
-        self.cost = choice("cost", [(v, k) for k, v in _costs.items()], 280)
-        self.frame, self.table = framed(self._make()), W.HTML()
-        self.more = W.Accordion([self.table], titles=["Table"])
-        super().__init__([knobs(self.group, self.what, self.cost, self.chosen), self.frame, self.more], dark)
-        self.group.observe(lambda _: self.safely(self.choose), "value")
-        for w in (self.chosen, self.what, self.cost): w.observe(lambda _: self.safely(self.draw), "value")
-        self.observe(lambda _: self.safely(self.draw), "picked")
-        self.more.observe(lambda _: self.safely(self._tabulate), "selected_index")
-        self.safely(self.choose); self.settle()
+        self.cost = choice("cost", [(said, name) for name, said in _costs.items()], 280)
 
 # %% ../nbs/11d_compare_view.ipynb #a6f0880a
 @patch
 def choose(self:Compare):
     "Take the runs of the chosen stream."
     self.lines, self.picked = self.runs.lines(self.group.value), None
-    best = sorted(self.lines, key=lambda k: -np.nan_to_num(interval(self.lines[k], "average_accuracy")[0]))
-    with self.hold_trait_notifications(): self.chosen.options = best; self.chosen.value = best[:4]
-    self.paint(); self.draw()
+    kept = {name: np.nan_to_num(interval(line, "average_accuracy")[0]) for name, line in self.lines.items()}
+    best = sorted(self.lines, key=lambda name: -kept[name])
+    with self.hold_trait_notifications():
+        self.chosen.options = best
+        self.chosen.value = best[:4]
+    self.paint()
+    self.draw()
     self.say("" if self.lines else "R has no row yet: the first comes when the start model has been asked")
 
 @patch
 def _tabulate(self:Compare):
-    "The table of `table`, made when it is opened."
-    if self.more.selected_index is None: return
-    lines = table([r for line in self.lines.values() for r, _ in line]).markdown().splitlines()
-    head, _, *rows = [[c.strip() for c in l.strip("|").split("|")] for l in lines if l.startswith("|")]
+    "Make the table of `table` when it is opened."
+    if self.more.selected_index is None:
+        return
+    records = [record for line in self.lines.values() for record, _ in line]
+    lines = [line for line in table(records).markdown().splitlines() if line.startswith("|")]
+    cells = [line.strip("|").split("|") for line in lines]
+    head, _, *rows = [[cell.strip() for cell in line] for line in cells]
     self.table.value = grid(head, rows)
 
 # %% ../nbs/11d_compare_view.ipynb #96cba116
@@ -104,41 +139,52 @@ _square = {"tickfont": {"size": 9.5}, "showgrid": False}
 
 @patch
 def _make(self:Compare) -> go.FigureWidget:
-    "Four matrices above; intervals and two clouds below."
+    "Make four matrices above; intervals and two clouds below."
     layout, heats = {"showlegend": False}, []
-    for n in range(1, 5):
-        layout |= axes(str(n), _square, _square)
-        hover = "after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"
-        heats.append(heat_map(n, zmin=0, zmax=100, hovertemplate=hover))
-    layout |= axes("5", {"title": "percent", "type": "linear"}, {"dtick": 1, "tickfont": {"size": 10}, "type": "category"})
-    for n, x in (("6", "forgetting, points"), ("7", "")): layout |= axes(n, {"title": x}, {"title": "average accuracy, %"})
+    hover = "after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"
+    for place in range(1, 5):
+        layout |= axes(str(place), _square, _square)
+        heats.append(heat_map(place, zmin=0, zmax=100, hovertemplate=hover))
+    settings = {"dtick": 1, "tickfont": {"size": 10}, "type": "category"}
+    layout |= axes("5", {"title": "percent", "type": "linear"}, settings)
+    for place, title in (("6", "forgetting, points"), ("7", "")):
+        layout |= axes(place, {"title": title}, {"title": "average accuracy, %"})
     return figure([*heats, *_interval_traces(), *_cloud_traces(6), *_cloud_traces(7)], layout, 720)
 
 @patch
 def _panels(self:Compare, shown:list, # (title, records) of each matrix
            ) -> list: # Rows of panels
-    "Matrices over intervals and clouds."
-    names, order = [t for _, rs in shown for t in (*rs[0].tasks, *rs[0].rows)], [n[:26] for n in self.chosen.options]
-    tall = max((len(rs[0].rows) for _, rs in shown), default=1)
-    square = {"least": 150, "high": max(180, 20*tall), "left": room_for(names), "right": 44, "below": room_for(names)}
-    low = {"high": max(260, 18*len(order))}
-    return [[Panel(str(k), head, **square) for k, (head, _) in enumerate(shown, 1)],
-            [Panel("5", "kept ●, just learned ○, forgotten ◆", 170, left=room_for(order), **low),
-             Panel("6", "accuracy against forgetting", 190, left=62, **low), Panel("7", "accuracy against cost", 190, left=62, **low)]]
+    "Place matrices over intervals and clouds."
+    names = [name for _, records in shown for name in (*records[0].tasks, *records[0].rows)]
+    tall = max((len(records[0].rows) for _, records in shown), default=1)
+    room = room_for(names)
+    square = {"least": 150, "high": max(180, 20*tall), "left": room, "right": 44, "below": room}
+    matrices = [Panel(str(place), head, **square) for place, (head, _) in enumerate(shown, 1)]
+
+    settings = [name[:26] for name in self.chosen.options]
+    low = {"high": max(260, 18*len(settings))}
+    return [matrices,
+            [Panel("5", "kept ●, just learned ○, forgotten ◆", 170, left=room_for(settings), **low),
+             Panel("6", "accuracy against forgetting", 190, left=62, **low),
+             Panel("7", "accuracy against cost", 190, left=62, **low)]]
 
 # %% ../nbs/11d_compare_view.ipynb #3cee845c
 _shown = {"average_accuracy": ("kept", "circle"), "learning_accuracy": ("just learned", "circle-open"),
           "forgetting": ("forgotten", "diamond")} # Metrics with an interval
 
 def _interval_traces() -> list:
-    "One per metric."
-    return [go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", name=n, marker={"symbol": s, "size": 9},
-                       hovertemplate="%{y}<br>" + n + " %{x:.1f}<extra></extra>") for n, s in _shown.values()]
+    "Make one trace per metric."
+    out = []
+    for name, symbol in _shown.values():
+        hover = "%{y}<br>" + name + " %{x:.1f}<extra></extra>"
+        out.append(go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", name=name,
+                              marker={"symbol": symbol, "size": 9}, hovertemplate=hover))
+    return out
 
-def _cloud_traces(k:int, # Number of the axes
+def _cloud_traces(number:int, # Of the axes
                  ) -> list:
-    "The front, the runs, and the means of settings."
-    at = {"xaxis": f"x{k}", "yaxis": f"y{k}", "x": [], "y": []}
+    "Make the front, the runs, and the means of settings."
+    at = {"xaxis": f"x{number}", "yaxis": f"y{number}", "x": [], "y": []}
     hover = "%{text}<br>%{x:.3g}, %{y:.1f} %<extra></extra>"
     name = {"textfont": {"size": 10}, "cliponaxis": False}
     return [go.Scatter(mode="lines", line={"width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip", **at),
@@ -146,92 +192,119 @@ def _cloud_traces(k:int, # Number of the axes
             go.Scatter(mode="markers+text", marker={"size": 10}, hovertemplate=hover, **name, **at)]
 
 # %% ../nbs/11d_compare_view.ipynb #097a7e4d
-def sides(points, # [n, 2]
+def _side(places, own:int) -> str:
+    "Choose where one mark's name stands."
+    x, y = places[own]
+    near = [index for index, (other_x, other_y) in enumerate(places)
+            if index != own and abs(x - other_x) < .25 and abs(y - other_y) < .06]
+    height = "middle"
+    if near:
+        above = all((y, own) > (places[index][1], index) for index in near)
+        height = "top" if above else "bottom"
+    return f"{height} {'left' if x > .5 else 'right'}"
+
+def sides(points:list|np.ndarray, # [n, 2]
          ) -> list: # Plotly's names of positions
-    "Where the names of marks stand."
-    P = np.asarray(points, float).reshape(-1, 2); low, high = np.nanmin(P, 0), np.nanmax(P, 0)
-    P = (P - low)/np.where(high > low, high - low, 1.)
-    close = lambda a, b: abs(a[0] - b[0]) < .25 and abs(a[1] - b[1]) < .06
-    def one(i):
-        near = [j for j in range(len(P)) if j != i and close(P[i], P[j])]
-        above = all((P[i][1], i) > (P[j][1], j) for j in near)
-        return f"{('top' if above else 'bottom') if near else 'middle'} {'left' if P[i][0] > .5 else 'right'}"
-    return [one(i) for i in range(len(P))]
+    "Choose where the names of marks stand."
+    places = np.asarray(points, float).reshape(-1, 2)
+    low, high = np.nanmin(places, 0), np.nanmax(places, 0)
+    places = (places - low)/np.where(high > low, high - low, 1.)
+    return [_side(places, own) for own in range(len(places))]
 
 # %% ../nbs/11d_compare_view.ipynb #aa4bfb91
 @patch
 def paint(self:Compare):
-    "Colours of the theme."
-    p, hues = self.colors, self.colors["hues"]
+    "Give all traces the colours of the theme."
+    colours, data = self.colors, self.fig.data
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for h in self.fig.data[:4]: h.colorscale = p["amount"]
-        for t, k in zip(self.fig.data[4:7], (0, 0, 1)): t.marker.color = t.error_x.color = hues[k]
-        for t in (self.fig.data[7], self.fig.data[10]): t.line.color = p["faint"]
+        for heat in data[:4]:
+            heat.colorscale = colours["amount"]
+        for trace, index in zip(data[4:7], (0, 0, 1)):
+            trace.marker.color = trace.error_x.color = colours["hues"][index]
+        for line in (data[7], data[10]):
+            line.line.color = colours["faint"]
 
 @patch
 def draw(self:Compare):
-    "The chosen matrices, all intervals, both clouds."
+    "Draw the chosen matrices, all intervals, both clouds."
     with self.fig.batch_update():
         shown = self._shown()
         spots = self.arrange(*self._panels(shown))
-        for k in range(4): self._matrix(k, spots.get(str(k + 1)), shown[k][1] if k < len(shown) else [])
+        for index in range(4):
+            records = shown[index][1] if index < len(shown) else []
+            self._matrix(index, spots.get(str(index + 1)), records)
         some = self._intervals()
-        known = [self._cloud(7, "forgetting"), self._cloud(10, self.cost.value)]
-        self.fig.layout.xaxis7.title = _costs[self.cost.value]
-        why = [noted("comes when a run of this stream has finished", spots[n], self.colors) for n, on in zip("67", known) if not on]
-        why += [noted("comes when a run of this stream has finished", spots["5"], self.colors)]*(not some)
-        self.fig.layout.annotations = [*[s.title for s in spots.values()], *why]
+        cost = self.cost.value
+        known = {"6": self._cloud(7, "forgetting"), "7": self._cloud(10, cost), "5": some}
+        self.fig.layout.xaxis7.title = _costs[cost]
+        heads = [spot.title for spot in spots.values()]
+        empty = [spots[number] for number, on in known.items() if not on]
+        soon = [noted("comes when a run of this stream has finished", spot, self.colors) for spot in empty]
+        self.fig.layout.annotations = [*heads, *soon]
 
 # %% ../nbs/11d_compare_view.ipynb #53578f7c
 @patch
 def _shown(self:Compare) -> list: # [(title, records)]
-    "The clicked run, then the chosen settings: up to four together."
-    shown = [(n, [r for r, _ in self.lines[n]]) for n in self.chosen.value]
-    if self.picked: shown = [(self.picked.name, [self.picked]), *shown]
-    return [(self._titled(n, rs), rs) for n, rs in shown[:4]]
+    "Choose the clicked run, then the chosen settings: up to four together."
+    shown = [(name, [record for record, _ in self.lines[name]]) for name in self.chosen.value]
+    if self.picked:
+        shown = [(self.picked.name, [self.picked]), *shown]
+    return [(self._titled(name, records), records) for name, records in shown[:4]]
 
-def _alike(rs:list) -> list:
-    "Those records that have the first one's rows and columns."
-    return [r for r in rs if (r.rows, r.columns) == (rs[0].rows, rs[0].columns)]
+def _same_cells(records:list) -> list:
+    "Keep the records that have the first one's rows and columns."
+    first = records[0].rows, records[0].columns
+    return [record for record in records if (record.rows, record.columns) == first]
 
 @patch
-def _titled(self:Compare, name:str, rs:list) -> str:
-    "What a matrix is the mean of."
-    if self.picked in rs and len(rs) == 1: return f"▸ {name[:28]}"
-    same = len(_alike(rs))
-    how = f"{same} of {len(rs)} runs" if same < len(rs) else f"{len(rs)} run{'s'*(len(rs) > 1)}"
+def _titled(self:Compare, name:str, records:list) -> str:
+    "Say what a matrix is the mean of."
+    count = len(records)
+    if self.picked in records and count == 1:
+        return f"▸ {name[:28]}"
+    same = len(_same_cells(records))
+    how = f"{same} of {count} runs" if same < count else _counted(count)
     return f"{name[:24]} ({how})"
 
 # %% ../nbs/11d_compare_view.ipynb #bc7a8cd5
 @patch
-def _matrix(self:Compare, k:int, spot, # Where it lies; None: nowhere
-            rs:list): # Records; the first says what rows and columns are
-    "The mean R of those records that have the first one's rows and columns."
-    h, L = self.fig.data[k], self.fig.layout
-    h.visible = spot is not None
-    for a in "xy": L[f"{a}axis{k + 1}"].visible = h.visible
-    if spot is None: return
-    first = rs[0]
-    rows = [f"{i} {n}" if first.rows.count(n) > 1 else n for i, n in enumerate(first.rows)]
-    M = np.mean([r.matrix(self.what.value) for r in _alike(rs)], 0)[:, first.of("stream")]
-    h.x, h.y, h.z = first.tasks, rows, M
-    h.texttemplate, h.textfont = readable("%{z:.0f}", 3, M.shape, spot, self.high*(spot.y1 - spot.y0)), {"size": 10}
-    colour_bar(h, spot, self.wide)
-    L[f"xaxis{k + 1}"].tickangle = slant(first.tasks, spot.wide)
-    L[f"yaxis{k + 1}"].range = [len(rows) - .5, -.5]
+def _matrix(self:Compare, index:int, # Of the heat map
+            spot, # Where it lies; None: nowhere
+            records:list): # The first says what rows and columns are
+    "Draw the mean R of those records that have the first one's rows and columns."
+    heat, layout = self.fig.data[index], self.fig.layout
+    place = index + 1
+    heat.visible = spot is not None
+    for side in "xy":
+        layout[f"{side}axis{place}"].visible = heat.visible
+    if spot is None:
+        return
+    first = records[0]
+    rows = [f"{at} {name}" if first.rows.count(name) > 1 else name for at, name in enumerate(first.rows)]
+    scores = [record.matrix(self.what.value) for record in _same_cells(records)]
+    mean = np.mean(scores, 0)[:, first.of("stream")]
+    heat.x, heat.y, heat.z = first.tasks, rows, mean
+    high = self.high*(spot.y1 - spot.y0)
+    heat.texttemplate = readable("%{z:.0f}", 3, mean.shape, spot, high)
+    heat.textfont = {"size": 10}
+    colour_bar(heat, spot, self.wide)
+    layout[f"xaxis{place}"].tickangle = slant(first.tasks, spot.wide)
+    layout[f"yaxis{place}"].range = [len(rows) - .5, -.5]
 
 # %% ../nbs/11d_compare_view.ipynb #5d6a0582
 @patch
 def _intervals(self:Compare) -> bool: # Is there anything to show?
-    "Means and intervals per setting, best average accuracy on top; an unfinished run has none."
+    "Draw means and intervals per setting, best average accuracy on top; an unfinished run has none."
     order = list(self.chosen.options)[::-1]
     known = False
-    for t, key in zip(self.fig.data[4:7], _shown):
-        found = [interval(self.lines[n], key) for n in order]
-        known |= any(np.isfinite(m) for m, _ in found)
-        t.x, t.y = [m if np.isfinite(m) else None for m, _ in found], [n[:26] for n in order]
-        t.error_x.update(type="data", array=[np.nan_to_num(h) for _, h in found], thickness=1.2, width=3)
+    for trace, key in zip(self.fig.data[4:7], _shown):
+        found = [interval(self.lines[name], key) for name in order]
+        known |= any(np.isfinite(mean) for mean, _ in found)
+        trace.x = [mean if np.isfinite(mean) else None for mean, _ in found]
+        trace.y = [name[:26] for name in order]
+        widths = [np.nan_to_num(half) for _, half in found]
+        trace.error_x.update(type="data", array=widths, thickness=1.2, width=3)
     self.fig.layout.xaxis5.update(range=None if known else [0, 100], autorange=known)
     self.fig.layout.yaxis5.range = [-.5, max(1, len(order)) - .5]
     return known
@@ -241,55 +314,95 @@ def _intervals(self:Compare) -> bool: # Is there anything to show?
 def _cloud(self:Compare, at:int, # Number of its first trace
            key:str, # What is on the x axis
           ) -> bool: # Is there anything to show?
-    "Runs as small dots, means as large ones, and the front through them; an unfinished run has no place yet."
+    "Draw runs as small dots, means as large ones, and the front through them; an unfinished run has no place yet."
     line, dots, means = self.fig.data[at:at + 3]
-    runs = [(number(s[key]), number(s["average_accuracy"]), r, n) for n, rs in self.lines.items() for r, s in rs]
-    runs = [run for run in runs if np.isfinite(run[:2]).all()]
-    names = list(dict.fromkeys(n for *_, n in runs))
-    mids = [np.mean([run[:2] for run in runs if run[3] == n], 0).tolist() for n in names]
-    dots.x, dots.y = [x for x, *_ in runs], [y for _, y, *_ in runs]
-    dots.text, means.text = [f"{n}<br>{r.name}" for *_, r, n in runs], [n[:22] for n in names]
-    means.x, means.y = [x for x, _ in mids], [y for _, y in mids]
-    means.mode, means.textposition = "markers+text" if len(mids) <= 8 else "markers", sides(mids) if mids else []
-    self._mark(dots, [n for *_, n in runs]); self._mark(means, names)
+    runs = self._located(key)
+    self._draw_dots(dots, runs)
+    places = defaultdict(list)
+    for x, y, _, name in runs:
+        places[name].append((x, y))
+    names, mids = list(places), [np.mean(own, 0).tolist() for own in places.values()]
+    self._draw_means(means, mids, names)
     self._axes_of(at, bool(mids))
-    dots.marker.size = [14 if r is self.picked else 6 for *_, r, _ in runs]
-    dots.marker.line = {"color": self.colors["ink"], "width": [1.5*(r is self.picked) for *_, r, _ in runs]}
-    best = front(mids, (-1, 1)) if mids else []
-    line.x, line.y = [mids[i][0] for i in best], [mids[i][1] for i in best]
-    self.seen[at] = [r for *_, r, _ in runs], names
+    best = [mids[index] for index in front(mids, (-1, 1))] if mids else []
+    line.x = [x for x, _ in best]
+    line.y = [y for _, y in best]
+    self.seen[at] = [record for *_, record, _ in runs], names
     return bool(mids)
 
 @patch
+def _located(self:Compare, key:str) -> list: # [(x, y, record, setting)]
+    "Find the places of finished runs: what is on the x axis, and average accuracy."
+    out = []
+    for name, line in self.lines.items():
+        for record, summary in line:
+            place = number(summary[key]), number(summary["average_accuracy"])
+            if np.isfinite(place).all():
+                out.append((*place, record, name))
+    return out
+
+@patch
+def _draw_dots(self:Compare, dots, runs:list): # As `_located` gives them
+    "Draw runs; the picked one is larger and has a rim."
+    dots.x = [x for x, *_ in runs]
+    dots.y = [y for _, y, *_ in runs]
+    dots.text = [f"{name}<br>{record.name}" for *_, record, name in runs]
+    self._mark(dots, [name for *_, name in runs])
+    picked = [record is self.picked for *_, record, _ in runs]
+    dots.marker.size = [14 if own else 6 for own in picked]
+    dots.marker.line = {"color": self.colors["ink"], "width": [1.5*own for own in picked]}
+
+@patch
+def _draw_means(self:Compare, means, mids:list, names:list):
+    "Draw the mean of each setting, with its name where there are few."
+    means.text = [name[:22] for name in names]
+    means.x = [x for x, _ in mids]
+    means.y = [y for _, y in mids]
+    means.mode = "markers+text" if len(mids) <= 8 else "markers"
+    means.textposition = sides(mids) if mids else []
+    self._mark(means, names)
+
+@patch
 def _axes_of(self:Compare, at:int, known:bool):
-    "Axes run from 0 to 100 while there is nothing that they could fit."
-    n = {7: "6", 10: "7"}[at]
-    for a in "xy": self.fig.layout[f"{a}axis{n}"].update(range=None if known else [0, 100], autorange=known)
-    self.fig.layout[f"xaxis{n}"].showticklabels = known
+    "Run the axes from 0 to 100 while there is nothing that they could fit."
+    place = {7: "6", 10: "7"}[at]
+    for side in "xy":
+        self.fig.layout[f"{side}axis{place}"].update(range=None if known else [0, 100], autorange=known)
+    self.fig.layout[f"xaxis{place}"].showticklabels = known
 
 # %% ../nbs/11d_compare_view.ipynb #949e50b9
 @patch
 def _mark(self:Compare, trace, names:list):
-    "Each setting has its colour and its mark."
-    i = [list(self.lines).index(n) for n in names]
-    trace.marker.color = [self.colors["hues"][k % 8] for k in i]
-    trace.marker.symbol = [marks[(k + k//8) % 8] for k in i]
+    "Give each setting its colour and its mark."
+    settings, hues = list(self.lines), self.colors["hues"]
+    ranks = [settings.index(name) for name in names]
+    trace.marker.color = [hues[rank % 8] for rank in ranks]
+    trace.marker.symbol = [marks[(rank + rank//8) % 8] for rank in ranks]
 
 # %% ../nbs/11d_compare_view.ipynb #627553b9
 @patch
 def listen(self:Compare):
-    "What clicks in the clouds do."
-    for k in (8, 11): self.fig.data[k].on_click(lambda *a, at=k - 1: self._on_run(at, *a))
-    for k in (9, 12): self.fig.data[k].on_click(lambda *a, at=k - 2: self._on_mean(at, *a))
+    "Pick what is clicked in the clouds."
+    for at in (7, 10):
+        dots, means = self.fig.data[at + 1:at + 3]
+        dots.on_click(lambda *clicked, at=at: self._on_run(at, *clicked))
+        means.on_click(lambda *clicked, at=at: self._on_mean(at, *clicked))
 
 @patch
 def _on_run(self:Compare, at:int, trace, points, state):
-    if not points.point_inds: return
-    run = self.seen[at][0][points.point_inds[0]]
+    "Pick a run, or let it go when it is picked."
+    if not points.point_inds:
+        return
+    records, _ = self.seen[at]
+    run = records[points.point_inds[0]]
     self.picked = None if run is self.picked else run
 
 @patch
 def _on_mean(self:Compare, at:int, trace, points, state):
-    if not points.point_inds: return
-    name = self.seen[at][1][points.point_inds[0]]
-    self.chosen.value = (name, *[n for n in self.chosen.value if n != name])[:4]
+    "Put a setting's matrix first."
+    if not points.point_inds:
+        return
+    _, names = self.seen[at]
+    first = names[points.point_inds[0]]
+    others = [name for name in self.chosen.value if name != first]
+    self.chosen.value = (first, *others)[:4]

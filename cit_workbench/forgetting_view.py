@@ -6,6 +6,8 @@
 __all__ = ['curve_traces', 'Forgetting']
 
 # %% ../nbs/11c_forgetting_view.ipynb #489f672f
+from pathlib import Path
+
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
@@ -13,6 +15,7 @@ from fastcore.basics import patch
 
 from .answers import Answers, Samples
 from .core import CitError
+from .record import Record
 from .view import (Panel, Story, View, axes, bands, choice, colour_bar, doing, figure, framed, heat_map,
                                 knobs, layered, marks, nearest, noted, offer, probed, readable, room_for, slant,
                                 template, upright)
@@ -22,153 +25,209 @@ _scores = {"formatted": "score as formatted, %", "valid": "format-valid, %", "co
            "nll": "NLL of the answer, nats per token"}
 _hover = "%{fullData.name}<br>step %{x}<br>%{y:.3g}<extra></extra>"
 
-def curve_traces(tasks, # Names
+def curve_traces(tasks:list, # Names
                 ) -> list:
-    "Two traces per task: its curve, and its column of R."
+    "Make two traces per task: its curve, and its column of R."
     out = []
-    for i, t in enumerate(tasks):
-        mark = {"symbol": marks[i % 8], "size": 6.5}
-        hollow = {"symbol": f"{marks[i % 8]}-open", "size": 10, "line": {"width": 2}}
-        line = {"legendgroup": t, "x": [], "y": [], "hovertemplate": _hover}
-        out += [go.Scatter(name=t, mode="lines+markers", line={"width": 2}, marker=mark, **line),
-                go.Scatter(name=f"{t}, row of R", showlegend=False, mode="markers", marker=hollow, **line)]
+    for index, task in enumerate(tasks):
+        shape = marks[index % 8]
+        mark = {"symbol": shape, "size": 6.5}
+        hollow = {"symbol": f"{shape}-open", "size": 10, "line": {"width": 2}}
+        line = {"legendgroup": task, "x": [], "y": [], "hovertemplate": _hover}
+        out += [go.Scatter(name=task, mode="lines+markers", line={"width": 2}, marker=mark, **line),
+                go.Scatter(name=f"{task}, row of R", showlegend=False, mode="markers", marker=hollow, **line)]
     return out
 
 # %% ../nbs/11c_forgetting_view.ipynb #21ef281f
 class Forgetting(View):
-    "Scores of every task through all steps; layers, gradients and formats at one of them; the answers below."
-    def __init__(self, rec, # Run folder, packed file or Record
-                 other=None, # A second run, for the answers side by side
+    "Show scores of every task through all steps; layers, gradients and formats at one of them; the answers below."
+    def __init__(self, rec:Record|str|Path, # Run folder, packed file or Record
+                 other:Record|str|Path|None=None, # A second run, for the answers side by side
                  dark:bool|None=None):
-        self.story = Story(rec); self.rec = self.story.rec
+        self.story = Story(rec)
+        self.rec = self.story.rec
         self.tasks, self.answers = self.rec.tasks, Answers(self.rec)
-        first = "nll" if probed(self.rec) and not self.rec.config.get("probe_every") else "formatted"
-        self.score = choice("curve", [(v, k) for k, v in _scores.items()], 300, value=first)
+        self._menus()
+        self.frame = framed(self._make())
+        self.samples = Samples(self.rec, other)
+        below = W.Accordion([self.samples], titles=["Answers: what was asked, what was said at each task's end"])
+        menus = [self.score, self.stat, self.layer, self.at]
+        super().__init__([knobs(*menus, self.follow), self.frame, below], dark)
+        for menu in menus:
+            menu.observe(lambda _: self.safely(self.draw), "value")
+        self.at.observe(self._moved, "value")
+
+    def _menus(self):
+        "Make the menus, the slider, and the button that keeps the slider at the newest step."
+        losses = probed(self.rec) and not self.rec.config.get("probe_every")
+        first = "nll" if losses else "formatted"
+        self.score = choice("curve", [(said, name) for name, said in _scores.items()], 300, value=first)
         self.stat = choice(f"{self.rec.config['method']}'s", [], 200)
-        self.layer = choice("layers", [(v, k) for k, v in layered.items()], 300, value="drift")
+        self.layer = choice("layers", [(said, name) for name, said in layered.items()], 300, value="drift")
         self.at = W.IntSlider(0, 0, 0, description="step", layout={"width": "230px"},
                               style={"description_width": "initial"})
         self.follow = W.ToggleButton(value=True, description="follow", layout={"width": "70px"},
                                      tooltip="keep the slider at the newest step")
-        self.frame, self.samples = framed(self._make()), Samples(self.rec, other)
-        below = W.Accordion([self.samples], titles=["Answers: what was asked, what was said at each task's end"])
-        menus = [self.score, self.stat, self.layer, self.at, self.follow]
-        super().__init__([knobs(*menus), self.frame, below], dark)
-        for w in menus[:4]: w.observe(lambda _: self.safely(self.draw), "value")
-        self.at.observe(self._moved, "value")
 
 # %% ../nbs/11c_forgetting_view.ipynb #de5af18e
 _cells = {2: "%{x}<br>layer %{y}<br>%{z:.3g}", 3: "%{x}<br>layer %{y}<br>cosine %{z:.2f}",
           4: "asked %{y}<br>answered as %{x}<br>%{z:.0f} %"} # What hovering says, by panel
+_square = {"showgrid": False, "tickfont": {"size": 10}}
 
 @patch
 def _make(self:Forgetting) -> go.FigureWidget:
-    "The figure, empty: two traces per task, three heat maps, and a line for the method."
+    "Make the figure, empty: two traces per task, three heat maps, and a line for the method."
     layout = axes("") | axes("5", {"matches": "x"}, {"nticks": 4})
-    for k in "234": layout |= axes(k, {"showgrid": False, "tickfont": {"size": 10}}, {"showgrid": False, "tickfont": {"size": 10}})
-    for k in "23": layout[f"yaxis{k}"] |= {"title": "layer"}
+    for number in "234":
+        layout |= axes(number, _square, _square)
+    for number in "23":
+        layout[f"yaxis{number}"] |= {"title": "layer"}
     layout["yaxis4"] |= {"autorange": "reversed"}
-    heats = [heat_map(k, hovertemplate=f"{h}<extra></extra>") for k, h in _cells.items()]
-    heats[1].update(zmin=-1, zmax=1); heats[2].update(zmin=0, zmax=100)
+
+    heats = [heat_map(number, hovertemplate=f"{hover}<extra></extra>") for number, hover in _cells.items()]
+    heats[1].update(zmin=-1, zmax=1)
+    heats[2].update(zmin=0, zmax=100)
     acts = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines", showlegend=False, hovertemplate=_hover)
     return figure([*curve_traces(self.tasks), *heats, acts], layout, 720)
 
 # %% ../nbs/11c_forgetting_view.ipynb #c9f105a7
 @patch
 def paint(self:Forgetting):
-    "Colours of the theme."
-    p, curves, rest = self.colors, self.fig.data[:2*len(self.tasks)], self.fig.data[2*len(self.tasks):]
+    "Give all traces the colours of the theme."
+    colours = self.colors
+    count = 2*len(self.tasks)
+    curves, rest = self.fig.data[:count], self.fig.data[count:]
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for i, t in enumerate(curves): t.line.color = t.marker.color = p["hues"][i//2 % 8]
-        for h, s in zip(rest, ("amount", "sign", "amount")): h.colorscale = p[s]
-        rest[-1].line.color = p["ink"]
+        for index, trace in enumerate(curves):
+            trace.line.color = trace.marker.color = colours["hues"][index//2 % 8]
+        for heat, scale in zip(rest, ("amount", "sign", "amount")):
+            heat.colorscale = colours[scale]
+        rest[-1].line.color = colours["ink"]
 
 # %% ../nbs/11c_forgetting_view.ipynb #b1a26756
 @patch
 def look(self:Forgetting) -> bool:
-    "New events; the slider reaches as far as they do."
-    new, step, follow = self.story.read(), self.story.step, self.follow.value
+    "Read new events; the slider reaches as far as they do."
+    new = self.story.read()
+    step, follow = self.story.step, self.follow.value
     if step != self.at.max:
         self.at.max = step
-        if follow: self.at.value = step
-    if set(self.stat.options) != set(self.story.stats): offer(self.stat, list(self.story.stats))
+        if follow:
+            self.at.value = step
+    if set(self.stat.options) != set(self.story.stats):
+        offer(self.stat, list(self.story.stats))
     return new
 
 @patch
 def _moved(self:Forgetting, change):
-    "Whoever moves the slider back wants to look; at its right end it follows again."
+    "Stop following when somebody moves the slider back; at its right end it follows again."
     self.follow.value = change["new"] >= self.at.max
 
 # %% ../nbs/11c_forgetting_view.ipynb #5ed1ab30
 @patch
 def listen(self:Forgetting):
-    "A click on a curve goes to its step."
-    for t in self.fig.data[:2*len(self.tasks):2]: t.on_click(self._clicked)
+    "Go to the step of a curve's mark that is clicked."
+    for curve in self.fig.data[:2*len(self.tasks):2]:
+        curve.on_click(self._clicked)
 
 @patch
 def _clicked(self:Forgetting, trace, points, state):
-    if points.xs: self.at.value = int(points.xs[0])
+    "Go to the step of the first point."
+    if points.xs:
+        self.at.value = int(points.xs[0])
 
 # %% ../nbs/11c_forgetting_view.ipynb #e61a2a9b
 @patch
 def draw(self:Forgetting):
-    "Everything that is known, at the chosen step."
+    "Draw everything that is known, at the chosen step."
     with self.fig.batch_update():
         self._curves()
-        rows = ("", "5") if self._acts() else ("",)
+        panels = ("", "5") if self._acts() else ("",)
         frame, full = (nearest(frames, self.at.value) for frames in (self.story.frames, self.story.full))
-        said = self._answered(full)
-        spots = self.arrange(*self._panels(said[1]), names=self.tasks)
-        lines, names = bands(self.story.spans, self.colors, spots[""].wide, 1.015*self._reach())
-        lines = [line | {"xref": f"x{n}", "yref": f"y{n} domain"} for n in rows for line in lines]
-        self.fig.layout.shapes = lines + [upright(self.at.value, self.colors["ink"], n, width=1.5) for n in rows]
-        heads = [s.title for n, s in spots.items() if n != "legend"]
+        answered = self._answered(full)
+        spots = self.arrange(*self._panels(answered[1]), names=self.tasks)
+        names = self._mark_steps(panels, spots[""].wide)
+        heads = [spot.title for number, spot in spots.items() if number != "legend"]
         self.fig.layout.annotations = [*names, *heads, *self._soon(spots[""]),
                                        *self._by_layer("2", spots["2"], frame, self.layer.value),
                                        *self._by_layer("3", spots["3"], full, "grad_cos_layers"),
-                                       *self._said(spots["4"], *said)]
+                                       *self._said(spots["4"], *answered)]
 
 @patch
+def _mark_steps(self:Forgetting, panels:tuple, # Axes of those that share the steps
+                wide:float, # Pixels
+               ) -> list: # Annotations: the tasks' names
+    "Draw lines where tasks begin and where the slider is."
+    begins, names = bands(self.story.spans, self.colors, wide, 1.015*self._reach())
+    shapes = [line | {"xref": f"x{number}", "yref": f"y{number} domain"} for number in panels for line in begins]
+    chosen = [upright(self.at.value, self.colors["ink"], number, width=1.5) for number in panels]
+    self.fig.layout.shapes = shapes + chosen
+    return names
+
+# %% ../nbs/11c_forgetting_view.ipynb #5844bbdb
+@patch
 def _panels(self:Forgetting, formats:list) -> list: # Rows of panels
-    "Curves over what the method does, over three panels that look at one step."
-    c, acts, score = self.rec.config, self.stat.value, "loss" if self.score.value == "nll" else "score"
-    said = f"{c['method']} on {c['stream']}, seed {c['seed']}: each task's {score} through the whole stream"
-    deep = max((len(v) for f in self.story.frames for v in f["drift"].values()), default=4)
-    look = {"least": 130, "high": max(170, min(400, 13*deep)), "below": room_for(self.tasks), "right": 50}
-    return [[Panel("", said, 200, 250 if acts else 300, above=24, below=14 if acts else 48)],
-            *[[Panel("5", f"what {c['method']} does: {acts}", 200, 90, below=48)]]*bool(acts),
-            [Panel("2", layered[self.layer.value], left=46, **look), Panel("3", "gradient cosine with the task now", left=46, **look),
-             Panel("4", "answered in whose format, %", left=room_for(self.tasks), **{**look, "below": room_for(formats), "high": max(170, 15*len(self.tasks))})]]
+    "Place curves over what the method does, over three panels that show one step."
+    config, acts = self.rec.config, self.stat.value
+    method = config["method"]
+    score = "loss" if self.score.value == "nll" else "score"
+    run = f"{method} on {config['stream']}, seed {config['seed']}"
+    said = f"{run}: each task's {score} through the whole stream"
+    high, below = (250, 14) if acts else (300, 48)
+    rows = [[Panel("", said, 200, high, above=24, below=below)]]
+    if acts:
+        rows.append([Panel("5", f"what {method} does: {acts}", 200, 90, below=48)])
+    return [*rows, self._step_panels(formats)]
+
+@patch
+def _step_panels(self:Forgetting, formats:list) -> list: # Panels side by side
+    "Make room for the layers and the formats of one step."
+    drifts = [layers for frame in self.story.frames for layers in frame["drift"].values()]
+    layers = max(map(len, drifts), default=4)
+    room = room_for(self.tasks)
+    look = {"least": 130, "high": max(170, min(400, 13*layers)), "below": room, "right": 50}
+    answers = {**look, "below": room_for(formats), "high": max(170, 15*len(self.tasks))}
+    return [Panel("2", layered[self.layer.value], left=46, **look),
+            Panel("3", "gradient cosine with the task now", left=46, **look),
+            Panel("4", "answered in whose format, %", left=room, **answers)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #f5507da7
 @patch
 def _curves(self:Forgetting):
-    "A line per task; where no probes were made, its column of R."
-    s, score = self.story, self.score.value
+    "Draw a line per task; where no probes were made, its column of R."
+    story, score = self.story, self.score.value
     self.known = []
-    for i, t in enumerate(self.tasks):
-        line, ends = self.fig.data[2*i:2*i + 2]
-        x, y = s.line(t, score); xe, ye = s.ends(t, score)
-        self.known += [v for v in (*y, *ye) if np.isfinite(v)]
-        line.x, line.y = (xe, ye) if np.isfinite(y).sum() <= np.isfinite(ye).sum() else (x, y)
-        ends.x, ends.y, ends.marker.opacity = xe, ye, [1. if r > i else .35 for r in s.rows] or 1.
+    for index, task in enumerate(self.tasks):
+        line, ends = self.fig.data[2*index:2*index + 2]
+        curve, column = story.line(task, score), story.ends(task, score)
+        probed_at, measured_at = np.isfinite(curve[1]), np.isfinite(column[1])
+        self.known += [*curve[1][probed_at], *column[1][measured_at]]
+        line.x, line.y = column if probed_at.sum() <= measured_at.sum() else curve
+        ends.x, ends.y = column
+        ends.marker.opacity = [1. if row > index else .35 for row in story.rows] or 1.
+
     far = self._reach()
+    span = [-4, 104] if score != "nll" else [0, 1.05*max(self.known, default=4.)]
     self.fig.layout.xaxis.range = [-.012*far - .5, 1.015*far + .5]
-    self.fig.layout.yaxis.update(title=_scores[score], range=[-4, 104] if score != "nll" else [0, 1.05*max(self.known, default=4.)])
+    self.fig.layout.yaxis.update(title=_scores[score], range=span)
 
 @patch
 def _reach(self:Forgetting) -> int:
-    "The step at the right end: a first stretch of the way before there are any."
+    "Return the step at the right end: a first stretch of the way before there are any."
     return max(self.story.step, 20)
 
 @patch
 def _soon(self:Forgetting, spot) -> list: # Annotations
-    "What comes, while there is no curve."
-    if self.known: return []
+    "Say what comes, while there is no curve."
+    if self.known:
+        return []
     now, probes = doing(self.rec), probed(self.rec)
-    soon = "the curve of the first task begins with its first step" if probes else "each task's end adds a mark to every curve"
-    if self.score.value == "nll" and not probes: now, soon = "", "this run is not probed, so that no losses of old tasks are known"
+    soon = "each task's end adds a mark to every curve"
+    if probes:
+        soon = "the curve of the first task begins with its first step"
+    elif self.score.value == "nll":
+        now, soon = "", "this run is not probed, so that no losses of old tasks are known"
     return [noted(f"{now}: {soon}" if now else soon, spot, self.colors)]
 
 # %% ../nbs/11c_forgetting_view.ipynb #03c4c5f9
@@ -176,59 +235,82 @@ _steps = "optimiser steps over the whole stream"
 
 @patch
 def _acts(self:Forgetting) -> bool: # Does it say anything?
-    "What the method says of itself, through the same steps."
-    name, L = self.stat.value, self.fig.layout
+    "Draw what the method says of itself, through the same steps."
+    name = self.stat.value
     on = bool(name)
+    line, layout = self.fig.data[-1], self.fig.layout
     self.stat.layout.display = None if on else "none"
-    self.fig.data[-1].x, self.fig.data[-1].y = zip(*self.story.stats[name]) if on else ([], [])
-    self.fig.data[-1].name = name or ""
-    L.xaxis.update(title="" if on else _steps, showticklabels=not on)
-    L.xaxis5.update(title=_steps if on else "", visible=on); L.yaxis5.visible = on
+    line.x, line.y = zip(*self.story.stats[name]) if on else ([], [])
+    line.name = name or ""
+    layout.xaxis.update(title="" if on else _steps, showticklabels=not on)
+    layout.xaxis5.update(title=_steps if on else "", visible=on)
+    layout.yaxis5.visible = on
     return on
 
 # %% ../nbs/11c_forgetting_view.ipynb #dab5f1da
 @patch
-def _show(self:Forgetting, n:str, spot, # Number of the panel's axes; where it lies
-          x, y, z, form:str, chars:int): # Of the longest value
+def _show(self:Forgetting, number:str, # Of the panel's axes
+          spot, # Where it lies
+          x, y, z,
+          form:str, chars:int): # Of the longest value
     "Fill a panel; without values it is not there."
-    h, on, high = self.fig.data[2*len(self.tasks) + int(n) - 2], bool(np.size(z)), self.high
-    h.x, h.y, h.z, h.visible = x, y, z, on
-    h.texttemplate, h.textfont = readable(form, chars, np.atleast_2d(z).shape, spot, high*(spot.y1 - spot.y0)), {"size": 10}
-    colour_bar(h, spot, self.wide)
-    for a in "xy": self.fig.layout[f"{a}axis{n}"].visible = on
-    self.fig.layout[f"xaxis{n}"].tickangle = slant(x, spot.wide)
+    heats, layout = self.fig.data[2*len(self.tasks):], self.fig.layout
+    heat = heats[int(number) - 2]
+    on = bool(np.size(z))
+    heat.x, heat.y, heat.z, heat.visible = x, y, z, on
+    high = self.high*(spot.y1 - spot.y0)
+    heat.texttemplate = readable(form, chars, np.atleast_2d(z).shape, spot, high)
+    heat.textfont = {"size": 10}
+    colour_bar(heat, spot, self.wide)
+    for side in "xy":
+        layout[f"{side}axis{number}"].visible = on
+    layout[f"xaxis{number}"].tickangle = slant(x, spot.wide)
 
 @patch
-def _by_layer(self:Forgetting, n:str, spot, frame:dict|None, key:str) -> list: # Annotations
-    "A value per layer and old task."
-    found = {t: frame[key][t] for t in self.tasks if t in frame[key]} if frame else {}
-    M = np.array(list(found.values()), float).T
-    self._show(n, spot, list(found), list(range(len(M))), M, "%{z:.2f}", 5)
-    self.fig.layout[f"yaxis{n}"].dtick = max(1, -(-len(M)//8))
+def _by_layer(self:Forgetting, number:str, spot, frame:dict|None, key:str) -> list: # Annotations
+    "Show a value per layer and old task."
+    known = frame[key] if frame else {}
+    found = {task: known[task] for task in self.tasks if task in known}
+    values = np.array(list(found.values()), float).T
+    layers = len(values)
+    self._show(number, spot, list(found), list(range(layers)), values, "%{z:.2f}", 5)
+    self.fig.layout[f"yaxis{number}"].dtick = max(1, -(-layers//8))
     return [] if found else [noted(self._why_not(key), spot, self.colors)]
 
 @patch
 def _why_not(self:Forgetting, key:str) -> str:
-    "What an empty panel waits for."
-    if not probed(self.rec) and not self.story.frames: return "this run is not probed"
-    if len(self.story.spans) > 1 and key != "grad_cos_layers": return "no old task was trained before this step"
-    when = "begins with the second task" if key != "grad_cos_layers" else "comes at the end of the second task"
+    "Say what an empty panel waits for."
+    if not probed(self.rec) and not self.story.frames:
+        return "this run is not probed"
+    gradients = key == "grad_cos_layers"
+    if len(self.story.spans) > 1 and not gradients:
+        return "no old task was trained before this step"
+    when = "comes at the end of the second task" if gradients else "begins with the second task"
     return f"{when}: an old task is needed"
 
 # %% ../nbs/11c_forgetting_view.ipynb #dcf4008c
 @patch
 def _answered(self:Forgetting, full:dict|None) -> tuple: # (tasks, format names, percent, why there are none)
-    "From the last row's test answers; from the probes' where they are nearer to the step."
-    row = self.story.row_at(self.at.value) or 0
-    step = self.story.rows[row][0] if row in self.story.rows else -1
-    nearer = full and abs(full["step"] - self.at.value) < abs(step - self.at.value)
-    try: return *(self.answers.of_frame(full) if nearer or (full and self.rec.packed) else self.answers.at(row)), ""
-    except CitError as e:
-        if self.rec.packed: return [], [], [[]], "a packed run keeps no answers"
-        return [], [], [[]], str(e) if self.story.rows else "comes when the start model has been asked"
+    "Take the last row's test answers; the probes' where they are nearer to the step."
+    story, at = self.story, self.at.value
+    row = story.row_at(at) or 0
+    measured = story.rows[row][0] if row in story.rows else -1
+    nearer = full and abs(full["step"] - at) < abs(measured - at)
+    probes = nearer or (full and self.rec.packed)
+    try:
+        found = self.answers.of_frame(full) if probes else self.answers.at(row)
+        return *found, ""
+    except CitError as error:
+        why = str(error) if story.rows else "comes when the start model has been asked"
+        if self.rec.packed:
+            why = "a packed run keeps no answers"
+        return [], [], [[]], why
 
 @patch
-def _said(self:Forgetting, spot, tasks:list, names:list, M, why:str) -> list: # Annotations
-    "In which format each task is answered."
-    self._show("4", spot, names, tasks, M, "%{z:.0f}", 3)
-    return [noted("no answers here: hover to read why" if len(why) > 60 else why, spot, self.colors, hovertext=why)] if why else []
+def _said(self:Forgetting, spot, tasks:list, names:list, percent, why:str) -> list: # Annotations
+    "Show in which format each task is answered."
+    self._show("4", spot, names, tasks, percent, "%{z:.0f}", 3)
+    if not why:
+        return []
+    text = "no answers here: hover to read why" if len(why) > 60 else why
+    return [noted(text, spot, self.colors, hovertext=why)]

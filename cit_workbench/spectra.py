@@ -7,7 +7,9 @@ __all__ = ['Moments', 'eigen', 'singular', 'weighted', 'band', 'within', 'energy
            'write_collected', 'read_collected', 'only']
 
 # %% ../nbs/10b_spectra.ipynb #7ba71ec1
-import io, json, re
+import io
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,162 +22,222 @@ from .similarity import subspace_overlap
 
 # %% ../nbs/10b_spectra.ipynb #29b1979e
 class Moments:
-    "Count, sum and second moment of rows, from one pass."
+    "Keep count, sum and second moment of rows, from one pass."
     def __init__(self, d:int, # Length of a row
                  cap:float|None=None, # Longer rows are scaled to this norm; None: none are
-                 exact:bool=True, # Products in float64; False: in float32 within a call of `add`, for the top of a spectrum
+                 exact:bool=True, # Products in float64; False: float32 within a call of `add`, for a spectrum's top
                 ):
-        self.n, self.cap, self.exact, self.sum, self.outer = 0, cap, exact, np.zeros(d), np.zeros((d, d))
+        self.n, self.cap, self.exact = 0, cap, exact
+        self.sum, self.outer = np.zeros(d), np.zeros((d, d))
+
     def add(self, x:np.ndarray, # Rows [n, d], finite
            ) -> "Moments":
         "Count rows in; raises `CitError` for rows of another length or with NaN."
         x = np.asarray(x, float if self.exact else np.float32)
-        if x.ndim != 2 or x.shape[1] != len(self.sum): raise CitError(f"rows have shape {x.shape}, but these moments take [n, {len(self.sum)}]")
-        if not np.isfinite(x).all(): raise CitError("rows hold NaN or infinite values; moments take finite ones")
-        if self.cap is not None: x = x*np.minimum(1, self.cap/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30))
-        self.n += len(x); self.sum += x.sum(0, dtype=float); self.outer += x.T @ x
+        if x.ndim != 2 or x.shape[1] != len(self.sum):
+            raise CitError(f"rows have shape {x.shape}, but these moments take [n, {len(self.sum)}]")
+        if not np.isfinite(x).all():
+            raise CitError("rows hold NaN or infinite values; moments take finite ones")
+        if self.cap is not None:
+            norms = np.linalg.norm(x, axis=1, keepdims=True)
+            x = x*np.minimum(1, self.cap/np.maximum(norms, 1e-30))
+        self.n += len(x)
+        self.sum += x.sum(0, dtype=float)
+        self.outer += x.T @ x
         return self
+
     def merge(self, other:"Moments") -> "Moments": # A new one
-        "Both together; raises `CitError` when dimension or cap differ."
-        if (len(self.sum), self.cap) != (len(other.sum), other.cap): raise CitError(f"moments of [n, {len(self.sum)}] with cap {self.cap} and of [n, {len(other.sum)}] with cap {other.cap} cannot be merged")
+        "Add up two; raises `CitError` when dimension or cap differ."
+        if (len(self.sum), self.cap) != (len(other.sum), other.cap):
+            raise CitError(f"moments of [n, {len(self.sum)}] with cap {self.cap} and of [n, {len(other.sum)}] "
+                           f"with cap {other.cap} cannot be merged")
         out = Moments(len(self.sum), self.cap)
-        out.n, out.sum, out.outer = self.n + other.n, self.sum + other.sum, self.outer + other.outer
+        out.n = self.n + other.n
+        out.sum = self.sum + other.sum
+        out.outer = self.outer + other.outer
         return out
+
     def matrix(self, centred:bool=False, # Without the mean
               ) -> np.ndarray: # [d, d]
-        "The mean outer product of rows; centred, their covariance (divided by n)."
-        if not self.n: raise CitError("no rows were counted; a spectrum needs at least one")
-        m = self.sum/self.n
-        return self.outer/self.n - (np.outer(m, m) if centred else 0)
-    def __repr__(self): return f"Moments({self.n} rows of {len(self.sum)}{'' if self.cap is None else f', cap {self.cap:g}'})"
+        "Return the mean outer product of rows; centred, their covariance (divided by n)."
+        if not self.n:
+            raise CitError("no rows were counted; a spectrum needs at least one")
+        mean = self.sum/self.n
+        return self.outer/self.n - (np.outer(mean, mean) if centred else 0)
+
+    def __repr__(self):
+        cap = "" if self.cap is None else f", cap {self.cap:g}"
+        return f"Moments({self.n} rows of {len(self.sum)}{cap})"
 
 # %% ../nbs/10b_spectra.ipynb #ef4a1223
-def eigen(m:Moments,
+def eigen(moments:Moments,
           centred:bool=False, # Without the mean
           k:int|None=None, # The largest k alone, in half the time; None: all
          ) -> tuple: # (values [k or d] ≥ 0, largest first; vectors [d, k or d], in columns)
-    "Energy per direction and the directions: of the centred rows, the principal components."
-    C = m.matrix(centred); d = len(C)
-    values, vectors = np.linalg.eigh(C) if k is None else eigh(C.T, subset_by_index=[d - min(k, d), d - 1], driver="evr", overwrite_a=True, check_finite=False)
+    "Find energy per direction and the directions: of the centred rows, the principal components."
+    matrix = moments.matrix(centred)
+    if k is None:
+        values, vectors = np.linalg.eigh(matrix)
+    else:
+        d = len(matrix)
+        largest = [d - min(k, d), d - 1]
+        values, vectors = eigh(matrix.T, subset_by_index=largest, driver="evr", overwrite_a=True, check_finite=False)
     return values[::-1].clip(min=0), vectors[:, ::-1]
 
 def singular(values:np.ndarray, # From `eigen`
              n:int, # Rows
             ) -> np.ndarray: # [d]
-    "Singular values of the rows."
+    "Compute the singular values of the rows."
     return np.sqrt(values*n)
 
 # %% ../nbs/10b_spectra.ipynb #9524433e
 def weighted(blocks:list, # `Moments`
-             weights, # How often each counts
+             weights:list|np.ndarray, # How often each counts
             ) -> Moments:
-    "The blocks merged, each that many times."
-    out = Moments(len(blocks[0].sum), blocks[0].cap)
-    out.n = sum(w*b.n for b, w in zip(blocks, weights))
-    out.sum, out.outer = (sum(w*getattr(b, k) for b, w in zip(blocks, weights) if w) for k in ("sum", "outer"))
+    "Merge the blocks, each that many times."
+    first, pairs = blocks[0], list(zip(blocks, weights))
+    out = Moments(len(first.sum), first.cap)
+    out.n = sum(weight*block.n for block, weight in pairs)
+    out.sum = sum(weight*block.sum for block, weight in pairs if weight)
+    out.outer = sum(weight*block.outer for block, weight in pairs if weight)
     return out
 
 def band(blocks:list, # `Moments` of disjoint blocks of samples, two or more
          centred:bool=False, # Without the mean
          draws:int=200, # Resamples
          level:float=.95,
-         key=(), # Keys the draws
+         key:tuple=(), # Keys the draws
         ) -> np.ndarray: # [2, d]: low and high
-    "Bootstrap band of √(eigenvalue) over blocks; raises `CitError` for fewer than two."
-    if len(blocks := [b for b in blocks if b.n]) < 2: raise CitError(f"a band needs two or more blocks with rows; there are {len(blocks)}")
-    picks = rng("spectra", "band", *key).multinomial(len(blocks), np.ones(len(blocks))/len(blocks), size=draws)
-    roots = [np.sqrt(np.linalg.eigvalsh(weighted(blocks, w).matrix(centred))[::-1].clip(min=0)) for w in picks]
+    "Draw a bootstrap band of √(eigenvalue) over blocks; raises `CitError` for fewer than two."
+    blocks = [block for block in blocks if block.n]
+    count = len(blocks)
+    if count < 2:
+        raise CitError(f"a band needs two or more blocks with rows; there are {count}")
+    picks = rng("spectra", "band", *key).multinomial(count, np.ones(count)/count, size=draws)
+    roots = []
+    for weights in picks:
+        values = np.linalg.eigvalsh(weighted(blocks, weights).matrix(centred))
+        roots.append(np.sqrt(values[::-1].clip(min=0)))
     return np.quantile(roots, [(1 - level)/2, (1 + level)/2], axis=0)
 
 # %% ../nbs/10b_spectra.ipynb #c2f785fd
-def within(m:Moments, V:np.ndarray, # Orthonormal columns [d, k]
+def within(moments:Moments,
+           V:np.ndarray, # Orthonormal columns [d, k]
           ) -> Moments: # Of rows of length k
-    "Moments of the rows' coordinates in a space; the cap has been applied."
-    out = Moments(V.shape[1], m.cap)
-    out.n, out.sum, out.outer = m.n, m.sum @ V, V.T @ m.outer @ V
+    "Take the moments of the rows' coordinates in a space; the cap has been applied."
+    out = Moments(V.shape[1], moments.cap)
+    out.n = moments.n
+    out.sum = moments.sum @ V
+    out.outer = V.T @ moments.outer @ V
     return out
 
 # %% ../nbs/10b_spectra.ipynb #ec39cd39
 def energy(V:np.ndarray, # Directions of task a, best first [d, K]
-           m:Moments, # Of task b
+           moments:Moments, # Of task b
            centred:bool=False, # Without the mean
           ) -> np.ndarray: # [K]: share for k = 1 … K; NaN without energy
-    "E(a→b;k) for every k at once."
-    C = m.matrix(centred); total = np.trace(C)
-    return np.einsum("dk,dk->k", V, C @ V).clip(min=0).cumsum()/(total if total > 0 else np.nan)
+    "Compute E(a→b;k) for every k at once."
+    matrix = moments.matrix(centred)
+    total = np.trace(matrix)
+    held = np.einsum("dk,dk->k", V, matrix @ V).clip(min=0)
+    return held.cumsum()/(total if total > 0 else np.nan)
 
 def energies(bases:list, # Directions per task [d, K]
              moments:list, # `Moments` per task
              centred:bool=False, # Without the mean
             ) -> np.ndarray: # [T, T, K]: from a (first) to b (second)
-    "E(a→b;k) of all pairs."
-    return np.stack([[energy(V, m, centred) for m in moments] for V in bases])
+    "Compute E(a→b;k) of all pairs."
+    return np.stack([[energy(V, of_task, centred) for of_task in moments] for V in bases])
 
 # %% ../nbs/10b_spectra.ipynb #a6aa4702
 def angles(U:np.ndarray, # Independent columns span one space [..., d, k]
            V:np.ndarray, # And another [..., d, m]
           ) -> np.ndarray: # [..., min(k, m)], degrees, smallest first
-    "Principal angles between two spaces, or two stacks of them (Björck and Golub 1973), small ones by their sines (Knyazev and Argentati 2002)."
-    U, V = (np.linalg.qr(np.asarray(x, float))[0] for x in ((U, V) if U.shape[-1] >= V.shape[-1] else (V, U)))
+    "Find principal angles of spaces (Björck and Golub 1973), small ones by their sines (Knyazev and Argentati 2002)."
+    if U.shape[-1] < V.shape[-1]:
+        U, V = V, U
+    U, V = (np.linalg.qr(np.asarray(space, float))[0] for space in (U, V))
     C = U.swapaxes(-1, -2) @ V
-    cos, sin = (np.linalg.svd(x, compute_uv=False).clip(0, 1) for x in (C, V - U @ C))
+    cos = np.linalg.svd(C, compute_uv=False).clip(0, 1)
+    sin = np.linalg.svd(V - U @ C, compute_uv=False).clip(0, 1)
     return np.degrees(np.where(cos**2 < .5, np.arccos(cos), np.arcsin(sin[..., ::-1])))
 
 # %% ../nbs/10b_spectra.ipynb #82a7ee62
 def crowding(moments:list, # `Moments` per task, in training order
              eps:float=.9, # Share of a task's energy that its space must hold
              centred:bool=False, # Without the mean
-            ) -> list: # Per task: {"k": own dimension, "old": of the old space before it, "residual": d − old, "conflict": 0 to 1}
-    "How full the space is before each task, and how much of what it needs is taken."
+            ) -> list: # Per task: {"k": own dimension, "old": old space's, "residual": d − old, "conflict": 0 to 1}
+    "Measure how full the space is before each task, and how much of what it needs is taken."
     import torch
     from cit_workbench.methods.fwd_prompt import extend
-    if not 0 < eps <= 1: raise CitError(f"eps is {eps}; allowed: above 0, up to 1")
+    if not 0 < eps <= 1:
+        raise CitError(f"eps is {eps}; allowed: above 0, up to 1")
     out, old = [], torch.zeros(len(moments[0].sum), 0, dtype=torch.double)
-    for m in moments:
-        G = torch.from_numpy(m.matrix(centred)); own = extend(torch.zeros_like(G[:, :0]), G, eps)
-        out.append({"k": own.shape[1], "old": old.shape[1], "residual": len(G) - old.shape[1], "conflict": subspace_overlap(old.numpy(), own.numpy())})
-        old = extend(old, G, eps)
+    for task in moments:
+        matrix = torch.from_numpy(task.matrix(centred))
+        own = extend(torch.zeros_like(matrix[:, :0]), matrix, eps)
+        conflict = subspace_overlap(old.numpy(), own.numpy())
+        taken = old.shape[1]
+        out.append({"k": own.shape[1], "old": taken, "residual": len(matrix) - taken, "conflict": conflict})
+        old = extend(old, matrix, eps)
     return out
 
 # %% ../nbs/10b_spectra.ipynb #dd34946b
 @dataclass
 class Collected:
-    "Arrays by name, and what they are of."
+    "Hold arrays by name, and what they are of."
     about: dict # Plain values; "tasks" are the names along T
     arrays: dict # Name → array
-    def __getitem__(self, name:str): return self.arrays[one_of("array", name, self.arrays)]
+
+    def __getitem__(self, name:str) -> np.ndarray:
+        return self.arrays[one_of("array", name, self.arrays)]
+
     @property
-    def tasks(self) -> list: return self.about["tasks"]
+    def tasks(self) -> list:
+        return self.about["tasks"]
+
     def places(self, what:str="cosine") -> list: # ["input/visual", …]
-        "Where an array of that name is found: level and modality."
-        return [k.removesuffix(f"/{what}") for k in self.arrays if k.endswith(f"/{what}")]
+        "Find the places of an array of that name: level and modality."
+        return [name.removesuffix(f"/{what}") for name in self.arrays if name.endswith(f"/{what}")]
 
-def _sum(about, arrays) -> str: return digest(about, *[x for k, a in sorted(arrays.items()) for x in (k, a)], n=64)
+def _sum(about, arrays) -> str:
+    "Digest the content of a file."
+    parts = [part for item in sorted(arrays.items()) for part in item]
+    return digest(about, *parts, n=64)
 
-def write_collected(path, # An .npz file
-                    c:Collected):
+def write_collected(path:str|Path, # An .npz file
+                    collected:Collected) -> Path:
     "Write it whole, with a digest of its content."
-    buf, about = io.BytesIO(), canonical(c.about).encode()
-    np.savez(buf, about=np.frombuffer(about, np.uint8), sum=np.array(_sum(about, c.arrays)), **c.arrays)
-    return write_atomic(path, buf.getvalue())
+    content, about = io.BytesIO(), canonical(collected.about).encode()
+    said = np.array(_sum(about, collected.arrays))
+    np.savez(content, about=np.frombuffer(about, np.uint8), sum=said, **collected.arrays)
+    return write_atomic(path, content.getvalue())
 
 # %% ../nbs/10b_spectra.ipynb #3b182bd2
-def read_collected(path, # An .npz file
+def read_collected(path:str|Path, # An .npz file
                   ) -> Collected:
     "Read what `write_collected` wrote; raises `CitError` when the file is missing or not whole."
-    if not Path(path).is_file(): raise CitError(f"collected file {path} does not exist")
+    if not Path(path).is_file():
+        raise CitError(f"collected file {path} does not exist")
     try:
         arrays = read_npz(path, *npz_names(path))
         about, said = arrays.pop("about").tobytes(), str(arrays.pop("sum"))
         whole = said == _sum(about, arrays)
-    except Exception as e: raise CitError(f"collected file {path} is damaged ({type(e).__name__}); delete it, and it is measured again") from e
-    if not whole: raise CitError(f"collected file {path} is damaged: its content is not what its digest says; delete it, and it is measured again")
+    except Exception as error:
+        raise CitError(f"collected file {path} is damaged ({type(error).__name__}); "
+                       "delete it, and it is measured again") from error
+    if not whole:
+        raise CitError(f"collected file {path} is damaged: its content is not what its digest says; "
+                       "delete it, and it is measured again")
     return Collected(json.loads(about), arrays)
 
 # %% ../nbs/10b_spectra.ipynb #9e98a10b
-def only(c:Collected, names:str, # Full-match regex of array names
+def only(collected:Collected,
+         names:str, # Full-match regex of array names
         ) -> Collected:
-    "The arrays whose names match; raises `CitError` when none does."
-    kept = {k: a for k, a in c.arrays.items() if re.fullmatch(names, k)}
-    if not kept: raise CitError(f"no array is named like {names!r}; names are {', '.join(sorted(c.arrays)[:4])} …")
-    return Collected(c.about, kept)
+    "Keep the arrays whose names match; raises `CitError` when none does."
+    kept = {name: array for name, array in collected.arrays.items() if re.fullmatch(names, name)}
+    if not kept:
+        known = ", ".join(sorted(collected.arrays)[:4])
+        raise CitError(f"no array is named like {names!r}; names are {known} …")
+    return Collected(collected.about, kept)
