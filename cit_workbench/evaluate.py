@@ -310,8 +310,9 @@ def forget(part:Path): # A file of lines
 def _store(path:Path, lines:list):
     "Keep answers for the next time; a store that cannot be written costs time, never a run."
     body = "\n".join(map(canonical, lines)).encode()
+    head = digest(body).encode()
     try:
-        write_atomic(path, digest(body).encode() + b"\n" + body)
+        write_atomic(path, head + b"\n" + body)
     except CitError as error:
         warnings.warn(f"answers are not kept for other runs ({error}); $CIT_CACHE names another folder")
 
@@ -339,8 +340,10 @@ def home(self:Net,
     rows = _spread(name, self.find(name).n["train"])
     out = {}
     for what, used in self.went(rows, "train", told=True, training=True).items():
-        takes = max(1, int((used > 1e-6).sum(-1).max()))
-        out[what] = used.sum(0).topk(takes, -1).indices.tolist()
+        taken = (used > 1e-6).sum(-1)
+        takes = max(1, int(taken.max()))
+        most_used = used.sum(0).topk(takes, -1)
+        out[what] = most_used.indices.tolist()
     return out
 
 # %% ../nbs/07_evaluate.ipynb #b61683ce
@@ -531,12 +534,13 @@ def _of_task(both:tuple) -> tuple: # ({variant/what: array}, (moments, capped mo
     "Compute spectra, bands, directions and split-half energies of a task at one place."
     out, totals = {}, tuple(map(_merged, both))
     for variant, (which, centred) in _variants.items():
+        blocks = both[which]
         values, vectors = eigen(totals[which], centred)
         most = min(_most, len(values))
         out |= {f"{variant}/values": values,
                 f"{variant}/basis": vectors[:, :most].astype(np.float32),
-                f"{variant}/band": _band(both[which], vectors, centred, most),
-                f"{variant}/split": _split_half(both[which], centred, most)}
+                f"{variant}/band": _band(blocks, vectors, centred, most),
+                f"{variant}/split": _split_half(blocks, centred, most)}
     return out | {"n": np.array(totals[0].n), "cap": np.array(totals[1].cap)}, totals
 
 # %% ../nbs/07_evaluate.ipynb #7c3b4b29
