@@ -7,8 +7,10 @@ __all__ = ['score_line', 'column_scores', 'answered_by', 'forget', 'content_toke
 
 # %% ../nbs/07_evaluate.ipynb #5993b5f4
 import json, warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,29 +28,44 @@ from .stream import scorer_version
 def score_line(task, # A `Task`
                example, # The `Example` answered
                text:str, # The answer
-               ll=None, # Log-likelihood of each choice, None without a closed set
+               likelihoods:torch.Tensor|list|None=None, # Log-likelihood of each choice, None without a closed set
                model_id:str="", # Who answered
               ) -> dict: # A CoIN result line; scores under "metadata"
     "Score one answer."
-    fmt = task.format
-    content = None if ll is None else float(example.choices[int(torch.as_tensor(ll).argmax())] == example.answer)
-    more = {k: example.meta[k] for k in ("references",) if k in example.meta}
-    return {"question_id": example.meta.get("question_id", example.id), "prompt": example.question, "text": text, "answer_id": digest(example.id, text, model_id), "model_id": model_id,
-            "metadata": {"answer": example.answer, "formatted": float(fmt.score(example, text)), "valid": float(fmt.valid(text)), "content": content, **more}}
+    content = None
+    if likelihoods is not None:
+        likeliest = int(torch.as_tensor(likelihoods).argmax())
+        content = float(example.choices[likeliest] == example.answer)
+    scores = {"answer": example.answer,
+              "formatted": float(task.format.score(example, text)),
+              "valid": float(task.format.valid(text)),
+              "content": content}
+    if "references" in example.meta: scores["references"] = example.meta["references"]
+    return {"question_id": example.meta.get("question_id", example.id),
+            "prompt": example.question,
+            "text": text,
+            "answer_id": digest(example.id, text, model_id),
+            "model_id": model_id,
+            "metadata": scores}
 
 # %% ../nbs/07_evaluate.ipynb #587c1fe7
 def column_scores(task, # A `Task`
                   lines:list, # Its scored result lines
                  ) -> dict: # Percent; "content" None without closed sets; "cider" for captions
-    "The scores of one column."
-    get = lambda k: [l["metadata"][k] for l in lines if l["metadata"][k] is not None]
-    mean = lambda v: 100*sum(v)/len(v) if v else None
-    out = {k: mean(get(k)) for k in ("formatted", "valid", "content")} | {"n": len(lines)}
-    return out | ({"cider": cider([l["text"] for l in lines], [l["metadata"].get("references") or l["metadata"]["answer"] for l in lines])} if task.format.kind == "caption" else {})
+    "Average the scores of one column."
+    def mean(name):
+        scores = [line["metadata"][name] for line in lines]
+        known = [score for score in scores if score is not None]
+        return 100*sum(known)/len(known) if known else None
+    out = {name: mean(name) for name in ("formatted", "valid", "content")} | {"n": len(lines)}
+    if task.format.kind != "caption": return out
+    texts = [line["text"] for line in lines]
+    references = [line["metadata"].get("references") or line["metadata"]["answer"] for line in lines]
+    return out | {"cider": cider(texts, references)}
 
 # %% ../nbs/07_evaluate.ipynb #c8311d3c
 def answered_by(method:Method) -> dict:
-    "Name the versions of the code that answers and scores, and of the libraries below it; how weights were trained does not count."
+    "Name the versions of the code that answers and scores, and of the libraries below it; training does not count."
     below = ("transformers", "peft", "tokenizers", "numpy", "pillow")
     libraries = {"torch": torch.__version__, **{name: version(name) for name in below}}
     return {**_but_training(versions_of(method)), "libraries": libraries}
@@ -56,36 +73,45 @@ def answered_by(method:Method) -> dict:
 def _but_training(methods:dict) -> dict: # As `behaviour`, without the room of training
     "Name the versions of what is computed with given weights."
     made_by = behaviour(methods, {})
-    return {**made_by, "rooms": {room: v for room, v in made_by["rooms"].items() if room != "training"}}
+    rooms = {room: number for room, number in made_by["rooms"].items() if room != "training"}
+    return {**made_by, "rooms": rooms}
 
 # %% ../nbs/07_evaluate.ipynb #b257e3ab
 @patch
 def state_key(self:Net) -> str:
-    "Digest of everything an answer depends on besides the question."
-    own = [(n, p.detach().float().cpu().numpy()) for n, p in sorted(self.own().items())]
-    tree, tensors = split_tree(self.method.mem)
-    bb, m = self.backbone, self.method
-    pixels = bb.image_mode, type(bb.image_processor).__name__
-    start = (bb.hash, *pixels, str(bb.dtype), str(bb.device), torch.get_num_threads(), answered_by(m))
-    if bb.image_reading != "seen": start = (*start, bb.image_reading)
-    if not own and not overrides(m, "route"): return digest(start)
-    return digest(start, m.name, config_of(m), code_of(m), asdict(self.tuning), tree, *[x for n, a in own for x in (n, a)],
-                  *[x for k, t in sorted(tensors.items()) for x in (k, t.float().numpy())])
+    "Digest everything that an answer depends on besides the question."
+    backbone, method = self.backbone, self.method
+    weights = []
+    for name, weight in sorted(self.own().items()):
+        weights += [name, weight.detach().float().cpu().numpy()]
+    tree, tensors = split_tree(method.mem)
+    start = (backbone.hash, backbone.image_mode, type(backbone.image_processor).__name__,
+             str(backbone.dtype), str(backbone.device), torch.get_num_threads(), answered_by(method))
+    if backbone.image_reading != "seen": start = (*start, backbone.image_reading)
+    if not weights and not overrides(method, "route"): return digest(start)
+    memory = []
+    for name, tensor in sorted(tensors.items()):
+        memory += [name, tensor.float().numpy()]
+    made_by = method.name, config_of(method), code_of(method), asdict(self.tuning)
+    return digest(start, *made_by, tree, *weights, *memory)
 
 # %% ../nbs/07_evaluate.ipynb #a1e0a7f8
 def _put_down_more(keep:dict, # {task name: file}
                    lines:dict, # {(task name, index): scored line} of a batch
                   ):
     "Append the lines of a batch to the files of their tasks; one that cannot be written costs time, never a run."
-    for name in {n for n, _ in lines} & {*keep}:
-        rows = [canonical([i, line]).encode() for (n, i), line in lines.items() if n == name]
-        text = b"\n" + b"".join(digest(row).encode() + b" " + row + b"\n" for row in rows) # What a kill tore ends here
+    for task in {name for name, _ in lines} & {*keep}:
+        rows = [canonical([index, line]).encode() for (name, index), line in lines.items() if name == task]
+        text = b"\n" # What a kill tore ends here
+        text += b"".join(digest(row).encode() + b" " + row + b"\n" for row in rows)
         try:
-            keep[name].parent.mkdir(parents=True, exist_ok=True)
-            with open(keep[name], "ab") as f: f.write(text)
-        except OSError as e: warnings.warn(f"answers are not kept while they are given ({e}); $CIT_CACHE names another folder")
+            keep[task].parent.mkdir(parents=True, exist_ok=True)
+            with open(keep[task], "ab") as file:
+                file.write(text)
+        except OSError as error:
+            warnings.warn(f"answers are not kept while they are given ({error}); $CIT_CACHE names another folder")
 
-def _put_down(file) -> dict: # {index: line}
+def _put_down(file:Path) -> dict: # {index: line}
     "Read the lines that are whole."
     found = {}
     for text in file.read_bytes().split(b"\n") if file.is_file() else []:
@@ -99,17 +125,19 @@ def room(self:Net,
          name:str, # A task
          split:str, # Whose answers
         ) -> tuple: # (tokens for an answer and its end, answers that need more, tokens that the longest needs)
-    "Room for the answers of a task by the checkpoint's tokenizer."
-    known, key = vars(self).setdefault("_rooms", {}), (name, split)
+    "Find the room for the answers of a task by the checkpoint's tokenizer."
+    known = vars(self).setdefault("_rooms", {})
+    key = name, split
     if key in known: return known[key]
     task, chat = self.find(name), self.backbone.chat
-    said = [self.example(name, split, i) for i in range(task.n[split])]
-    texts = {t for e in said for t in (e.answer, *e.choices)}
+    examples = [self.example(name, split, index) for index in range(task.n[split])]
+    texts = {text for example in examples for text in (example.answer, *example.choices)}
     least = task.format.max_new_tokens
-    need = {t: chat.length(t) for t in texts if chat.at_most(t) > least}
+    need = {text: chat.length(text) for text in texts if chat.at_most(text) > least}
     longest = max(need.values(), default=0)
     room = max(least, min(longest, 4*least))
-    known[key] = room, sum(need.get(e.answer, 0) > room for e in said), longest
+    cut = sum(need.get(example.answer, 0) > room for example in examples)
+    known[key] = room, cut, longest
     return known[key]
 
 # %% ../nbs/07_evaluate.ipynb #3a44235d
@@ -120,17 +148,29 @@ def check_rows(self:Net,
                rows:list, # Indices
               ):
     "Raise `CitError` that names the first row which cannot be written or is too long."
-    bb, learn, soft = self.backbone, split == "train", self.method.soft
+    backbone, soft = self.backbone, self.method.soft
+    learn = split == "train"
     more = soft if learn else soft + self.room(name, split)[0]
-    around = max(len(bb.encode("", "", image)[0]) for image in (True, False)) + more
-    for i in rows:
-        e = self.example(name, split, i)
-        said = (e.question, e.answer) if learn else (e.question,)
-        marked = any(map(bb.chat.control.search, (e.question, e.answer, *e.choices)))
-        if not marked and (not bb.limit or around + sum(map(bb.chat.at_most, said)) <= bb.limit): continue
-        for choice in e.choices: bb.texts(e, choice)
-        prompt, answer = bb.texts(e, e.answer)
-        bb.check_row(e, prompt + answer if learn else prompt, more)
+    around = max(len(backbone.encode("", "", image)[0]) for image in (True, False)) + more
+    for index in rows:
+        example = self.example(name, split, index)
+        if _surely_fits(backbone, example, learn, around): continue
+        for choice in example.choices:
+            backbone.texts(example, choice)
+        prompt, answer = backbone.texts(example, example.answer)
+        backbone.check_row(example, prompt + answer if learn else prompt, more)
+
+def _surely_fits(backbone,
+                 example, # The row
+                 learn:bool, # Is the answer read, too?
+                 around:int, # Tokens around the texts
+                ) -> bool:
+    "Tell by counting bytes whether a row has plain texts and is short enough."
+    chat = backbone.chat
+    texts = (example.question, example.answer, *example.choices)
+    if any(map(chat.control.search, texts)): return False
+    said = (example.question, example.answer) if learn else (example.question,)
+    return not backbone.limit or around + sum(map(chat.at_most, said)) <= backbone.limit
 
 # %% ../nbs/07_evaluate.ipynb #cdbb3ba5
 @patch
@@ -144,37 +184,66 @@ def ask(self:Net,
        ) -> dict: # {(task name, index): scored line}
     "Answer questions in batches and score the answers."
     if not items: return {}
-    tasks = {n: self.stream.task(n) for n, _ in items}
-    ex = {r: tasks[r[0]].example(split, r[1]) for r in items}
-    prompts = {r: self.backbone.texts(e)[0] for r, e in ex.items()}
-    room = {r: (self.room(r[0], split)[0], len(prompts[r])) for r in ex}
-    for r, e in ex.items(): self.backbone.check_row(e, prompts[r], room[r][0])
-    items, lines = sorted(items, key=lambda r: (*room[r], r)), {}
-    size = max(1, min(128, tokens//max(n for _, n in room.values())))
-    chunks = [items[i:i+size] for i in range(0, len(items), size)]
-    kept = {(n, i): line for n, file in keep.items() for i, line in _put_down(file).items()}
+    tasks = {name: self.stream.task(name) for name, _ in items}
+    examples = {(name, index): tasks[name].example(split, index) for name, index in items}
+    room = self._rooms_of(examples, split)
+    batches = _batches(items, room, tokens)
+    kept = {(name, index): line for name, file in keep.items() for index, line in _put_down(file).items()}
+    lines = {}
     unclear = 0 # Rows whose likelihoods are no numbers
     with whole(self.model):
-        for c in progress(chunks[self.rank::self.world], "answering"):
-            if all(r in kept for r in c):
-                lines |= {r: kept[r] for r in c}
+        for rows in progress(batches[self.rank::self.world], "answering"):
+            if all(row in kept for row in rows):
+                lines |= {row: kept[row] for row in rows}
                 continue
-            b = self.rows(c, split, answers=False, task=[n if oracle else None for n, _ in c])
-            choices = [self.backbone.options(e) for e in b.examples]
-            ids, lls = self.answer(b, max(room[r][0] for r in c), choices)
-            unclear += sum(ll is not None and bool(ll.isnan().any()) for ll in lls)
-            for r, i, ll in zip(c, ids, lls): lines[r] = score_line(tasks[r[0]], ex[r], self.backbone.decode(i[:room[r][0]]), ll, model_id)
-            if not unclear: _put_down_more(keep, {r: lines[r] for r in c})
+            texts, likelihoods = self._answer_rows(rows, split, oracle, room)
+            unclear += sum(values is not None and bool(values.isnan().any()) for values in likelihoods)
+            for row, text, values in zip(rows, texts, likelihoods):
+                lines[row] = score_line(tasks[row[0]], examples[row], text, values, model_id)
+            if not unclear: _put_down_more(keep, {row: lines[row] for row in rows})
     if int(self.reduce(torch.tensor(unclear, device=self.backbone.device))):
-        raise CitError(f"the likelihoods of some choices are NaN: the weights of this model overflow in {self.backbone.dtype}; lower what trained it, or take another compute dtype")
+        raise CitError("the likelihoods of some choices are NaN: the weights of this model overflow in "
+                       f"{self.backbone.dtype}; lower what trained it, or take another compute dtype")
     return self._gather(lines)
+
+# %% ../nbs/07_evaluate.ipynb #32d84966
+@patch
+def _rooms_of(self:Net,
+              examples:dict, # {(task name, index): example}
+              split:str, # Of these rows
+             ) -> dict: # {(task name, index): (tokens for the answer, tokens of the prompt)}
+    "Find the room that rows take; raises `CitError` for one that does not fit."
+    prompts = {row: self.backbone.texts(example)[0] for row, example in examples.items()}
+    room = {row: (self.room(row[0], split)[0], len(prompts[row])) for row in examples}
+    for row, example in examples.items():
+        self.backbone.check_row(example, prompts[row], room[row][0])
+    return room
+
+def _batches(rows:list, room:dict, tokens:int) -> list: # Lists of rows
+    "Sort rows by the room that they take and cut them into batches of so many prompt tokens."
+    rows = sorted(rows, key=lambda row: (*room[row], row))
+    longest = max(prompt for _, prompt in room.values())
+    size = max(1, min(128, tokens//longest))
+    return [rows[first:first + size] for first in range(0, len(rows), size)]
+
+@patch
+def _answer_rows(self:Net, rows:list, split:str, oracle:bool, room:dict) -> tuple:
+    "Answer the questions of one batch: texts, and log-likelihoods of the choices or None."
+    shown = [name if oracle else None for name, _ in rows]
+    batch = self.rows(rows, split, answers=False, task=shown)
+    choices = [self.backbone.options(example) for example in batch.examples]
+    most = max(room[row][0] for row in rows)
+    answers, likelihoods = self.answer(batch, most, choices)
+    cut = [ids[:room[row][0]] for row, ids in zip(rows, answers)]
+    return [self.backbone.decode(ids) for ids in cut], likelihoods
 
 @patch
 def _gather(self:Net, lines:dict) -> dict:
-    "The lines of all processes."
+    "Gather the lines of all processes."
     if self.world == 1: return lines
-    every = [None]*self.world; dist.all_gather_object(every, lines)
-    return {k: v for d in every for k, v in d.items()}
+    every = [None]*self.world
+    dist.all_gather_object(every, lines)
+    return {row: line for part in every for row, line in part.items()}
 
 # %% ../nbs/07_evaluate.ipynb #3f363430
 @patch
@@ -185,8 +254,9 @@ def store_of(self:Net,
             ) -> dict: # {column: file}
     "Name the files of the answers of this very model; `.part` takes the place of `.jsonl` while they are given."
     state = self.state_key()
-    return {n: _store_of(state, self.stream.task(n), split, oracle) for n in names}
+    return {name: _store_of(state, self.stream.task(name), split, oracle) for name in names}
 
+# %% ../nbs/07_evaluate.ipynb #cfdeef6f
 @patch
 def evaluate(self:Net,
              names:list, # Columns: task names
@@ -194,56 +264,71 @@ def evaluate(self:Net,
              oracle:bool=False, # Show the task label
              model_id:str="", # Written into the lines
             ) -> dict: # {column: (scores, lines)}
-    "Answers and scores of every column, from the store where the same model was asked before."
+    "Answer and score every column; the store gives the answers where the same model was asked before."
     where = self.store_of(names, split, oracle)
-    have = self._agree({n: _stored(where[n], self.stream.task(n).n[split]) for n in names})
-    parts = {n: where[n].with_suffix(".part") for n in names if have[n] is None}
-    got = self.ask([(n, i) for n in parts for i in range(self.stream.task(n).n[split])], split, oracle, keep=parts) if parts else {}
-    for n in names:
-        if have[n] is not None: continue
-        have[n] = [got[n, i] for i in range(self.stream.task(n).n[split])]
-        if self.rank == 0: _store(where[n], have[n])
+    tasks = {name: self.stream.task(name) for name in names}
+    rows = {name: [(name, index) for index in range(task.n[split])] for name, task in tasks.items()}
+    have = self._agree({name: _stored(where[name], len(rows[name])) for name in names})
+    parts = {name: where[name].with_suffix(".part") for name in names if have[name] is None}
+    asked = [row for name in parts for row in rows[name]]
+    got = self.ask(asked, split, oracle, keep=parts) if parts else {}
+    for name in parts:
+        have[name] = [got[row] for row in rows[name]]
+        if self.rank == 0: _store(where[name], have[name])
     if parts: self._agree(None) # The first process has stored them
-    for file in where.values(): forget(file.with_suffix(".part"))
-    out = {n: [l | {"model_id": model_id} for l in have[n]] for n in names}
-    return {n: (column_scores(self.stream.task(n), lines), lines) for n, lines in out.items()}
+    for file in where.values():
+        forget(file.with_suffix(".part"))
+    out = {}
+    for name in names:
+        lines = [line | {"model_id": model_id} for line in have[name]]
+        out[name] = column_scores(tasks[name], lines), lines
+    return out
 
 @patch
 def _agree(self:Net, have):
-    "What the first process found, on all of them."
+    "Return what the first process found, on all of them."
     box = [have]
     if self.world > 1: dist.broadcast_object_list(box)
     return box[0]
 
-def _store_of(state:str, task, split:str, oracle:bool): # Path
-    "The file of a task's answers; another version of its scorer is another file."
+# %% ../nbs/07_evaluate.ipynb #43745da1
+def _store_of(state:str, task, split:str, oracle:bool) -> Path:
+    "Name the file of a task's answers; another version of its scorer is another file."
     scorer = task.format.scorer or task.format.kind
-    return cache_dir()/"answers"/f"{digest(state, task.digest(), scorer_version(scorer), task.n[split], split, oracle)}.jsonl"
+    key = digest(state, task.digest(), scorer_version(scorer), task.n[split], split, oracle)
+    return cache_dir()/"answers"/f"{key}.jsonl"
 
-def forget(part):
+def forget(part:Path): # A file of lines
     "Remove lines that were put down while they were asked for, now that they are kept elsewhere."
     try:
         if part.is_file(): part.unlink()
-    except FileNotFoundError: pass # Another process with the same questions removed it
-    except OSError as e: warnings.warn(f"answers that are no longer needed stay on the disk ({e})")
+    except FileNotFoundError: # Another process with the same questions removed it
+        pass
+    except OSError as error:
+        warnings.warn(f"answers that are no longer needed stay on the disk ({error})")
 
-def _store(path, lines):
+def _store(path:Path, lines:list):
     "Keep answers for the next time; a store that cannot be written costs time, never a run."
     body = "\n".join(map(canonical, lines)).encode()
-    try: write_atomic(path, digest(body).encode() + b"\n" + body)
-    except CitError as e: warnings.warn(f"answers are not kept for other runs ({e}); $CIT_CACHE names another folder")
+    head = digest(body).encode()
+    try:
+        write_atomic(path, head + b"\n" + body)
+    except CitError as error:
+        warnings.warn(f"answers are not kept for other runs ({error}); $CIT_CACHE names another folder")
 
-def _stored(path, n):
-    "Lines of an earlier answer file, which begins with its digest; None unless it is whole."
+def _stored(path:Path, count:int) -> list|None: # None unless the file is whole
+    "Read the lines of an earlier answer file, which begins with its digest."
     if not path.is_file(): return None
     said, _, body = path.read_bytes().partition(b"\n")
-    return [json.loads(l) for l in body.split(b"\n")] if said == digest(body).encode() and body.count(b"\n") == n - 1 else None
+    intact = said == digest(body).encode() and body.count(b"\n") == count - 1
+    if not intact: return None
+    return [json.loads(line) for line in body.split(b"\n")]
 
 # %% ../nbs/07_evaluate.ipynb #1d54c95f
 _rows = 32
 
 def _spread(name:str, total:int, most:int=_rows) -> list: # (task name, index) pairs
-    "Some rows of a task, evenly spread."
+    "Choose some rows of a task, evenly spread."
     n = min(most, total)
     return [(name, i*total//n) for i in range(n)]
 
@@ -251,25 +336,31 @@ def _spread(name:str, total:int, most:int=_rows) -> list: # (task name, index) p
 def home(self:Net,
          name:str, # The task just learned
         ) -> dict: # {what: places [groups][as many as a row takes]}; {} for a method that does not choose
-    "The places that a task's training rows use most."
-    refs, out = _spread(name, self.find(name).n["train"]), {}
-    for what, u in self.went(refs, "train", told=True, training=True).items():
-        takes = max(1, int((u > 1e-6).sum(-1).max()))
-        out[what] = u.sum(0).topk(takes, -1).indices.tolist()
+    "Find the places that a task's training rows use most."
+    rows = _spread(name, self.find(name).n["train"])
+    out = {}
+    for what, used in self.went(rows, "train", told=True, training=True).items():
+        taken = (used > 1e-6).sum(-1)
+        takes = max(1, int(taken.max()))
+        most_used = used.sum(0).topk(takes, -1)
+        out[what] = most_used.indices.tolist()
     return out
 
+# %% ../nbs/07_evaluate.ipynb #b61683ce
 @patch
 def found(self:Net,
           homes:dict, # {task: what `home` said of it}
           told:bool=False, # Are labels shown at test?
           split:str="test", # Of these rows
          ) -> dict: # {task: percent}
-    "How much of what rows take lies where training on their task went."
+    "Measure how much of what rows take lies where training on their task went."
     out = {}
     for name, places in homes.items():
-        went = self.went(_spread(name, self.stream.task(name).n[split]), split, told)
-        at_home = [u.gather(-1, torch.tensor(places[k], device=u.device).expand(len(u), -1, -1)) for k, u in went.items()]
-        shares = [u.sum(-1).mean().item() for u in at_home]
+        rows, shares = _spread(name, self.stream.task(name).n[split]), []
+        for what, used in self.went(rows, split, told).items():
+            place = torch.tensor(places[what], device=used.device)
+            at_home = used.gather(-1, place.expand(len(used), -1, -1))
+            shares.append(at_home.sum(-1).mean().item())
         if shares: out[name] = 100*sum(shares)/len(shares)
     return out
 
@@ -284,22 +375,29 @@ from .adapt import Tune
 from .backbone import at, get_backbone, start_hash
 from .method import row_nll
 from .similarity import gradient_cosine, halves, importance_overlap, shuffled, similarity
-from .spectra import Collected, Moments, band, crowding, eigen, energies, energy, read_collected, within, write_collected
+from .spectra import (Collected, Moments, band, crowding, eigen, energies, energy, read_collected,
+                                   within, write_collected)
 from .stream import get_stream
 
 # %% ../nbs/07_evaluate.ipynb #fc9a15b6
-def content_tokens(bb, # A `Backbone`
+def content_tokens(backbone, # A `Backbone`
                    question:str, # The instruction
                    image:bool=True, # Is there an image?
-                  ) -> list: # One bool per prompt token of `bb.encode`
-    "Which prompt tokens are the question's own."
-    chat, own = bb.chat, question.strip()
+                  ) -> list: # One bool per prompt token of `Backbone.encode`
+    "Mark the prompt tokens that are the question's own."
+    chat, own = backbone.chat, question.strip()
     turn, shown = chat.turns[image], chat.cut[0](question)
     start = len(turn.head) + shown.index(own)
+    stop = start + len(own)
     got = chat.plain.encode(turn.head + shown + turn.ask, add_special_tokens=False)
-    inside = [False]*len(turn.begin) + [a < b and a < start + len(own) and b > start for a, b in got.offsets]
-    ids = turn.begin + [chat.true_id.get(i, i) for i in got.ids]
-    return [m for t, m in zip(ids, inside) for m in [m]*(bb.n_vis if t == bb.image_id else 1)]
+    inside = [False]*len(turn.begin)
+    inside += [first < last and first < stop and last > start for first, last in got.offsets]
+    ids = turn.begin + [chat.true_id.get(token, token) for token in got.ids]
+    marks = []
+    for token, mark in zip(ids, inside):
+        times = backbone.n_vis if token == backbone.image_id else 1
+        marks += [mark]*times
+    return marks
 
 # %% ../nbs/07_evaluate.ipynb #ff184499
 @patch
@@ -307,171 +405,290 @@ def content_tokens(bb, # A `Backbone`
 def token_states(self:Net,
                  refs:list, # (task name, index) pairs
                  split:str="train", # Of these rows
-                 layers=(), # Layers of the language model, from 1
+                 layers:tuple|list=(), # Layers of the language model, from 1
                 ) -> dict: # {"input/visual": (vectors [m, d], row of each [m]), …}, NumPy
-    "Hidden states of the tokens of some rows, in evaluation mode, through the method's routes with the task unknown."
-    bb, b = self.backbone, self.rows(refs, split)
-    for l in layers:
-        if l not in range(1, len(bb.lm.layers) + 1): raise CitError(f"layers: {l!r} is none of {bb.name}; allowed: whole numbers from 1 to {len(bb.lm.layers)}")
-    was, found = self.model.training, {}; self.model.eval()
-    b = self.method.route(self, replace(b, ctx={}))
-    keep = lambda name: lambda m, x, y: found.__setitem__(name, y[0] if isinstance(y, tuple) else y)
-    hooks = [bb.lm.layers[l - 1].register_forward_hook(keep(f"layer {l}")) for l in layers]
+    "Collect hidden states of the tokens of some rows, in evaluation mode, by the method's routes without task labels."
+    backbone, batch = self.backbone, self.rows(refs, split)
+    _check_layers(backbone, layers)
+    was, found = self.model.training, {}
+    self.model.eval()
+    batch = self.method.route(self, replace(batch, ctx={}))
+    def keep(name):
+        def hook(module, given, out):
+            found[name] = out[0] if isinstance(out, tuple) else out
+        return hook
+    hooks = [backbone.lm.layers[layer - 1].register_forward_hook(keep(f"layer {layer}")) for layer in layers]
     try:
-        with at(b), bb.cast(): found["input"] = bb.embed(b)[0]; layers and bb.hidden(b)
+        with at(batch), backbone.cast():
+            found["input"] = backbone.embed(batch)[0]
+            if layers: backbone.hidden(batch)
     finally:
-        for h in hooks: h.remove()
+        for hook in hooks:
+            hook.remove()
         self.model.train(was)
-    out = {f"{level}/{what}": _some(x, m) for level, x in found.items() for what, m in _places(bb, b).items()}
-    if b.feats is not None:
-        pics = torch.tensor([i for i, e in enumerate(b.examples) if e.image is not None], device=b.feats.device)
-        out["tower/visual"] = b.feats.flatten(0, 1).float().cpu().numpy(), pics.repeat_interleave(b.feats.shape[1]).cpu().numpy()
+    masks = _places(backbone, batch)
+    out = {}
+    for level, states in found.items():
+        out |= _named(level, {what: _some(states, mask) for what, mask in masks.items()})
+    return out if batch.feats is None else out | {"tower/visual": _of_tower(batch)}
+
+# %% ../nbs/07_evaluate.ipynb #4cf2385e
+def _check_layers(backbone, layers:tuple|list):
+    "Raise `CitError` unless a language model has these layers."
+    for layer in layers:
+        most = len(backbone.lm.layers)
+        if layer not in range(1, most + 1):
+            raise CitError(f"layers: {layer!r} is none of {backbone.name}; allowed: whole numbers from 1 to {most}")
+
+# %% ../nbs/07_evaluate.ipynb #bdcbdf7e
+def _places(backbone, batch) -> dict: # {modality: [B, P+T] bool}
+    "Mark the positions that are visual, instruction and answer; a soft prompt after the first token counts."
+    own = torch.zeros_like(batch.ids, dtype=torch.bool)
+    for row, example in enumerate(batch.examples):
+        marks = content_tokens(backbone, example.question, example.image is not None)
+        own[row, :len(marks)] = torch.tensor(marks, device=own.device)
+    said = batch.labels != -100
+    length = said.shape[1]
+    has_next = torch.arange(length, device=said.device) < length - 1
+    masks = {"visual": batch.ids == backbone.image_id,
+             "instruction": own,
+             "answer": said & said.roll(-1, 1) & has_next}
+    soft = 0 if batch.prefix is None else batch.prefix.shape[1]
+    out = {}
+    for what, mask in masks.items():
+        prompt = mask.new_zeros(len(mask), soft)
+        out[what] = torch.cat([mask[:, :1], prompt, mask[:, 1:]], 1)
     return out
 
-def _places(bb, b) -> dict: # {modality: [B, P+T] bool}
-    "Which positions are visual, instruction and answer, a soft prompt after the first token counted in."
-    said, own = b.labels != -100, torch.zeros_like(b.ids, dtype=torch.bool)
-    for i, e in enumerate(b.examples):
-        m = content_tokens(bb, e.question, e.image is not None); own[i, :len(m)] = torch.tensor(m, device=own.device)
-    masks = {"visual": b.ids == bb.image_id, "instruction": own, "answer": said & said.roll(-1, 1) & (torch.arange(said.shape[1], device=said.device) < said.shape[1] - 1)}
-    soft = 0 if b.prefix is None else b.prefix.shape[1]
-    return {k: torch.cat([m[:, :1], m.new_zeros(len(m), soft), m[:, 1:]], 1) for k, m in masks.items()}
+# %% ../nbs/07_evaluate.ipynb #1b3d5cda
+def _named(place:str, arrays:dict) -> dict:
+    "Name arrays by their place."
+    return {f"{place}/{what}": array for what, array in arrays.items()}
 
-def _some(x, m) -> tuple: return x[m].float().cpu().numpy(), m.nonzero()[:, 0].cpu().numpy()
+def _some(states:torch.Tensor, mask:torch.Tensor) -> tuple: # (vectors [m, d], row of each [m]), NumPy
+    "Choose the states at marked positions."
+    return states[mask].float().cpu().numpy(), mask.nonzero()[:, 0].cpu().numpy()
+
+def _of_tower(batch) -> tuple: # As `_some`
+    "Choose the tower's visual tokens of a batch."
+    pictured = [row for row, example in enumerate(batch.examples) if example.image is not None]
+    rows = torch.tensor(pictured, device=batch.feats.device)
+    rows = rows.repeat_interleave(batch.feats.shape[1])
+    vectors = batch.feats.flatten(0, 1).float()
+    return vectors.cpu().numpy(), rows.cpu().numpy()
 
 # %% ../nbs/07_evaluate.ipynb #545e51c4
-_blocks, _most, _variants = 8, 64, {"raw": (0, False), "centred": (0, True), "capped": (1, True)}
+_blocks, _most = 8, 64 # Blocks of samples; directions
+_variants = {"raw": (0, False), "centred": (0, True), "capped": (1, True)} # {variant: (which moments, centred?)}
 
 @patch
 def gather(self:Net,
            name:str, # A task
            n:int=200, # Samples, evenly spaced
            split:str="train", # Of these rows
-           layers=(), # Layers of the language model, from 1
+           layers:tuple|list=(), # Layers of the language model, from 1
            size:int=32, # Rows per batch
           ) -> tuple: # ({place: pooled vectors [n, d]}, {place: (moments of 8 blocks, the same of capped rows)})
-    "One pass over samples of a task; raises `CitError` below eight samples."
-    N = self.find(name).n[split]; n = min(n, N)
-    if n < _blocks: raise CitError(f"task {name!r} has {n} {split} samples to be measured; at least {_blocks} are needed")
-    pooled, moments, refs = defaultdict(list), {}, _spread(name, N, n)
-    for lo in range(0, n, size):
-        b = self.rows(refs[lo:lo + size], split)
-        for what in ("instruction", "answer"): pooled[f"features/{what}"].append(self.features(b, what).cpu().numpy())
-        for place, (x, row) in self.token_states(refs[lo:lo + size], split, layers).items():
-            if not len(x): continue
-            rows, tokens = np.unique(row, return_counts=True)
-            pooled[place].append(np.add.reduceat(x, np.r_[0, tokens.cumsum()[:-1]])/tokens[:, None])
-            if place not in moments:
-                cap = float(np.median(np.linalg.norm(x, axis=1)))
-                moments[place] = [Moments(x.shape[1]) for _ in range(_blocks)], [Moments(x.shape[1], cap) for _ in range(_blocks)]
-            for k in range(_blocks):
-                for blocks in moments[place]: blocks[k].add(x[(lo + row) % _blocks == k])
-    return {k: np.concatenate(v) for k, v in pooled.items()}, moments
+    "Pool and count samples of a task in one pass; raises `CitError` below eight samples."
+    total = self.find(name).n[split]
+    n = min(n, total)
+    if n < _blocks:
+        raise CitError(f"task {name!r} has {n} {split} samples to be measured; at least {_blocks} are needed")
+    pooled, moments, refs = defaultdict(list), {}, _spread(name, total, n)
+    for first in range(0, n, size):
+        part = refs[first:first + size]
+        batch = self.rows(part, split)
+        for what in ("instruction", "answer"):
+            pooled[f"features/{what}"].append(self.features(batch, what).cpu().numpy())
+        for place, (vectors, row) in self.token_states(part, split, layers).items():
+            if not len(vectors): continue
+            pooled[place].append(_means(vectors, row))
+            if place not in moments: moments[place] = _empty(vectors)
+            for block in range(_blocks):
+                own = vectors[(first + row) % _blocks == block]
+                for blocks in moments[place]:
+                    blocks[block].add(own)
+    return {place: np.concatenate(means) for place, means in pooled.items()}, moments
+
+# %% ../nbs/07_evaluate.ipynb #bb1bd41f
+def _means(vectors:np.ndarray, row:np.ndarray) -> np.ndarray: # [rows, d]
+    "Average the vectors of each row; those of a row stand together."
+    tokens = np.unique(row, return_counts=True)[1]
+    starts = np.r_[0, tokens.cumsum()[:-1]]
+    return np.add.reduceat(vectors, starts)/tokens[:, None]
+
+def _empty(vectors:np.ndarray) -> tuple: # (moments of 8 blocks, the same of capped rows)
+    "Make moments for vectors such as these; their median norm is the cap."
+    d = vectors.shape[1]
+    cap = float(np.median(np.linalg.norm(vectors, axis=1)))
+    plain = [Moments(d) for _ in range(_blocks)]
+    return plain, [Moments(d, cap) for _ in range(_blocks)]
 
 # %% ../nbs/07_evaluate.ipynb #3669f97e
-def _merged(blocks): return blocks[0] if len(blocks) == 1 else _merged([blocks[0].merge(blocks[1]), *blocks[2:]])
+def _merged(blocks:list) -> Moments:
+    "Merge the moments of blocks, the first two first."
+    if len(blocks) == 1: return blocks[0]
+    return _merged([blocks[0].merge(blocks[1]), *blocks[2:]])
 
 def _of_task(both:tuple) -> tuple: # ({variant/what: array}, (moments, capped moments))
-    "Spectra, bands, directions and split-half energies of a task at one place."
+    "Compute spectra, bands, directions and split-half energies of a task at one place."
     out, totals = {}, tuple(map(_merged, both))
-    for v, (j, centred) in _variants.items():
-        (values, V), (one, two) = eigen(totals[j], centred), (_merged([b for b in both[j][h::2]]) for h in (0, 1))
-        K = min(_most, len(values))
-        split = [energy(eigen(a, centred)[1][:, :K], b, centred) for a, b in ((one, two), (two, one))] if min(one.n, two.n) else [np.full(K, np.nan)]*2
-        low_high = band([within(b, V[:, :2*_most]) for b in both[j]], centred, draws=100)[:, :K] if sum(b.n > 0 for b in both[j]) > 1 else np.full((2, K), np.nan)
-        out |= {f"{v}/values": values, f"{v}/basis": V[:, :K].astype(np.float32), f"{v}/band": low_high, f"{v}/split": np.mean(split, 0)}
+    for variant, (which, centred) in _variants.items():
+        blocks = both[which]
+        values, vectors = eigen(totals[which], centred)
+        most = min(_most, len(values))
+        out |= {f"{variant}/values": values,
+                f"{variant}/basis": vectors[:, :most].astype(np.float32),
+                f"{variant}/band": _band(blocks, vectors, centred, most),
+                f"{variant}/split": _split_half(blocks, centred, most)}
     return out | {"n": np.array(totals[0].n), "cap": np.array(totals[1].cap)}, totals
+
+# %% ../nbs/07_evaluate.ipynb #7c3b4b29
+def _band(blocks:list, vectors:np.ndarray, centred:bool, most:int) -> np.ndarray: # [2, most]
+    "Compute the bootstrap band of a spectrum; NaN where fewer than two blocks hold samples."
+    filled = sum(block.n > 0 for block in blocks)
+    if filled < 2: return np.full((2, most), np.nan)
+    inner = [within(block, vectors[:, :2*_most]) for block in blocks]
+    return band(inner, centred, draws=100)[:, :most]
+
+def _split_half(blocks:list, centred:bool, most:int) -> np.ndarray: # [most]
+    "Compute the energy of each half of the blocks in the other's directions, on average; NaN where one is empty."
+    one, two = _merged(blocks[::2]), _merged(blocks[1::2])
+    shares = [np.full(most, np.nan)]*2
+    if min(one.n, two.n):
+        shares = []
+        for half, other in ((one, two), (two, one)):
+            _, vectors = eigen(half, centred)
+            shares.append(energy(vectors[:, :most], other, centred))
+    return np.mean(shares, 0)
 
 # %% ../nbs/07_evaluate.ipynb #bafeec14
 def _together(tables:list, totals:list) -> dict:
-    "Arrays over tasks at one place; energies of each in each other's directions."
-    out = {k: np.stack([t[k] for t in tables]) for k in tables[0]}
-    for v, (j, centred) in _variants.items(): out[f"{v}/energy"] = energies(list(out[f"{v}/basis"].astype(float)), [m[j] for m in totals], centred)
-    return out | {"crowding": np.array([[*c.values()] for c in crowding([m[1] for m in totals])], float)}
+    "Stack arrays over tasks at one place, and compute energies of each in each other's directions."
+    out = {what: np.stack([table[what] for table in tables]) for what in tables[0]}
+    for variant, (which, centred) in _variants.items():
+        bases = list(out[f"{variant}/basis"].astype(float))
+        out[f"{variant}/energy"] = energies(bases, [both[which] for both in totals], centred)
+    crowds = crowding([capped for _, capped in totals])
+    shares = [[*crowd.values()] for crowd in crowds]
+    return out | {"crowding": np.array(shares, float)}
 
 def _alike(samples:list) -> dict:
-    "Similarity of tasks by their pooled samples, with its null."
-    h = np.stack([halves(x) for x in samples])
-    return {"halves": h.astype(np.float32), "cosine": similarity(h), "null": np.quantile(shuffled(samples), [.025, .975], axis=0)}
+    "Compute the similarity of tasks by their pooled samples, with its null."
+    means = np.stack([halves(pooled) for pooled in samples])
+    null = np.quantile(shuffled(samples), [.025, .975], axis=0)
+    return {"halves": means.astype(np.float32), "cosine": similarity(means), "null": null}
 
 # %% ../nbs/07_evaluate.ipynb #d07db6f4
 @patch
 def observe(self:Net,
             names:list, # Tasks
             n:int=200, # Samples of each
-            layers=(), # Layers of the language model, from 1
+            layers:tuple|list=(), # Layers of the language model, from 1
             split:str="train", # Of these rows
             gradients:bool=False, # Also gradients and importances of what is trainable
-            say=lambda k: None, # Told before each task which it is, from 1
-           ) -> dict: # {"LEVEL/MODALITY/WHAT": array}, as the table in `spectra` says; places that a task lacks are left out
-    "Similarities and spectra of tasks as the model is now."
-    samples, tables, totals = [], [], []
-    for k, name in enumerate(progress(names, "measuring tasks"), 1):
-        say(k)
+            say:Callable=lambda number: None, # Receives the number of each task before it begins, from 1
+           ) -> dict: # {"LEVEL/MODALITY/WHAT": array}, as `spectra` says; places that a task lacks are left out
+    "Measure similarities and spectra of tasks as the model is now."
+    samples, tables, totals, out = [], [], [], {}
+    for number, name in enumerate(progress(names, "measuring tasks"), 1):
+        say(number)
         pooled, moments = self.gather(name, n, split, layers)
         own = {place: _of_task(both) for place, both in moments.items()}
-        samples.append(pooled); tables.append({p: t for p, (t, _) in own.items()}); totals.append({p: m for p, (_, m) in own.items()})
-    common = [p for p in samples[0] if all(p in s for s in samples)]
-    out = {f"{p}/{k}": a for p in common for k, a in _alike([s[p] for s in samples]).items()}
-    out |= {f"{p}/{k}": a for p in common if p in tables[0] for k, a in _together([t[p] for t in tables], [m[p] for m in totals]).items()}
+        samples.append(pooled)
+        tables.append({place: table for place, (table, _) in own.items()})
+        totals.append({place: both for place, (_, both) in own.items()})
+    common = [place for place in samples[0] if all(place in pooled for pooled in samples)]
+    for place in common:
+        out |= _named(place, _alike([pooled[place] for pooled in samples]))
+    for place in common:
+        if place not in tables[0]: continue
+        spectra = [table[place] for table in tables]
+        out |= _named(place, _together(spectra, [both[place] for both in totals]))
     return out | (self.observe_gradients(names, n, split) if gradients else {})
 
 # %% ../nbs/07_evaluate.ipynb #eb3c4e6d
 @contextmanager
-def _aside(net, names):
+def _aside(net:Net, names:list) -> Iterator[None]:
     "Let all tasks be looked at for a measurement; what the method saw and spent stays as it was."
-    was = net.seen, net.observed, net.extra_forwards, net.model.training
-    net.seen, net.observed = [*dict.fromkeys([*net.seen, *names])], set(net.observed); net.model.eval()
-    try: yield
-    finally: net.seen, net.observed, net.extra_forwards = was[:3]; net.model.train(was[3])
+    seen, observed, forwards, training = net.seen, net.observed, net.extra_forwards, net.model.training
+    net.seen, net.observed = [*dict.fromkeys([*seen, *names])], set(observed)
+    net.model.eval()
+    try:
+        yield
+    finally:
+        net.seen, net.observed, net.extra_forwards = seen, observed, forwards
+        net.model.train(training)
 
+# %% ../nbs/07_evaluate.ipynb #411aa6eb
 @patch
 def mean_grad(self:Net,
               refs:list, # (task name, index) pairs
               split:str="train", # Of these rows
               size:int=32, # Rows per backward
              ) -> dict: # {parameter: array}
-    "Mean gradient of −log p(answer | prompt) over rows, for everything trainable."
-    if not self.params: raise CitError("nothing is trainable, so there is no gradient; insert LoRA first (`net.lora()`)")
+    "Average the gradient of −log p(answer | prompt) over rows, for everything trainable."
+    if not self.params:
+        raise CitError("nothing is trainable, so there is no gradient; insert LoRA first (`net.lora()`)")
     total = defaultdict(float)
-    for lo in range(0, len(refs), size):
-        for k, g in self.grad(self.rows(refs[lo:lo + size], split), lambda out: row_nll(out).sum()).items(): total[k] = total[k] + g.float().cpu().numpy()/len(refs)
+    for first in range(0, len(refs), size):
+        batch = self.rows(refs[first:first + size], split)
+        gradients = self.grad(batch, lambda out: row_nll(out).sum())
+        for name, gradient in gradients.items():
+            total[name] = total[name] + gradient.float().cpu().numpy()/len(refs)
     return dict(total)
 
+# %% ../nbs/07_evaluate.ipynb #108e8f7a
 @patch
-def observe_gradients(self:Net, names:list, n:int=200, split:str="train") -> dict:
-    "Gradient cosines of tasks (halves of their samples) and overlaps of their Fisher importances."
-    rows = {t: _spread(t, self.find(t).n[split], n) for t in names}
+def observe_gradients(self:Net,
+                      names:list, # Tasks
+                      n:int=200, # Samples of each
+                      split:str="train", # Of these rows
+                     ) -> dict: # {"gradient/PART/cosine": [T, T], …, "importance/overlap": [T, T]}
+    "Measure gradient cosines of tasks (halves of their samples) and overlaps of their Fisher importances."
+    rows = {name: _spread(name, self.find(name).n[split], n) for name in names}
     with _aside(self, names):
-        one, two = ([self.mean_grad(rows[t][h::2], split) for t in names] for h in (0, 1))
-        fisher = [{k: v.cpu().numpy() for k, v in self.sample_grads(t, n=n).items()} for t in names]
-    return {f"gradient/{k}/cosine": c for k, c in gradient_cosine(one, two).items()} | {"importance/overlap": importance_overlap(fisher)}
+        one, two = ([self.mean_grad(rows[name][half::2], split) for name in names] for half in (0, 1))
+        fisher = []
+        for name in names:
+            importances = self.sample_grads(name, n=n)
+            fisher.append({part: value.cpu().numpy() for part, value in importances.items()})
+    cosines = {f"gradient/{part}/cosine": cosine for part, cosine in gradient_cosine(one, two).items()}
+    return cosines | {"importance/overlap": importance_overlap(fisher)}
 
 # %% ../nbs/07_evaluate.ipynb #eb92f8fa
 def _measured_by() -> dict: # {room: version}, and the source while it differs from its commit
     "Name the versions of the code that reads data and models and measures them."
     made = _but_training({})
-    return {k: made[k] for k in ("rooms", "source") if k in made}
+    return {what: made[what] for what in ("rooms", "source") if what in made}
 
+# %% ../nbs/07_evaluate.ipynb #fc76b91a
 def collect(backbone:str="tiny-instruct", # As `get_backbone` takes it
             stream:str="shapes", # As `get_stream` takes it
             stream_args:dict|None=None, # Arguments of the stream
             n:int=200, # Samples per task
-            layers=(), # Layers of the language model, from 1
+            layers:tuple|list=(), # Layers of the language model, from 1
             split:str="train", # "train" or "val"
             gradients:bool=False, # Also gradients and importances of fresh LoRA (as the recipe places it; r = 8)
-            folder=None, # Where files are kept; None: below `cache_dir()`
+            folder:str|Path|None=None, # Where files are kept; None: below `cache_dir()`
             device:str="cpu", # Where it is computed
-            say=lambda k: None, # Told before each task which it is, from 1
+            say:Callable=lambda number: None, # Receives the number of each task before it begins, from 1
            ) -> Collected:
-    "Similarities and spectra of a stream's tasks for a start model, measured once."
-    data = get_stream(stream, **(stream_args or {})); names = [t.name for t in data]
-    if split not in ("train", "val"): raise CitError(f"split is {split!r}; allowed: train, val (test is read only to fill R)")
-    about = {"start": start_hash(backbone), "backbone": backbone, "stream": stream, "stream_args": stream_args or {}, "data": data.digest(), "image_mode": data.image_mode, "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients, "made_by": _measured_by()}
-    path = expanded(folder or cache_dir()/"collected")/f"{digest({k: v for k, v in about.items() if k not in ('backbone', 'stream', 'stream_args')})}.npz"
+    "Measure similarities and spectra of a stream's tasks for a start model, once."
+    data = get_stream(stream, **(stream_args or {}))
+    names = [task.name for task in data]
+    if split not in ("train", "val"):
+        raise CitError(f"split is {split!r}; allowed: train, val (test is read only to fill R)")
+    named = {"backbone": backbone, "stream": stream, "stream_args": stream_args or {}}
+    about = {"start": start_hash(backbone), **named, "data": data.digest(), "image_mode": data.image_mode,
+             "tasks": names, "n": n, "layers": list(layers), "split": split, "gradients": gradients,
+             "made_by": _measured_by()}
+    key = digest({what: value for what, value in about.items() if what not in named})
+    path = expanded(folder or cache_dir()/"collected")/f"{key}.npz"
     if path.is_file(): return read_collected(path)
     net = Net(get_backbone(backbone, device, image_mode=data.image_mode), data, tuning=Tune(r=8))
     net.roomy = lambda: False # The samples' images alone are opened, not all of the stream's
     if gradients: net.lora()
-    c = Collected(about, net.observe(names, n, layers, split, gradients, say)); write_collected(path, c)
-    return c
+    found = Collected(about, net.observe(names, n, layers, split, gradients, say))
+    write_collected(path, found)
+    return found
