@@ -9,6 +9,7 @@ __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain', 'all_method
 # %% ../nbs/05_method.ipynb #a1c06514
 import dis, hashlib, importlib, inspect, os, pkgutil, re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -26,21 +27,22 @@ from .backbone import Backbone, Batch, Out, at
 from .behaviour import as_before
 from .core import CitError, check_args, digest, one_of, rng, seed_of
 from .memory import stored_bytes
+from .stream import Example, Stream, Task
 
 # %% ../nbs/05_method.ipynb #68016103
 @dataclass
 class Phase:
-    "A stretch of optimisation: which parameters, how long, with or without the language model."
+    "Describe a stretch of optimisation: which parameters, how long, with or without the language model."
     name: str = "tune" # Shown in the record
     steps: int|None = None # Optimiser steps; None: what the run says
     times: float = 1. # That many times the run's steps (joint: once per task)
     lm: bool = True # False: no forward of the language model, the loss is the method's own
-    train: dict|None = None # {regex of parameter names: {"lr": …, "weight_decay": …}}; None: everything trainable, as the run says
+    train: dict|None = None # {regex of names: {"lr": …, "weight_decay": …}}; None: all trainable, as the run says
 
 # %% ../nbs/05_method.ipynb #b0f6f423
 @dataclass
 class Step:
-    "What the hooks after the backward may look at."
+    "Hold what the hooks after the backward may look at."
     batches: list # The step's micro-batches
     kept: list # `out.keep` of each
     old: dict|None # Weights before the optimiser, if `needs` has "old"
@@ -53,242 +55,345 @@ class Step:
 # %% ../nbs/05_method.ipynb #b17f3009
 @dataclass
 class Method:
-    "Plain sequential tuning; subclasses override what they change."
+    "Tune one task after another, plainly; subclasses override what they change."
+    # Leaks: total_T, task_id_at_test, template_id_at_test, batch_selection, old_data, pretrain_data, val_of_old_tasks
     strength: ClassVar[str|None] = None # Field that at 0 switches the method off
-    leaks: ClassVar[set] = set() # What it is told: total_T, task_id_at_test, template_id_at_test, batch_selection, old_data, pretrain_data, val_of_old_tasks
+    leaks: ClassVar[set] = set() # What it receives beyond the data of its task, such as total_T or old_data
     needs: ClassVar[set] = set() # "old" and/or "task_grad"
     soft: ClassVar[int] = 0 # Tokens of the longest soft prompt that `route` puts before a row
     paper: ClassVar[str] = "" # Where it is from
     version: ClassVar[int] = 1 # Raised when the method computes something else than before
     later: ClassVar[dict] = {} # Fields that were added later: the value that means what was computed before
-    def __post_init__(self): self.mem = {}
+    def __post_init__(self):
+        self.mem = {}
     @property
-    def name(self): return getattr(type(self), "called", None) or camel2snake(type(self).__name__)
-    def plan(self, stream): return stream # Merge or reorder tasks
-    def phases(self, task): return [Phase()]
-    def wrap(self, net): return net # Insert modules, rebuilt from `mem`
-    def begin(self, net, task): pass # May grow modules and set weights
-    def batch(self, net, batch): return batch # A new batch
-    def route(self, net, batch): return batch # Pure; at training and at test
-    def loss(self, net, batch, out): return 0. # An added term
-    def grads(self, net, s): pass # Edits p.grad, before clipping
-    def update(self, net, s): pass # Edits p, given s.old, after the optimiser
-    def step(self, net, s): pass # Reads weights, writes only `mem`
-    def end(self, net, task): pass # Measure and store; may set weights
-    def stats(self, net): return {} # What shows that the method acts
-    def used(self, net, batch): return {} # Where rows of a routed batch went: {what: shares [B, groups, places]}
-    def __add__(self, other): return Chain([*parts(self), *parts(other)])
+    def name(self) -> str:
+        return getattr(type(self), "called", None) or camel2snake(type(self).__name__)
+    def plan(self, stream:Stream): return stream # Merge or reorder tasks
+    def phases(self, task:Task): return [Phase()]
+    def wrap(self, net:"Net"): return net # Insert modules, rebuilt from `mem`
+    def begin(self, net:"Net", task:Task): pass # May grow modules and set weights
+    def batch(self, net:"Net", batch:Batch): return batch # A new batch
+    def route(self, net:"Net", batch:Batch): return batch # Pure; at training and at test
+    def loss(self, net:"Net", batch:Batch, out:Out): return 0. # An added term
+    def grads(self, net:"Net", step:Step): pass # Edits p.grad, before clipping
+    def update(self, net:"Net", step:Step): pass # Edits p, given step.old, after the optimiser
+    def step(self, net:"Net", step:Step): pass # Reads weights, writes only `mem`
+    def end(self, net:"Net", task:Task): pass # Measure and store; may set weights
+    def stats(self, net:"Net"): return {} # What shows that the method acts
+    def used(self, net:"Net", batch:Batch): return {} # Where routed rows went: {what: shares [B, groups, places]}
+    def __add__(self, other:"Method") -> "Chain":
+        return Chain([*parts(self), *parts(other)])
 
 # %% ../nbs/05_method.ipynb #c39afec7
-def overrides(m, hook:str) -> bool:
-    "Does a method change this hook?"
-    return any(getattr(type(p), hook) is not getattr(Method, hook) for p in parts(m))
+def overrides(method:Method, hook:str) -> bool:
+    "Tell whether a method changes this hook."
+    return any(getattr(type(part), hook) is not getattr(Method, hook) for part in parts(method))
 
-def parts(m) -> list:
-    "The methods of a chain, or the method itself."
-    return m.chain if isinstance(m, Chain) else [m]
+def parts(method:Method) -> list: # Methods
+    "List the methods of a chain, or the method itself."
+    return method.chain if isinstance(method, Chain) else [method]
 
 # %% ../nbs/05_method.ipynb #6237a987
 class Chain(Method):
-    "Several methods at once."
+    "Hold several methods that act at once."
     def __init__(self, chain:list):
-        self.chain, names = chain, [m.name for m in chain]
-        if len({*names}) < len(names): raise CitError(f"a chain holds each method once, not {'+'.join(names)}")
+        self.chain = chain
+        names = [method.name for method in chain]
+        if len({*names}) < len(names):
+            raise CitError(f"a chain holds each method once, not {'+'.join(names)}")
         for hook in ("wrap", "update"):
-            if len(who := [m.name for m in chain if overrides(m, hook)]) > 1: raise CitError(f"{' and '.join(who)} both define `{hook}`; at most one method of a chain may")
+            who = [method.name for method in chain if overrides(method, hook)]
+            if len(who) > 1:
+                raise CitError(f"{' and '.join(who)} both define `{hook}`; at most one method of a chain may")
     @property
-    def name(self): return "+".join(m.name for m in self.chain if type(m) is not Method) or "method"
+    def name(self) -> str:
+        return "+".join(method.name for method in self.chain if type(method) is not Method) or "method"
     @property
-    def mem(self): return {m.name: m.mem for m in self.chain}
+    def mem(self) -> dict:
+        return {method.name: method.mem for method in self.chain}
     @mem.setter
-    def mem(self, tree):
-        for m in self.chain: m.mem = tree[m.name]
+    def mem(self, tree:dict):
+        for method in self.chain:
+            method.mem = tree[method.name]
     @property
-    def leaks(self): return set().union(*(m.leaks for m in self.chain))
+    def leaks(self) -> set:
+        return set().union(*(method.leaks for method in self.chain))
     @property
-    def needs(self): return set().union(*(m.needs for m in self.chain))
+    def needs(self) -> set:
+        return set().union(*(method.needs for method in self.chain))
     @property
-    def soft(self): return sum(m.soft for m in self.chain)
-    def phases(self, task):
-        own = [m.phases(task) for m in self.chain if overrides(m, "phases")]
-        if len(own) > 1: raise CitError(f"more than one method of {self.name} defines `phases`; at most one may")
+    def soft(self) -> int:
+        return sum(method.soft for method in self.chain)
+    def phases(self, task:Task) -> list:
+        own = [method.phases(task) for method in self.chain if overrides(method, "phases")]
+        if len(own) > 1:
+            raise CitError(f"more than one method of {self.name} defines `phases`; at most one may")
         return own[0] if own else [Phase()]
-    def loss(self, net, batch, out): return sum(m.loss(net, batch, out) for m in self.chain)
-    def stats(self, net): return {f"{m.name}.{k}": v for m in self.chain for k, v in m.stats(net).items()}
+    def loss(self, net:"Net", batch:Batch, out:Out) -> torch.Tensor|float:
+        return sum(method.loss(net, batch, out) for method in self.chain)
+    def stats(self, net:"Net") -> dict:
+        return {f"{method.name}.{key}": value for method in self.chain for key, value in method.stats(net).items()}
 
 # %% ../nbs/05_method.ipynb #cfbe1c92
-def _fold(hook):
-    def f(self, net, x):
-        for m in self.chain: x = getattr(m, hook)(net, x)
-        return x
-    return f
-def _each(hook):
-    def f(self, *args):
-        for m in self.chain: getattr(m, hook)(*args)
-    return f
-for h in ("batch", "route"): setattr(Chain, h, _fold(h))
-def _stepped(hook):
-    def f(self, net, s):
-        for m in self.chain: getattr(m, hook)(net, replace(s, rng=s.rngs.setdefault(m.name, net.rng(f"{m.name} step"))))
-    return f
-for h in ("begin", "end"): setattr(Chain, h, _each(h))
-for h in ("grads", "update", "step"): setattr(Chain, h, _stepped(h))
+def _fold(hook:str):
+    "Make a chain's hook that hands on what each part returns."
+    def folded(self, net, value):
+        for part in self.chain:
+            value = getattr(part, hook)(net, value)
+        return value
+    return folded
+
+def _each(hook:str):
+    "Make a chain's hook that calls the hook of each part."
+    def called(self, *args):
+        for part in self.chain:
+            getattr(part, hook)(*args)
+    return called
+
+def _stepped(hook:str):
+    "Make a chain's hook that gives each part the step with a generator keyed by the part."
+    def stepped(self, net, step):
+        for part in self.chain:
+            draw = step.rngs.setdefault(part.name, net.rng(f"{part.name} step"))
+            getattr(part, hook)(net, replace(step, rng=draw))
+    return stepped
+
+for hook in ("batch", "route"):
+    setattr(Chain, hook, _fold(hook))
+for hook in ("begin", "end"):
+    setattr(Chain, hook, _each(hook))
+for hook in ("grads", "update", "step"):
+    setattr(Chain, hook, _stepped(hook))
+
+# %% ../nbs/05_method.ipynb #b0490fe3
 @patch
-def plan(self:Chain, stream):
-    for m in self.chain: stream = m.plan(stream)
+def plan(self:Chain, stream:Stream) -> Stream:
+    for method in self.chain:
+        stream = method.plan(stream)
     return stream
+
 @patch
-def wrap(self:Chain, net):
-    for m in self.chain: net = m.wrap(net)
+def wrap(self:Chain, net:"Net") -> "Net":
+    for method in self.chain:
+        net = method.wrap(net)
     return net
 
 # %% ../nbs/05_method.ipynb #757fbdf1
-def all_methods() -> list:
-    "Names of the methods, read from the package folder."
-    pkg = importlib.import_module("cit_workbench.methods")
-    return sorted(m.name for m in pkgutil.iter_modules(pkg.__path__) if not m.name.startswith("_"))
+def all_methods() -> list: # Names
+    "Read the names of the methods from the package folder."
+    package = importlib.import_module("cit_workbench.methods")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return sorted(name for name in names if not name.startswith("_"))
 
-def method_class(name:str):
-    "The class of a method by name; raises `CitError` with the allowed names."
-    mod = importlib.import_module(f"cit_workbench.methods.{one_of('method', name, all_methods())}")
-    cls = next(c for c in vars(mod).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == mod.__name__)
+def method_class(name:str) -> type: # A subclass of `Method`
+    "Find the class of a method by name; raises `CitError` with the allowed names."
+    allowed = one_of("method", name, all_methods())
+    page = importlib.import_module(f"cit_workbench.methods.{allowed}")
+    classes = [value for value in vars(page).values() if isinstance(value, type) and issubclass(value, Method)]
+    cls = next(found for found in classes if found.__module__ == page.__name__)
     cls.called = name
     return cls
 
 # %% ../nbs/05_method.ipynb #bb1ddd82
-def get_method(what, # A name ("ewc", "er+ewc"), a class or an instance
+def get_method(what:str|type|Method, # A name ("ewc", "er+ewc"), a class or an instance
                **args, # Fields; in a chain keyed by the part's name: ewc={"lam": 1.}
               ) -> Method:
     "Make a method; raises `CitError` for an unknown name or field or a wrong type."
-    if isinstance(what, Method): return replace(what, **check_args(type(what), args, f"method {what.name!r}")) if args else what
-    if isinstance(what, type): return what(**check_args(what, args, f"method {camel2snake(what.__name__)!r}"))
-    if not isinstance(what, str): raise CitError(f"method is {what!r}; allowed: a name, a Method class or an instance")
-    if bad := [k for k, v in args.items() if "+" in what and not isinstance(v, dict)]: raise CitError(f"method {what!r}: {bad[0]!r} is {args[bad[0]]!r}, but must be a part ({', '.join(what.split('+'))}) with a table of its fields; on the command line: --set PART.FIELD=VALUE")
-    if "+" not in what:
-        cls = method_class(what)
-        return cls(**check_args(cls, args, f"method {what!r}"))
-    names = what.split("+")
-    for k in args: one_of(f"part of method {what!r}", k, names)
-    return Chain([get_method(n, **args.get(n, {})) for n in names])
+    if isinstance(what, Method):
+        return replace(what, **check_args(type(what), args, f"method {what.name!r}")) if args else what
+    if isinstance(what, type):
+        return what(**check_args(what, args, f"method {camel2snake(what.__name__)!r}"))
+    if not isinstance(what, str):
+        raise CitError(f"method is {what!r}; allowed: a name, a Method class or an instance")
+    if "+" in what:
+        return _get_chain(what, args)
+    cls = method_class(what)
+    return cls(**check_args(cls, args, f"method {what!r}"))
 
-def fresh(m):
-    "The same method with an empty memory."
-    return Chain([fresh(p) for p in m.chain]) if isinstance(m, Chain) else replace(m)
+def _get_chain(what:str, # Names joined by "+"
+               args:dict, # {part: its fields}
+              ) -> Chain:
+    "Make a chain; raises `CitError` for fields that belong to no part."
+    names = what.split("+")
+    bad = [key for key, value in args.items() if not isinstance(value, dict)]
+    if bad:
+        raise CitError(f"method {what!r}: {bad[0]!r} is {args[bad[0]]!r}, but must be a part ({', '.join(names)}) "
+                       "with a table of its fields; on the command line: --set PART.FIELD=VALUE")
+    for key in args:
+        one_of(f"part of method {what!r}", key, names)
+    return Chain([get_method(name, **args.get(name, {})) for name in names])
+
+def fresh(method:Method) -> Method:
+    "Copy a method, with an empty memory."
+    if isinstance(method, Chain):
+        return Chain([fresh(part) for part in method.chain])
+    return replace(method)
 
 # %% ../nbs/05_method.ipynb #a6627eaa
-def _code(o):
-    "What a function or a plain value does, as JSON; two spellings of the same byte code are equal."
-    if inspect.iscode(o): return [o.co_code.hex(), list(o.co_names), [_code(c) for c in o.co_consts]]
-    if isinstance(o, (staticmethod, classmethod)): return _code(o.__func__)
-    if isinstance(o, property): return [_code(f) for f in (o.fget, o.fset) if f]
-    if inspect.isfunction(o): return [_code(o.__code__), _code(o.__defaults__), _code(o.__kwdefaults__)]
-    if isinstance(o, (set, frozenset)): return sorted(map(repr, o))
-    if isinstance(o, (list, tuple)): return [_code(v) for v in o]
-    return repr(o) if o is None or isinstance(o, (bool, int, float, str, bytes, dict)) else type(o).__name__
+def _code(value) -> list|str:
+    "Spell out what a function or a plain value does, as JSON; two spellings of the same byte code are equal."
+    if inspect.iscode(value):
+        return [value.co_code.hex(), list(value.co_names), [_code(part) for part in value.co_consts]]
+    if isinstance(value, (staticmethod, classmethod)):
+        return _code(value.__func__)
+    if isinstance(value, property):
+        return [_code(function) for function in (value.fget, value.fset) if function]
+    if inspect.isfunction(value):
+        return [_code(value.__code__), _code(value.__defaults__), _code(value.__kwdefaults__)]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (list, tuple)):
+        return [_code(part) for part in value]
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes, dict))
+    return repr(value) if plain else type(value).__name__
 
-def _globals(code) -> set:
-    "The global names that code reads, in what is nested in it, too."
-    inner = [_globals(c) for c in code.co_consts if inspect.iscode(c)]
-    return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}.union(*inner)
+def _globals(code) -> set: # Names
+    "List the global names that code reads, in what is nested in it, too."
+    inner = [_globals(part) for part in code.co_consts if inspect.iscode(part)]
+    reads = [line for line in dis.get_instructions(code) if line.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return {line.argval for line in reads}.union(*inner)
 
-def _own(v, # A global value
+def _own(value, # A global value
          module:str, # The module that reads it
         ) -> bool:
-    "Is it code of that very module, or a constant?"
-    if inspect.isfunction(v) or isinstance(v, type): return v.__module__ == module
-    return isinstance(v, (bool, int, float, str, bytes)) or isinstance(v, (tuple, frozenset)) and all(_own(x, module) for x in v)
+    "Tell whether a value is code of that very module, or a constant."
+    if inspect.isfunction(value) or isinstance(value, type):
+        return value.__module__ == module
+    if isinstance(value, (tuple, frozenset)):
+        return all(_own(part, module) for part in value)
+    return isinstance(value, (bool, int, float, str, bytes))
 
 # %% ../nbs/05_method.ipynb #0910aece
-def own_code(m) -> dict: # {name: class, function or constant}; {} for methods of the package
-    "Classes of methods that are defined elsewhere than in the package, base classes included, and what they use of their own modules."
-    return _reached([c for p in parts(m) for c in type(p).__mro__ if not c.__module__.startswith(("cit_workbench.", "builtins"))])
+def own_code(method:Method) -> dict: # {name: class, function or constant}; {} for methods of the package
+    "List classes of methods from outside the package, with base classes, and what they use of their own modules."
+    classes = [cls for part in parts(method) for cls in type(part).__mro__]
+    return _reached([cls for cls in classes if not cls.__module__.startswith(("cit_workbench.", "builtins"))])
 
 def _reached(classes:list) -> dict: # {name: class, function or constant}
-    "Classes, and the code and constants of their own modules that they use."
-    todo, found = [(c.__name__, c) for c in classes], {}
+    "List classes, and the code and constants of their own modules that they use."
+    todo, found = [(cls.__name__, cls) for cls in classes], {}
     while todo:
-        name, v = todo.pop(0)
+        name, value = todo.pop(0)
         if name in found: continue
-        found[name] = v
-        members = [getattr(f, "__func__", f) for f in vars(v).values()] if isinstance(v, type) else [v]
-        members += [g for f in members if isinstance(f, property) for g in (f.fget, f.fset)]
-        for f in filter(inspect.isfunction, members):
-            used = {n: f.__globals__[n] for n in sorted(_globals(f.__code__)) if n in f.__globals__}
-            todo += [(n, u) for n, u in used.items() if _own(u, f.__module__)]
+        found[name] = value
+        for function in _functions(value):
+            todo += _reads(function).items()
     return found
+
+def _functions(value) -> list:
+    "List the functions of a class, those of its properties included, or the function itself."
+    members = [value]
+    if isinstance(value, type):
+        members = [getattr(member, "__func__", member) for member in vars(value).values()]
+    properties = [member for member in members if isinstance(member, property)]
+    members += [function for member in properties for function in (member.fget, member.fset)]
+    return [member for member in members if inspect.isfunction(member)]
+
+def _reads(function) -> dict: # {name: class, function or constant}
+    "List what a function uses of its own module."
+    known = function.__globals__
+    used = {name: known[name] for name in sorted(_globals(function.__code__)) if name in known}
+    return {name: value for name, value in used.items() if _own(value, function.__module__)}
+
+# %% ../nbs/05_method.ipynb #ee5e021c
+def _counts(name:str, member) -> bool:
+    "Tell whether a member of a class says what the class does."
+    if name == "called":
+        return False
+    return inspect.isroutine(member) or isinstance(member, property) or not name.startswith("__")
 
 def _spelled(found:dict) -> dict: # {name: what it does, as JSON}
     "Spell out classes, functions and constants."
-    kept = lambda n, f: n != "called" and (inspect.isroutine(f) or isinstance(f, property) or not n.startswith("__"))
-    each = lambda v: [(n, _code(f)) for n, f in sorted(vars(v).items()) if kept(n, f)] if isinstance(v, type) else _code(v)
-    return {n: each(v) for n, v in sorted(found.items())}
+    spelled = {}
+    for name, value in sorted(found.items()):
+        if isinstance(value, type):
+            members = [item for item in sorted(vars(value).items()) if _counts(*item)]
+            spelled[name] = [(key, _code(member)) for key, member in members]
+        else:
+            spelled[name] = _code(value)
+    return spelled
 
-def _released(p, # A method that is no chain, defined elsewhere than in the package
+def _released(method:Method, # No chain, and defined elsewhere than in the package
              ) -> bool:
     "Tell whether the package holds the very same class, as it does for the class on a method's own page."
-    pages = [importlib.import_module(f"cit_workbench.methods.{name}") for name in all_methods()]
-    named = [vars(page)[type(p).__name__] for page in pages if type(p).__name__ in vars(page)]
-    own = _spelled(own_code(p))
-    return any(own == _spelled(_reached([c])) for c in named if c.__module__.startswith("cit_workbench.methods."))
+    name = type(method).__name__
+    pages = [importlib.import_module(f"cit_workbench.methods.{page}") for page in all_methods()]
+    named = [vars(page)[name] for page in pages if name in vars(page)]
+    own = _spelled(own_code(method))
+    return any(own == _spelled(_reached([cls])) for cls in named if cls.__module__.startswith("cit_workbench.methods."))
 
-def code_of(m) -> dict: # {} for methods of the package
-    "Digest of the code of methods that are defined elsewhere than in the package."
-    elsewhere = [p for p in parts(m) if own_code(p)]
-    released = [_released(p) for p in elsewhere]
-    return {} if all(released) else {"method_code": digest(_spelled(own_code(m)))}
+# %% ../nbs/05_method.ipynb #8e31d25e
+def code_of(method:Method) -> dict: # {} for methods of the package
+    "Digest the code of methods that are defined elsewhere than in the package."
+    elsewhere = [part for part in parts(method) if own_code(part)]
+    released = [_released(part) for part in elsewhere]
+    return {} if all(released) else {"method_code": digest(_spelled(own_code(method)))}
 
-def config_of(m) -> dict:
-    "A method's fields and values; a chain's by part. A field at its value of `later` is left out: it means what was computed before."
-    if isinstance(m, Chain): return {p.name: config_of(p) for p in m.chain}
-    return as_before({f.name: getattr(m, f.name) for f in fields(m)}, m.later)
+def config_of(method:Method) -> dict:
+    "Return fields and values, by part for a chain; without fields at their value of `later`, as they were before."
+    if isinstance(method, Chain):
+        return {part.name: config_of(part) for part in method.chain}
+    values = {known.name: getattr(method, known.name) for known in fields(method)}
+    return as_before(values, method.later)
 
-def versions_of(m) -> dict: # {name: version}
-    "The version of a method, or of each part of a chain."
-    return {p.name: p.version for p in parts(m)}
+def versions_of(method:Method) -> dict: # {name: version}
+    "Return the version of a method, or of each part of a chain."
+    return {part.name: part.version for part in parts(method)}
 
 # %% ../nbs/05_method.ipynb #e1647bde
 class Net:
-    "Model, stream and clock of a run. Services count as cost; a later task cannot be touched."
+    "Hold model, stream and clock of a run; its services count as cost, and a later task cannot be touched."
     def __init__(self,
         backbone:Backbone, # A freshly loaded start model
-        stream, # The stream whose tasks are the columns of R
+        stream:Stream, # The stream whose tasks are the columns of R
         method:Method|None=None, # Whose routes apply
         seed:int=0, # Keys every draw
         rank:int=0, # This process
         world:int=1, # How many there are
-        plan=None, # What the method's `plan` made of the stream
+        plan:Stream|None=None, # What the method's `plan` made of the stream
         tuning:Tune=Tune(), # What the run says about LoRA
     ):
         self.plan, self.tuning = plan or stream, tuning
-        self.backbone, self.model, self.stream, self.method, self.seed, self.rank, self.world = backbone, backbone.model, stream, method or Method(), seed, rank, world
-        self.start = {id(p) for p in self.model.parameters()}
-        self.names = {n for n, _ in self.model.named_parameters()} # Of the start model, as it was found
-        self.clock, self.task, self.seen, self.first = ("start", "", 0, -1), None, [], False
-        self.inside = False
-        self.observed, self.extra_forwards, self.peft, self._feats, self._drawn, self._ready = set(), 0, None, {}, {}, {}
+        self.backbone, self.model = backbone, backbone.model
+        self.stream, self.method = stream, method or Method()
+        self.seed, self.rank, self.world = seed, rank, world
+        self.start = {id(parameter) for parameter in self.model.parameters()}
+        self.names = {name for name, _ in self.model.named_parameters()} # Of the start model, as it was found
+
+        self.clock = ("start", "", 0, -1)
+        self.task, self.seen = None, []
+        self.first = self.inside = False
+        self.observed, self.extra_forwards = set(), 0
+        self.peft = None
+        self._feats, self._drawn, self._ready = {}, {}, {}
         self.refresh()
-    def find(self, name:str):
-        "A task of the plan, else of the stream."
-        return next((t for t in self.plan.tasks if t.name == name), None) or self.stream.task(name)
+    def find(self, name:str) -> Task:
+        "Find a task of the plan, else of the stream."
+        planned = next((task for task in self.plan.tasks if task.name == name), None)
+        return planned or self.stream.task(name)
     def refresh(self):
-        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.start -= {id(p) for p in self.params.values()}
-    def own(self) -> dict:
-        "What a checkpoint must hold: every parameter that is not the untouched start model's."
-        return {n: p for n, p in self.model.named_parameters() if id(p) not in self.start}
-    def key(self) -> tuple:
-        "What draws depend on: seed, task, phase, step, micro-batch and rank; hooks that all processes run alike share one key."
+        "Note which parameters are trainable now; the start model no longer counts them as untouched."
+        self.params = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.start -= {id(parameter) for parameter in self.params.values()}
+    def own(self) -> dict: # {name: parameter}
+        "Return what a checkpoint must hold: every parameter that is not the untouched start model's."
+        named = self.model.named_parameters()
+        return {name: parameter for name, parameter in named if id(parameter) not in self.start}
+    def key(self) -> tuple: # (seed, task, phase, step, micro-batch, rank)
+        "Return what draws depend on; hooks that all processes run in the same way share one key."
         return (self.seed, *self.clock, self.rank if self.clock[3] >= 0 else 0)
     def tick(self, task:str, phase:str, step:int=0, micro:int=-1):
         "Set the clock, and torch's generator with it: dropout and initial values are keyed like all other draws."
-        self.clock = (task, phase, step, micro); torch.manual_seed(seed_of(*self.key(), "torch"))
+        self.clock = (task, phase, step, micro)
+        torch.manual_seed(seed_of(*self.key(), "torch"))
     def rng(self, owner:str) -> np.random.Generator:
-        "Randomness of one owner at this moment of the run."
+        "Return the random source of one owner at this moment of the run."
         return rng(*self.key(), owner)
 
 # %% ../nbs/05_method.ipynb #d6a0ffc8
 @patch
-def lora(self:Net):
+def lora(self:Net) -> Net:
     "Insert plain LoRA and free the start model's parameters that the run's `tune` names."
     self.peft = add_lora(self.model, self.tuning, (self.seed, "lora"))
     return self.free(self.tuning.train)
@@ -297,18 +402,32 @@ def lora(self:Net):
 @patch
 def free(self:Net,
          train:str|None, # Full-match regex of the start model's own parameters to train
-        ):
+        ) -> Net:
     "Let some of the start model's own parameters be trained."
     if train:
-        hit = [p for n, p in self.model.named_parameters() if (id(p) in self.start or p.requires_grad) and re.fullmatch(train, n)]
-        if not hit: raise CitError(f"tune: train {train!r} matches no parameter of the start model; names look like 'model.multi_modal_projector.linear_1.weight'")
-        if frozen := [n for n, p in self.model.named_parameters() if in_tower(n) and re.fullmatch(train, n)]:
-            raise CitError(f"tune: train {train!r} {no_gradient(frozen)}")
-        if not all(p.is_floating_point() for p in hit): raise CitError(f"tune: train {train!r} names weights that are held in 4 bits, which cannot be trained")
+        chosen = self._named(train)
         self.backbone.mixed = self.backbone.dtype != torch.float32
-        for p in hit: p.data = p.data.float(); p.requires_grad_(True)
+        for parameter in chosen:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
     self.refresh()
     return self
+
+@patch
+def _named(self:Net, train:str) -> list: # Parameters
+    "Find the parameters that a regex names; raises `CitError` for none, and for those that cannot be trained."
+    own = [(name, parameter) for name, parameter in self.model.named_parameters()
+           if id(parameter) in self.start or parameter.requires_grad]
+    chosen = [parameter for name, parameter in own if re.fullmatch(train, name)]
+    if not chosen:
+        raise CitError(f"tune: train {train!r} matches no parameter of the start model; "
+                       "names look like 'model.multi_modal_projector.linear_1.weight'")
+    frozen = [name for name, _ in self.model.named_parameters() if in_tower(name) and re.fullmatch(train, name)]
+    if frozen:
+        raise CitError(f"tune: train {train!r} {no_gradient(frozen)}")
+    if not all(parameter.is_floating_point() for parameter in chosen):
+        raise CitError(f"tune: train {train!r} names weights that are held in 4 bits, which cannot be trained")
+    return chosen
 
 # %% ../nbs/05_method.ipynb #81e68103
 _chunk, _room = 128, 4e9
@@ -317,35 +436,42 @@ _chunk, _room = 128, 4e9
 def example(self:Net,
             name:str, # Task
             split:str, # "train", "val" or "test"
-            i:int, # Index
-           ): # `Example`
-    "An example, drawn or read once while there is room."
-    if (key := (name, split, i)) not in self._drawn:
-        if len(self._drawn) >= 20_000: self._drawn.clear()
-        self._drawn[key] = self.find(name).example(split, i)
+            index:int, # Row of the split
+           ) -> Example:
+    "Draw or read an example, once while there is room."
+    key = (name, split, index)
+    if key not in self._drawn:
+        if len(self._drawn) >= 20_000:
+            self._drawn.clear()
+        self._drawn[key] = self.find(name).example(split, index)
     return self._drawn[key]
 
 @patch
 def roomy(self:Net) -> bool:
-    "Do the tower features of all images of the stream fit into the store?"
-    w = self.backbone.projector.linear_1.weight
-    return sum(sum(t.n.values()) for t, _ in self.stream.roles())*self.backbone.n_vis*w.shape[1]*w.element_size() <= _room
+    "Tell whether the tower features of all images of the stream fit into the store."
+    weight = self.backbone.projector.linear_1.weight
+    images = sum(sum(task.n.values()) for task, _ in self.stream.roles())
+    return images*self.backbone.n_vis*weight.shape[1]*weight.element_size() <= _room
 
 # %% ../nbs/05_method.ipynb #6c840d62
 @patch
 def feats_of(self:Net,
-             task, # A `Task`
+             task:Task, # Whose rows
              split:str, # "train", "val" or "test"
              index:list, # Rows that have an image
             ) -> torch.Tensor: # [n, P, d_v]
-    "Tower features of some rows of a split, from the store when all of the stream's fit into 4 GB."
-    bb, n = self.backbone, task.n[split]
-    if not self.roomy(): return bb.tower(torch.cat([self.pixels_of(task.name, split, i) for i in index]))
-    for c in {i//_chunk for i in index} - {k[2] for k in self._feats if k[:2] == (task.name, split)}:
-        rows = [self.example(task.name, split, i) for i in range(c*_chunk, min(n, (c + 1)*_chunk))]
-        seen = bb.tower(bb.pixels([e.image if e.image is not None else np.zeros((8, 8, 3), np.uint8) for e in rows]))
-        self._feats[task.name, split, c] = seen
-    return torch.stack([self._feats[task.name, split, i//_chunk][i % _chunk] for i in index])
+    "Return tower features of some rows of a split, from the store when all of the stream's fit into 4 GB."
+    backbone, count = self.backbone, task.n[split]
+    if not self.roomy():
+        return backbone.tower(torch.cat([self.pixels_of(task.name, split, row) for row in index]))
+
+    stored = {key[2] for key in self._feats if key[:2] == (task.name, split)}
+    for chunk in {row//_chunk for row in index} - stored:
+        rows = range(chunk*_chunk, min(count, (chunk + 1)*_chunk))
+        images = [self.example(task.name, split, row).image for row in rows]
+        shown = [np.zeros((8, 8, 3), np.uint8) if image is None else image for image in images]
+        self._feats[task.name, split, chunk] = backbone.tower(backbone.pixels(shown))
+    return torch.stack([self._feats[task.name, split, row//_chunk][row % _chunk] for row in index])
 
 # %% ../nbs/05_method.ipynb #a54c6718
 @patch
@@ -355,18 +481,21 @@ def ahead(self:Net,
          ):
     "Open and preprocess images in the background, where features are not stored."
     if self.roomy(): return
-    for t, i in refs:
-        if (t, "train", i) not in self._ready: self._ready[t, "train", i] = pool.submit(self._open, t, "train", i)
+    for name, index in refs:
+        key = (name, "train", index)
+        if key not in self._ready:
+            self._ready[key] = pool.submit(self._open, *key)
 
 # %% ../nbs/05_method.ipynb #8d2bd038
 @patch
-def _open(self:Net, *key):
-    im = self.find(key[0]).example(*key[1:]).image
-    return None if im is None else self.backbone.pixels([im])
+def _open(self:Net, *key) -> torch.Tensor|None: # [1, 3, H, W]; None without an image
+    "Open and preprocess the image of one row."
+    image = self.find(key[0]).example(*key[1:]).image
+    return None if image is None else self.backbone.pixels([image])
 
 @patch
 def pixels_of(self:Net, *key) -> torch.Tensor: # [1, 3, H, W]
-    "Pixels of one row, from a thread that opened it before or opened now."
+    "Return the pixels of one row, from a thread that opened it before or opened now."
     return self._ready.pop(key).result() if key in self._ready else self._open(*key)
 
 # %% ../nbs/05_method.ipynb #44cad0d5
@@ -379,16 +508,30 @@ def rows(self:Net,
         ) -> Batch:
     "Collate rows of any tasks of the stream, features from the store; inside a hook only of tasks that it may see."
     if self.inside:
-        for n in dict.fromkeys(n for n, _ in refs): self.look(n, split)
-    tasks = {n: self.find(n) for n, _ in refs}
-    ex = [self.example(t, split, i) for t, i in refs]
-    pics, feats = [(j, t, i) for j, (t, i) in enumerate(refs) if ex[j].image is not None], None
-    for name in dict.fromkeys(t for _, t, _ in pics):
-        at_, idx = zip(*[(k, i) for k, (_, t, i) in enumerate(pics) if t == name])
-        got = self.feats_of(tasks[name], split, list(idx))
-        if feats is None: feats = got.new_zeros(len(pics), *got.shape[1:])
-        feats[list(at_)] = got
-    return self.backbone.collate(ex, feats, answers, refs=list(refs), split=split, **kw)
+        for name in dict.fromkeys(name for name, _ in refs):
+            self.look(name, split)
+    tasks = {name: self.find(name) for name, _ in refs}
+    examples = [self.example(name, split, index) for name, index in refs]
+    pictured = [ref for ref, example in zip(refs, examples) if example.image is not None]
+    feats = self._feats_by_task(pictured, split, tasks)
+    return self.backbone.collate(examples, feats, answers, refs=list(refs), split=split, **kw)
+
+# %% ../nbs/05_method.ipynb #d0e69841
+@patch
+def _feats_by_task(self:Net,
+                   refs:list, # (task name, index) pairs of rows that have an image
+                   split:str, # Which split
+                   tasks:dict, # {name: task}
+                  ) -> torch.Tensor|None: # [n, P, d_v], in the order of `refs`; None for no row
+    "Fetch tower features of rows of several tasks, task by task."
+    feats = None
+    for name in dict.fromkeys(task for task, _ in refs):
+        places = [place for place, (task, _) in enumerate(refs) if task == name]
+        found = self.feats_of(tasks[name], split, [refs[place][1] for place in places])
+        if feats is None:
+            feats = found.new_zeros(len(refs), *found.shape[1:])
+        feats[places] = found
+    return feats
 
 # %% ../nbs/05_method.ipynb #37dfb956
 @patch
@@ -397,30 +540,42 @@ def fetch(self:Net,
           group:int=0, # Group the rows are counted in
           split:str="train", # "train"; "val" of an old task is a leak that is recorded
          ) -> Batch:
-    "Rows for a method's memory; raises `CitError` when a task is touched that has not come yet."
-    for t in dict.fromkeys(t for t, _ in refs): self.look(t, split)
-    b = self.rows([tuple(r) for r in refs], split, task=[t for t, _ in refs])
-    return replace(b, group=torch.full_like(b.group, group))
+    "Fetch rows for a method's memory; raises `CitError` when a task is touched that has not come yet."
+    names = [name for name, _ in refs]
+    for name in dict.fromkeys(names):
+        self.look(name, split)
+    batch = self.rows([tuple(ref) for ref in refs], split, task=names)
+    return replace(batch, group=torch.full_like(batch.group, group))
 
+# %% ../nbs/05_method.ipynb #78d992e0
 @patch
-def hook(self:Net, f, *args):
+def hook(self:Net, function:Callable, *args):
     "Call a hook of the method; what it reads meanwhile is noted."
     self.inside = True
-    try: return f(self, *args)
-    finally: self.inside = False
+    try:
+        return function(self, *args)
+    finally:
+        self.inside = False
 
 @patch
 def look(self:Net, task:str, split:str="train"):
     "Note what a method looks at."
-    if self.first and task in {t.name for t in self.stream.held_in}: return self.observed.add("pretrain_data")
-    if task not in self.seen: raise CitError(f"task {task!r} has not come yet; a method sees {', '.join(self.seen) or 'no task'} now")
-    if split == "test": raise CitError("the test split is read only when R is filled; methods may use train and val")
-    if task != self.task: self.observed.add("old_data" if split == "train" else "val_of_old_tasks")
+    if self.first and task in {held.name for held in self.stream.held_in}:
+        self.observed.add("pretrain_data")
+        return
+    if task not in self.seen:
+        seen = ", ".join(self.seen) or "no task"
+        raise CitError(f"task {task!r} has not come yet; a method sees {seen} now")
+    if split == "test":
+        raise CitError("the test split is read only when R is filled; methods may use train and val")
+    if task != self.task:
+        self.observed.add("old_data" if split == "train" else "val_of_old_tasks")
 
 @patch(as_prop=True)
-def held_in(self:Net):
-    "Tasks the start model already knew; visible at the first `begin` only."
-    if not self.first: raise CitError("held-in data is visible at the first `begin` only")
+def held_in(self:Net) -> list: # Tasks
+    "Return tasks the start model already knew; visible at the first `begin` only."
+    if not self.first:
+        raise CitError("held-in data is visible at the first `begin` only")
     self.observed.add("pretrain_data")
     return self.stream.held_in
 
@@ -429,12 +584,16 @@ def held_in(self:Net):
 def forward(self:Net,
             batch:Batch, # On the stack if its backward follows
            ) -> Out:
-    "The trainer's forward, with gradients."
+    "Run the trainer's forward, with gradients."
     return self.backbone.forward(batch)
 
 class _Shell(nn.Module):
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, f): return f()
+    "Hold a model, so that torch can call any function with other values for its parameters."
+    def __init__(self, model:nn.Module):
+        super().__init__()
+        self.model = model
+    def forward(self, function:Callable):
+        return function()
 
 @patch
 @torch.no_grad()
@@ -442,11 +601,15 @@ def __call__(self:Net,
              batch:Batch, # Rows with labels
              params:dict|None=None, # Other values for trainable parameters: a teacher
             ) -> Out:
-    "A routed forward without gradients, in evaluation mode; counted as cost."
-    self.extra_forwards += len(batch); was = self.model.training; self.model.eval()
-    b = self.method.route(self, replace(batch, ctx={}))
-    with at(b): out = functional_call(_Shell(self.model), {f"model.{k}": v for k, v in (params or {}).items()}, (lambda: self.forward(b),))
-    self.model.train(was)
+    "Run a routed forward without gradients, in evaluation mode; it counts as cost."
+    self.extra_forwards += len(batch)
+    training = self.model.training
+    self.model.eval()
+    routed = self.method.route(self, replace(batch, ctx={}))
+    with at(routed):
+        others = {f"model.{name}": value for name, value in (params or {}).items()}
+        out = functional_call(_Shell(self.model), others, (lambda: self.forward(routed),))
+    self.model.train(training)
     return out
 
 # %% ../nbs/05_method.ipynb #0848652e
@@ -456,15 +619,16 @@ def answer(self:Net,
            max_new:int=20, # Longest answer, tokens
            choices:list|None=None, # Per row: token ids of each choice
           ) -> tuple: # (token ids per row, log-likelihoods of the choices per row)
-    "Greedy answers and forced choice through the method's routes."
+    "Answer greedily and by forced choice, through the method's routes."
     self.model.eval()
-    with at(self.method.route(self, replace(batch, ctx={}))) as b: return self.backbone.answer(b, max_new, choices)
+    with at(self.method.route(self, replace(batch, ctx={}))) as routed:
+        return self.backbone.answer(routed, max_new, choices)
 
 # %% ../nbs/05_method.ipynb #afe50f23
 @patch
-def used(self:Chain, net, batch) -> dict: # As its parts
-    "Where the parts send rows; only one of them can insert modules, so no name occurs twice."
-    return {k: u for m in self.chain for k, u in m.used(net, batch).items()}
+def used(self:Chain, net:Net, batch:Batch) -> dict: # As its parts
+    "Tell where the parts send rows; only one of them can insert modules, so no name occurs twice."
+    return {name: shares for method in self.chain for name, shares in method.used(net, batch).items()}
 
 @patch
 @torch.no_grad()
@@ -474,26 +638,28 @@ def went(self:Net,
          told:bool=False, # Show the task's label to the route
          training:bool=False, # In training mode and with answers
         ) -> dict: # As `used`, in float32
-    "Where the method sends some rows; not counted as its cost."
+    "Tell where the method sends some rows; this does not count as its cost."
     was = self.model.training
-    b = self.rows(refs, split, answers=training, task=[t if told else None for t, _ in refs])
+    labels = [name if told else None for name, _ in refs]
+    batch = self.rows(refs, split, answers=training, task=labels)
     self.model.train(training)
-    b = self.method.route(self, replace(b, ctx={}))
+    batch = self.method.route(self, replace(batch, ctx={}))
     self.model.eval()
-    found = self.method.used(self, b)
+    found = self.method.used(self, batch)
     self.model.train(was)
-    return {k: u.float() for k, u in found.items()}
+    return {name: shares.float() for name, shares in found.items()}
 
 # %% ../nbs/05_method.ipynb #cfa3456c
 @patch
 def reduce(self:Net, x:torch.Tensor) -> torch.Tensor:
     "Sum over processes."
-    if self.world > 1: dist.all_reduce(x)
+    if self.world > 1:
+        dist.all_reduce(x)
     return x
 
 @patch
 def spent(self:Net) -> int:
-    "Rows run through the model for the method's own sake, over all processes."
+    "Count rows run through the model for the method's own sake, over all processes."
     return int(self.reduce(torch.tensor(self.extra_forwards, device=self.backbone.device)))
 
 # %% ../nbs/05_method.ipynb #27538043
@@ -501,102 +667,173 @@ def spent(self:Net) -> int:
 @torch.enable_grad()
 def grad(self:Net,
          batch:Batch, # Rows with labels
-         fn=lambda out: out.loss, # Scalar of the forward
+         fn:Callable=lambda out: out.loss, # Scalar of the forward
         ) -> dict: # {name: gradient}, averaged over processes
-    "A fresh gradient with respect to everything trainable; `p.grad` stays as it is."
+    "Compute a gradient with respect to everything trainable; `p.grad` stays as it is."
     self.extra_forwards += len(batch)
-    with at(self.method.route(self, replace(batch, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)), list(self.params.values()), allow_unused=True)
-    return {n: self.reduce(torch.zeros_like(p) if g is None else g)/self.world for (n, p), g in zip(self.params.items(), gs)}
+    with at(self.method.route(self, replace(batch, ctx={}))) as routed:
+        params = list(self.params.values())
+        found = torch.autograd.grad(fn(self.forward(routed)), params, allow_unused=True)
+    grads = {}
+    for (name, parameter), value in zip(self.params.items(), found):
+        own = torch.zeros_like(parameter) if value is None else value
+        grads[name] = self.reduce(own)/self.world
+    return grads
 
 # %% ../nbs/05_method.ipynb #975210cf
 def row_nll(out:Out) -> torch.Tensor: # [B]
-    "−log p(answer | prompt) per row, summed over its answer tokens."
-    ce = nn.functional.cross_entropy(out.logits, out.labels, reduction="none")
-    return ce.new_zeros(int(out.row.max()) + 1).index_add(0, out.row, ce)
+    "Return −log p(answer | prompt) per row, summed over its answer tokens."
+    losses = nn.functional.cross_entropy(out.logits, out.labels, reduction="none")
+    return losses.new_zeros(int(out.row.max()) + 1).index_add(0, out.row, losses)
 
 # %% ../nbs/05_method.ipynb #f21c3279
 @torch.no_grad()
-def _per_sample(m, x, g) -> dict: # {parameter: gradients [B, …]}
-    "Per-sample gradients of a layer's own parameters from its input and the gradient of its output."
-    if isinstance(m, FusedLora): return m.per_sample(x, g)
-    g = g.to(m.weight.dtype)
-    return {m.weight: torch.einsum("bto,bti->boi", g, x.to(m.weight.dtype))} | ({} if m.bias is None else {m.bias: g.sum(1)})
+def _per_sample(layer:nn.Module,
+                x:torch.Tensor, # Its input [B, T, in]
+                g:torch.Tensor, # Gradient of its output [B, T, out]
+               ) -> dict: # {parameter: gradients [B, …]}
+    "Compute per-sample gradients of a layer's own parameters from its input and the gradient of its output."
+    if isinstance(layer, FusedLora):
+        return layer.per_sample(x, g)
+    g = g.to(layer.weight.dtype)
+    grads = {layer.weight: torch.einsum("bto,bti->boi", g, x.to(layer.weight.dtype))}
+    return grads if layer.bias is None else grads | {layer.bias: g.sum(1)}
 
 # %% ../nbs/05_method.ipynb #3599a220
 @patch
-def _linear_grads(self:Net, batch, fn):
-    "{parameter name: per-sample gradients [B, …]} for plain LoRA and linear layers, by one backward to their outputs."
-    seen, names = [], {id(p): n for n, p in self.params.items()}
-    lora = [m for m in self.model.modules() if isinstance(m, FusedLora) and m.plain and all(id(p) in names for p in (*m.lora_A.parameters(), *m.lora_B.parameters()))]
-    inner = {id(l) for m in lora for l in m.modules()}
-    dense = [m for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in names and id(m) not in inner]
-    if not lora + dense: return {}
-    hook = lambda m, x, y: seen.append((m, x[0].detach(), y if y.requires_grad else y.requires_grad_()))
-    hooks, frozen = [m.register_forward_hook(hook) for m in dense], [p for m in [*lora, *dense] for p in m.parameters() if p.requires_grad]
-    try:
-        for m in lora: m.tape = seen
-        for p in frozen: p.requires_grad_(False)
-        with at(self.method.route(self, replace(batch, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)).sum(), [y for *_, y in seen], allow_unused=True)
-    finally:
-        for p in frozen: p.requires_grad_(True)
-        for m in lora: m.tape = None
-        for h in hooks: h.remove()
-    out = defaultdict(float)
-    for (m, x, _), g in zip(seen, gs):
+def _linear_grads(self:Net,
+                  batch:Batch, # Rows with labels
+                  fn:Callable, # Takes `Out`, returns a scalar per row [B]
+                 ) -> dict: # {parameter name: gradients [B, …]}
+    "Compute per-sample gradients for plain LoRA and linear layers, by one backward to their outputs."
+    names = {id(parameter): name for name, parameter in self.params.items()}
+    lora, dense = self._one_backward(names)
+    if not lora + dense:
+        return {}
+    found = defaultdict(float)
+    seen, pulls = self._pulls(batch, fn, lora, dense)
+    for (layer, x, _), g in zip(seen, pulls):
         if g is None or x.ndim != 3 or len(x) != len(batch): continue
-        for p, grads in _per_sample(m, x, g).items():
-            if id(p) in names: out[names[id(p)]] += grads
-    return out
+        for parameter, grads in _per_sample(layer, x, g).items():
+            if id(parameter) in names:
+                found[names[id(parameter)]] += grads
+    return found
+
+# %% ../nbs/05_method.ipynb #4bb23bf3
+@patch
+def _one_backward(self:Net,
+                  trained, # Ids of the trainable parameters
+                 ) -> tuple: # (plain LoRA layers, linear layers)
+    "List the layers that one backward serves: plain LoRA that is trained whole, and linear layers."
+    lora = [module for module in self.model.modules() if isinstance(module, FusedLora) and module.plain
+            and all(id(part) in trained for part in (*module.lora_A.parameters(), *module.lora_B.parameters()))]
+    inner = {id(part) for layer in lora for part in layer.modules()}
+    dense = [module for module in self.model.modules() if isinstance(module, nn.Linear)
+             and id(module.weight) in trained and id(module) not in inner]
+    return lora, dense
+
+# %% ../nbs/05_method.ipynb #f918b109
+@patch
+def _pulls(self:Net,
+           batch:Batch, # Rows with labels
+           fn:Callable, # Takes `Out`, returns a scalar per row [B]
+           lora:list, # Layers that note their calls themselves
+           dense:list, # Layers that a hook notes
+          ) -> tuple: # ([(layer, input, output)], gradients of the outputs)
+    "Run one backward to the outputs of layers, whose parameters take no gradient meanwhile."
+    seen = []
+    def note(layer, args, y):
+        seen.append((layer, args[0].detach(), y if y.requires_grad else y.requires_grad_()))
+    hooks = [layer.register_forward_hook(note) for layer in dense]
+    frozen = [part for layer in [*lora, *dense] for part in layer.parameters() if part.requires_grad]
+    try:
+        for layer in lora: layer.tape = seen
+        for part in frozen: part.requires_grad_(False)
+        with at(self.method.route(self, replace(batch, ctx={}))) as routed:
+            total = fn(self.forward(routed)).sum()
+            return seen, torch.autograd.grad(total, [y for *_, y in seen], allow_unused=True)
+    finally:
+        for part in frozen: part.requires_grad_(True)
+        for layer in lora: layer.tape = None
+        for hook in hooks: hook.remove()
 
 # %% ../nbs/05_method.ipynb #31d2fe48
 @patch
 @torch.enable_grad()
 def sample_grads(self:Net,
                  task:str, # A task seen so far
-                 fn=row_nll, # Takes `Out`, returns a scalar per row [B]
+                 fn:Callable=row_nll, # Takes `Out`, returns a scalar per row [B]
                  n:int=200, # Samples, drawn without replacement
-                 map=torch.square, # Applied to every per-sample gradient before averaging
+                 map:Callable=torch.square, # Applied to every per-sample gradient before averaging
                  size:int=32, # Rows per backward
                 ) -> dict: # {name: mean over samples of map(gradient)}
-    "Mean over samples of a function of exact per-sample gradients: `torch.square` gives Fisher, `torch.abs` gives MAS."
-    self.look(task); self.model.eval()
-    total = self.find(task).n["train"]; n = min(n, total)
+    "Average a function of exact per-sample gradients over samples: `torch.square` gives Fisher, `torch.abs` gives MAS."
+    self.look(task)
+    self.model.eval()
+    total = self.find(task).n["train"]
+    n = min(n, total)
     pick = np.sort(rng(self.seed, task, "sample_grads").choice(total, n, replace=False))
-    mean = {k: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for k, p in self.params.items()}
-    for i in range(0, n, size):
-        if (i//size) % self.world != self.rank: continue
-        batch = self.rows([(task, int(j)) for j in pick[i:i+size]], task=[task]*len(pick[i:i+size]))
+    mean = {name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for name, parameter in self.params.items()}
+
+    for start in range(0, n, size):
+        if (start//size) % self.world != self.rank: continue
+        refs = [(task, int(index)) for index in pick[start:start+size]]
+        batch = self.rows(refs, task=[task]*len(refs))
         self.extra_forwards += len(batch)
         many = self._linear_grads(batch, fn)
-        for k, g in many.items(): mean[k] += map(g.to(mean[k].dtype)).sum(0)/n
-        if rest := [k for k in self.params if k not in many]: self._loop_grads(batch, fn, rest, mean, map, n)
-    return {k: self.reduce(v) for k, v in mean.items()}
+        for name, grads in many.items():
+            mean[name] += map(grads.to(mean[name].dtype)).sum(0)/n
+        rest = [name for name in self.params if name not in many]
+        if rest:
+            self._loop_grads(batch, fn, rest, mean, map, n)
+    return {name: self.reduce(value) for name, value in mean.items()}
 
+# %% ../nbs/05_method.ipynb #725a052c
 @patch
-def _loop_grads(self:Net, batch, fn, names, mean, map, n):
-    "One backward per sample for parameters outside linear layers."
-    for j in range(len(batch)):
-        one = self.rows([batch.refs[j]], task=[batch.task[j]])
-        with at(self.method.route(self, replace(one, ctx={}))) as b: gs = torch.autograd.grad(fn(self.forward(b)).sum(), [self.params[k] for k in names], allow_unused=True)
-        for k, g in zip(names, gs):
-            if g is not None: mean[k] += map(g.to(mean[k].dtype))/n
+def _loop_grads(self:Net,
+                batch:Batch, # Rows with labels
+                fn:Callable, # Takes `Out`, returns a scalar per row [B]
+                names:list, # Of the parameters
+                mean:dict, # {name: mean so far}, which grows
+                map:Callable, # Applied to every gradient
+                n:int, # Samples in all
+               ):
+    "Run one backward per sample for parameters outside linear layers."
+    params = [self.params[name] for name in names]
+    for index in range(len(batch)):
+        one = self.rows([batch.refs[index]], task=[batch.task[index]])
+        with at(self.method.route(self, replace(one, ctx={}))) as routed:
+            grads = torch.autograd.grad(fn(self.forward(routed)).sum(), params, allow_unused=True)
+        for name, grad in zip(names, grads):
+            if grad is not None:
+                mean[name] += map(grad.to(mean[name].dtype))/n
 
 # %% ../nbs/05_method.ipynb #6e592955
 def hashed(text:str, # Any text
            d:int=256, # Buckets
           ) -> np.ndarray: # [d], unit length
-    "Signed hashed word n-grams (1 and 2) of a text."
-    words = re.findall(r"\w+|[^\w\s]", text.lower()); v = np.zeros(d)
-    for g in [*words, *map(" ".join, zip(words, words[1:]))]:
-        h = int.from_bytes(hashlib.blake2b(g.encode(), digest_size=8).digest(), "little"); v[h % d] += 1 if h >> 63 else -1
-    return v/max(np.linalg.norm(v), 1e-12)
+    "Hash the word n-grams (1 and 2) of a text into signed buckets."
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    pairs = map(" ".join, zip(words, words[1:]))
+    vector = np.zeros(d)
+    for gram in [*words, *pairs]:
+        number = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "little")
+        vector[number % d] += 1 if number >> 63 else -1
+    return vector/max(np.linalg.norm(vector), 1e-12)
 
 # %% ../nbs/05_method.ipynb #8cfc8dbe
 @lru_cache(maxsize=2)
 def _encoder(name:str, device:str) -> tuple: # (tokenizer, model)
-    "A frozen sentence encoder."
-    try: return AutoTokenizer.from_pretrained(name, local_files_only=True), AutoModel.from_pretrained(name, local_files_only=True, use_safetensors=True).to(device).float().eval()
-    except (OSError, ValueError) as e: raise CitError(f"feature {name!r} is none of image, instruction, answer, embedding, and as a sentence encoder it cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    "Read a frozen sentence encoder."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        model = AutoModel.from_pretrained(name, local_files_only=True, use_safetensors=True)
+        return tokenizer, model.to(device).float().eval()
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CitError(f"feature {name!r} is none of image, instruction, answer, embedding, "
+                       f"and as a sentence encoder it cannot be read: {reason}") from error
 
 @lru_cache(maxsize=20_000)
 @torch.no_grad()
@@ -604,41 +841,66 @@ def meaning(text:str, # Any text, cut at what the encoder reads
             name:str, # A folder in the HF format with safetensors, or a hub id in the local cache
             device:str="cpu", # Where it is computed
            ) -> torch.Tensor: # [d]
-    "Mean of a frozen sentence encoder's last hidden states, as in `sentence-transformers`, without normalisation."
-    tok, model = _encoder(name, device)
-    return model(**tok(text, truncation=True, return_tensors="pt").to(device)).last_hidden_state[0].mean(0)
+    "Average a frozen sentence encoder's last hidden states, as in `sentence-transformers`, without normalisation."
+    tokenizer, model = _encoder(name, device)
+    tokens = tokenizer(text, truncation=True, return_tensors="pt").to(device)
+    return model(**tokens).last_hidden_state[0].mean(0)
 
 # %% ../nbs/05_method.ipynb #123d40ac
 @patch
 def width(self:Net, what:str) -> int: # As `features`
-    "Length of the vectors of `features`."
-    own = {"image": self.backbone.projector.linear_1.in_features, "instruction": 256, "answer": 256, "embedding": self.backbone.lm.embed_tokens.embedding_dim}
+    "Return the length of the vectors of `features`."
+    image = self.backbone.projector.linear_1.in_features
+    own = {"image": image, "instruction": 256, "answer": 256, "embedding": self.backbone.lm.embed_tokens.embedding_dim}
     return own[what] if what in own else _encoder(what, str(self.backbone.device))[1].config.hidden_size
 
 @patch
 @torch.no_grad()
 def features(self:Net,
              batch:Batch, # Rows
-             what:str="instruction", # "image", "instruction", "answer", "embedding" (the backbone's own, of the instruction's tokens), or a sentence encoder's folder or hub id
+             what:str="instruction", # "image", "instruction", "answer", "embedding", or a sentence encoder
             ) -> torch.Tensor: # [B, d]
-    "One vector per row that no training changes."
-    if what not in ("image", "instruction", "answer", "embedding"): return torch.stack([meaning(e.question, what, str(self.backbone.device)) for e in batch.examples])
+    "Compute one vector per row that no training changes; a sentence encoder goes by its folder or hub id."
+    device = self.backbone.device
     if what == "image":
-        if batch.feats is None: return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
-        v, has = batch.feats.float().mean(1), torch.tensor([e.image is not None for e in batch.examples])
-        return v.new_zeros(len(batch), v.shape[1]).index_copy(0, has.nonzero()[:, 0].to(v.device), v)
+        return self._image_means(batch)
     if what == "embedding":
-        chat, table = self.backbone.chat, self.backbone.lm.embed_tokens
-        ids = [torch.tensor(chat.begin + chat.ids(e.question)) for e in batch.examples]
-        return torch.stack([table(i.to(self.backbone.device)).float().mean(0) for i in ids])
-    return torch.tensor(np.stack([hashed(e.question if what == "instruction" else e.answer) for e in batch.examples]), dtype=torch.float32, device=self.backbone.device)
+        return self._token_means(batch)
+    if what not in ("instruction", "answer"):
+        return torch.stack([meaning(example.question, what, str(device)) for example in batch.examples])
+    texts = [example.question if what == "instruction" else example.answer for example in batch.examples]
+    return torch.tensor(np.stack([hashed(text) for text in texts]), dtype=torch.float32, device=device)
+
+# %% ../nbs/05_method.ipynb #ff0972c9
+@patch
+def _image_means(self:Net, batch:Batch) -> torch.Tensor: # [B, d]
+    "Average the tower features of each row's image; rows without one get zeros."
+    if batch.feats is None:
+        return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
+    means = batch.feats.float().mean(1)
+    pictured = torch.tensor([example.image is not None for example in batch.examples])
+    places = pictured.nonzero()[:, 0].to(means.device)
+    return means.new_zeros(len(batch), means.shape[1]).index_copy(0, places, means)
+
+@patch
+def _token_means(self:Net, batch:Batch) -> torch.Tensor: # [B, d]
+    "Average the backbone's own embeddings of each instruction's tokens."
+    chat, table = self.backbone.chat, self.backbone.lm.embed_tokens
+    ids = [torch.tensor(chat.begin + chat.ids(example.question)) for example in batch.examples]
+    return torch.stack([table(tokens.to(self.backbone.device)).float().mean(0) for tokens in ids])
 
 # %% ../nbs/05_method.ipynb #11f3b2e7
 @patch
-def carried(self:Net) -> int:
-    "Bytes the method carries between tasks: its memory, the examples it refers to, and every inserted parameter that is frozen now."
+def carried(self:Net) -> int: # Bytes
+    "Count what the method carries between tasks: memory, examples it refers to, inserted parameters frozen now."
     def size(ref):
-        e = self.example(ref[0], "train", ref[1])
-        image = 0 if e.image is None else e.image.nbytes if isinstance(e.image, np.ndarray) else os.path.getsize(e.image)
-        return image + len((e.question + e.answer).encode())
-    return stored_bytes(self.method.mem, size) + sum(p.numel()*p.element_size() for n, p in self.own().items() if not p.requires_grad)
+        example = self.example(ref[0], "train", ref[1])
+        text = len((example.question + example.answer).encode())
+        if example.image is None:
+            return text
+        if isinstance(example.image, np.ndarray):
+            return example.image.nbytes + text
+        return os.path.getsize(example.image) + text
+    held = stored_bytes(self.method.mem, size)
+    frozen = [parameter for parameter in self.own().values() if not parameter.requires_grad]
+    return held + sum(parameter.numel()*parameter.element_size() for parameter in frozen)

@@ -12,12 +12,13 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CitError
-from ..method import Method
+from ..method import Method, Net, Step
+from ..stream import Task
 
 # %% ../../nbs/methods/ema.ipynb #165bd34c
 @dataclass
 class EMA(Method):
-    "Every task ends at the exponential moving average of its weights."
+    "End every task at the exponential moving average of its weights."
     beta: float = .99 # Share β of the average that is kept at each step
     first: bool = False # Average the first task too? It has nothing to keep
     strength = "beta"
@@ -25,26 +26,31 @@ class EMA(Method):
     paper = "Polyak & Juditsky, SIAM J. Control Optim. 30(4), 1992; as a baseline: arXiv 2410.10868"
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.beta <= 1: raise CitError(f"method 'ema': beta is {self.beta}; allowed: 0 to 1")
+        if not 0 <= self.beta <= 1:
+            raise CitError(f"method 'ema': beta is {self.beta}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/ema.ipynb #f6607dfa
 @patch
 @torch.no_grad()
-def step(self:EMA, net, s):
+def step(self:EMA, net:Net, step:Step):
     if not self.beta or not (self.first or len(net.seen) > 1): return
     mean = self.mem.setdefault("mean", {})
-    for n, p in net.params.items():
-        mean[n] = torch.lerp(mean.get(n, s.old[n]).float(), p.float(), 1 - self.beta)
+    for name, weight in net.params.items():
+        before = mean.get(name, step.old[name]).float()
+        mean[name] = torch.lerp(before, weight.float(), 1 - self.beta)
 
 # %% ../../nbs/methods/ema.ipynb #bd841917
 @patch
 @torch.no_grad()
-def end(self:EMA, net, task):
-    for n, mean in self.mem.pop("mean", {}).items(): net.params[n].copy_(mean)
+def end(self:EMA, net:Net, task:Task):
+    for name, mean in self.mem.pop("mean", {}).items():
+        net.params[name].copy_(mean)
 
 # %% ../../nbs/methods/ema.ipynb #7c77125a
 @patch
 @torch.no_grad()
-def stats(self:EMA, net):
-    held = {n: m for n, m in self.mem.get("mean", {}).items() if n in net.params}
-    return {"distance": sum((net.params[n].float() - m).square().sum() for n, m in held.items()).sqrt()} if held else {}
+def stats(self:EMA, net:Net) -> dict:
+    held = {name: mean for name, mean in self.mem.get("mean", {}).items() if name in net.params}
+    if not held: return {}
+    far = sum((net.params[name].float() - mean).square().sum() for name, mean in held.items())
+    return {"distance": far.sqrt()}

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 
+from ..backbone import Batch
 from ..core import CitError
 from ..memory import rebalance
-from ..method import Method
+from ..method import Method, Net, Step
+from ..stream import Task
 
 # %% ../../nbs/methods/er.ipynb #215bfbcf
 @dataclass
 class ER(Method):
-    "Experience replay from one buffer of fixed size; replayed rows replace new ones."
+    "Replay old examples from one buffer of fixed size; replayed rows replace new ones."
     size: int = 160 # Examples kept in all: 1 % of the stream shapes
     share: float = .25 # Share β of a batch, and of the loss, that is replayed
     strength = "share"
@@ -26,31 +28,36 @@ class ER(Method):
     paper = "arXiv 1902.10486"
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.share <= 1: raise CitError(f"method 'er': share is {self.share}; allowed: 0 to 1")
-        if self.size < 0: raise CitError(f"method 'er': size is {self.size}; allowed: 0 and above")
+        if not 0 <= self.share <= 1:
+            raise CitError(f"method 'er': share is {self.share}; allowed: 0 to 1")
+        if self.size < 0:
+            raise CitError(f"method 'er': size is {self.size}; allowed: 0 and above")
 
 # %% ../../nbs/methods/er.ipynb #8dd2e68b
 @patch
-def end(self:ER, net, task):
-    new = [[task.name, i] for i in range(len(task))]
+def end(self:ER, net:Net, task:Task):
+    new = [[task.name, index] for index in range(len(task))]
     self.mem["refs"] = rebalance(self.mem.get("refs", []), new, self.size, net.rng(self.name))
 
 # %% ../../nbs/methods/er.ipynb #04977653
 @patch
-def batch(self:ER, net, batch):
-    refs, B, micro = self.mem.get("refs"), len(batch), net.clock[3]
+def batch(self:ER, net:Net, batch:Batch) -> Batch:
+    refs, size, micro = self.mem.get("refs"), len(batch), net.clock[3]
     if not refs or not self.share: return batch
-    k = round(self.share*B*(micro + 1)) - round(self.share*B*micro)
+    count = round(self.share*size*(micro + 1)) - round(self.share*size*micro)
     group = {"weights": {0: 1 - self.share, 1: self.share}}
-    if not k: return replace(batch, **group)
-    old = net.fetch([refs[j] for j in net.rng(self.name).choice(len(refs), k, replace=k > len(refs))], group=1)
-    return replace(batch[:B-k] + old if k < B else old, **group)
+    if not count: return replace(batch, **group)
+
+    chosen = net.rng(self.name).choice(len(refs), count, replace=count > len(refs))
+    old = net.fetch([refs[index] for index in chosen], group=1)
+    return replace(batch[:size-count] + old if count < size else old, **group)
 
 # %% ../../nbs/methods/er.ipynb #7da96341
 @patch
-def step(self:ER, net, s):
-    group = torch.cat([b.group for b in s.batches])
+def step(self:ER, net:Net, step:Step):
+    group = torch.cat([batch.group for batch in step.batches])
     self.mem["replayed"] = (group == 1).float().mean().item()
 
 @patch
-def stats(self:ER, net): return {"replayed": self.mem.get("replayed", 0.)}
+def stats(self:ER, net:Net) -> dict:
+    return {"replayed": self.mem.get("replayed", 0.)}

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
+from ..backbone import Batch, Out
 from ..core import CitError, one_of
-from ..method import Method
+from ..method import Method, Net
+from ..stream import Task
 
 # %% ../../nbs/methods/ewc.ipynb #3e26c0f3
 @dataclass
 class EWC(Method):
-    "A spring at every weight, as stiff as that weight mattered to earlier tasks."
+    "Hold every weight by a quadratic penalty, as strong as that weight mattered to earlier tasks."
     lam: float = 100. # Strength λ of the springs
     n: int = 200 # Examples of a task from which its importance is measured
     gamma: float = 1. # What is left of earlier importance after each task; "online" only
@@ -27,33 +29,43 @@ class EWC(Method):
     def __post_init__(self):
         super().__post_init__()
         one_of("variant of method 'ewc'", self.variant, ("separate", "online"))
-        if self.lam < 0: raise CitError(f"method 'ewc': lam is {self.lam}; allowed: 0 and above")
-        if self.n < 1: raise CitError(f"method 'ewc': n is {self.n}; allowed: 1 and above")
+        if self.lam < 0:
+            raise CitError(f"method 'ewc': lam is {self.lam}; allowed: 0 and above")
+        if self.n < 1:
+            raise CitError(f"method 'ewc': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/ewc.ipynb #b8719ae1
 @patch
-def loss(self:EWC, net, batch, out):
-    held = [k for k in self.mem.get("fisher", {}) if k in net.params]
+def loss(self:EWC, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
+    held = [name for name in self.mem.get("fisher", {}) if name in net.params]
     if not held: return 0.
-    F, old, now = (torch.cat([d[k].flatten() for k in held]) for d in (self.mem["fisher"], self.mem["anchor"], net.params))
+    trees = (self.mem["fisher"], self.mem["anchor"], net.params)
+    F, old, now = (torch.cat([tree[name].flatten() for name in held]) for tree in trees)
     return self.lam/2*(F*(now - old).square()).sum()
 
 # %% ../../nbs/methods/ewc.ipynb #bcae279c
 @patch
-def end(self:EWC, net, task):
-    fisher, anchor = (dict(self.mem.get(k, {})) for k in ("fisher", "anchor"))
+def end(self:EWC, net:Net, task:Task):
+    fisher, anchor = dict(self.mem.get("fisher", {})), dict(self.mem.get("anchor", {}))
     online = self.variant == "online"
-    for k, f in net.sample_grads(task.name, n=self.n).items():
-        now, old = net.params[k].detach().clone(), fisher.get(k, torch.zeros_like(f))
-        fisher[k] = (self.gamma if online else 1.)*old + f
-        share = (f/fisher[k]).nan_to_num(0.)
-        anchor[k] = now if online or k not in anchor else torch.lerp(anchor[k], now, share)
+    kept = self.gamma if online else 1.
+    for name, new in net.sample_grads(task.name, n=self.n).items():
+        now = net.params[name].detach().clone()
+        old = fisher.get(name, torch.zeros_like(new))
+        fisher[name] = kept*old + new
+        if online or name not in anchor:
+            anchor[name] = now
+        else:
+            share = (new/fisher[name]).nan_to_num(0.)
+            anchor[name] = torch.lerp(anchor[name], now, share)
     self.mem = {"fisher": fisher, "anchor": anchor}
 
 # %% ../../nbs/methods/ewc.ipynb #0d525e1a
 @patch
 @torch.no_grad()
-def stats(self:EWC, net):
+def stats(self:EWC, net:Net) -> dict:
     if not self.mem: return {}
-    far = sum((net.params[k] - a).square().sum() for k, a in self.mem["anchor"].items() if k in net.params)
-    return {"penalty": float(self.loss(net, None, None)), "drift": float(far)**.5}
+    held = [(name, old) for name, old in self.mem["anchor"].items() if name in net.params]
+    far = sum((net.params[name] - old).square().sum() for name, old in held)
+    penalty = float(self.loss(net, None, None))
+    return {"penalty": penalty, "drift": float(far)**.5}

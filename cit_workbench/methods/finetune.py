@@ -13,4 +13,4 @@ from ..method import Method
 # %% ../../nbs/methods/finetune.ipynb #7c8324b7
 @dataclass
 class Finetune(Method):
-    "Plain sequential tuning: the lower bound that every method must beat."
+    "Tune one task after another, plainly: the lower bound that every method must beat."

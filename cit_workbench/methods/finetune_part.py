@@ -11,39 +11,44 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from torch import nn
 
+from ..backbone import Batch
 from ..core import CitError, one_of, rng
-from ..method import Method
+from ..method import Method, Net
 
 # %% ../../nbs/methods/finetune_part.ipynb #3f410c17
 @dataclass
 class FinetunePart(Method):
-    "Plain sequential tuning of one part of the model."
-    part: str = "o_proj" # "o_proj": LoRA on attention outputs alone; "projector": the start's own; "prompt": a soft prompt
+    "Tune one part of the model, one task after another, plainly."
+    part: str = "o_proj" # "o_proj": LoRA on attention outputs; "projector": the start's own; "prompt": a soft prompt
     length: int = 20 # Tokens of the soft prompt
     paper = "He et al., arXiv 2311.16206; Lester et al., arXiv 2104.08691"
     def __post_init__(self):
         super().__post_init__()
         one_of("part of method 'finetune_part'", self.part, ("projector", "prompt", "o_proj"))
-        if self.length < 1: raise CitError(f"method 'finetune_part': length is {self.length}; allowed: 1 and above")
+        if self.length < 1:
+            raise CitError(f"method 'finetune_part': length is {self.length}; allowed: 1 and above")
 
 # %% ../../nbs/methods/finetune_part.ipynb #a723478c
 @patch(as_prop=True)
-def soft(self:FinetunePart): return self.length if self.part == "prompt" else 0
+def soft(self:FinetunePart) -> int: # Tokens
+    return self.length if self.part == "prompt" else 0
 
 # %% ../../nbs/methods/finetune_part.ipynb #760c168c
 @patch
-def wrap(self:FinetunePart, net):
-    if self.part == "projector": return net.free(r".*multi_modal_projector\..*")
+def wrap(self:FinetunePart, net:Net) -> Net:
+    if self.part == "projector":
+        return net.free(r".*multi_modal_projector\..*")
     if self.part == "o_proj":
         net.tuning = replace(net.tuning, targets=rf"(?=.*o_proj$)({net.tuning.layers})")
         return net.lora()
-    E = net.backbone.lm.embed_tokens.weight.detach()
-    net.model.soft_prompt = nn.Parameter(E[rng(net.seed, "soft prompt").choice(len(E), self.length)].float())
+    table = net.backbone.lm.embed_tokens.weight.detach()
+    tokens = rng(net.seed, "soft prompt").choice(len(table), self.length)
+    net.model.soft_prompt = nn.Parameter(table[tokens].float())
     net.refresh()
     return net
 
 # %% ../../nbs/methods/finetune_part.ipynb #e3eb8b66
 @patch
-def route(self:FinetunePart, net, batch):
+def route(self:FinetunePart, net:Net, batch:Batch) -> Batch:
     if self.part != "prompt": return batch
     return replace(batch, prefix=net.model.soft_prompt.expand(len(batch), -1, -1))

@@ -15,70 +15,94 @@ from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..adapt import SlotLinear, add_slots, inserted, seeded
+from ..backbone import Batch
 from ..core import CitError
-from ..method import Method
+from ..method import Method, Net
+from ..stream import Task
 
 # %% ../../nbs/methods/grouping.ipynb #b641ae5f
 @dataclass
 class Grouping(Method):
-    "One LoRA per group of tasks with similar instructions."
+    "Tune one LoRA per group of tasks with similar instructions."
     threshold: float = .9 # Least similarity to a group that a task joins
     paper = "LLaCA, arXiv 2410.10868"
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.threshold <= 1: raise CitError(f"method 'grouping': threshold is {self.threshold}; allowed: 0 to 1")
+        if not 0 <= self.threshold <= 1:
+            raise CitError(f"method 'grouping': threshold is {self.threshold}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/grouping.ipynb #98deee1b
 def instruction(question:str) -> str: # Its last line, up to a colon
-    "The string by which tasks are grouped."
+    "Return the string by which tasks are grouped."
     return question.rstrip().rpartition("\n")[2].partition(":")[0].strip()
 
 _words = TfidfVectorizer(stop_words="english").build_analyzer()
 
 @lru_cache(maxsize=100_000)
-def alike(a:str, b:str) -> float: # 0 to 1
-    "Cosine of the TF-IDF vectors of two strings."
-    if a == b or not (_words(a) and _words(b)): return float(a == b)
-    x, y = TfidfVectorizer(stop_words="english").fit_transform([a, b])
+def alike(first:str, second:str) -> float: # 0 to 1
+    "Compute the cosine of the TF-IDF vectors of two strings."
+    if first == second or not (_words(first) and _words(second)):
+        return float(first == second)
+    x, y = TfidfVectorizer(stop_words="english").fit_transform([first, second])
     return float(x.multiply(y).sum())
 
-def nearest(said:list, books:list) -> tuple: # (similarity, group); (−1, 0) when there is no group
-    "The group whose strings are most like some others."
-    near = [sum(alike(a, b) for a in said for b in book)/len(said)/len(book) for book in books] or [-1.]
+def nearest(said:list, # Strings of a task or a question
+            books:list, # Strings of each group
+           ) -> tuple: # (similarity, group); (−1, 0) when there is no group
+    "Find the group whose strings are on average most similar to some others."
+    near = []
+    for book in books:
+        total = sum(alike(text, other) for text in said for other in book)
+        near.append(total/len(said)/len(book))
+    near = near or [-1.]
     return max(near), near.index(max(near))
 
 # %% ../../nbs/methods/grouping.ipynb #64d32fd1
 @patch
-def begin(self:Grouping, net, task):
-    said = sorted({instruction(net.example(task.name, "train", i).question) for i in range(task.n["train"])})
+def begin(self:Grouping, net:Net, task:Task):
+    questions = (net.example(task.name, "train", index).question for index in range(task.n["train"]))
+    said = sorted({instruction(question) for question in questions})
     books, layers = self.mem.setdefault("books", []), inserted(net.model, SlotLinear)
-    near, k = nearest(said, books)
+    near, group = nearest(said, books)
     if near < self.threshold:
-        k, last = len(books), self.mem.get("slot"); books.append([])
-        seeded((net.seed, task.name, "slot"), lambda: [l.add(like=last) for l in layers])
-    books[k] += [t for t in said if t not in books[k]]
-    self.mem["slot"], self.mem["of"] = k, self.mem.get("of", {}) | {task.name: k}
-    for ps in [ps for l in layers for ps in (l.A, l.B)]: [p.requires_grad_(i == k) for i, p in enumerate(ps)]
+        group, last = len(books), self.mem.get("slot")
+        books.append([])
+        key = (net.seed, task.name, "slot")
+        seeded(key, lambda: [layer.add(like=last) for layer in layers])
+    books[group] += [text for text in said if text not in books[group]]
+    self.mem["slot"] = group
+    self.mem["of"] = self.mem.get("of", {}) | {task.name: group}
+    for layer in layers:
+        for slots in (layer.A, layer.B):
+            for index, parameter in enumerate(slots):
+                parameter.requires_grad_(index == group)
 
 # %% ../../nbs/methods/grouping.ipynb #95d90331
 @patch
-def wrap(self:Grouping, net):
+def wrap(self:Grouping, net:Net) -> Net:
     add_slots(net.model, net.tuning, len(self.mem.get("books", [])))
     return net
 
 @patch
-def stats(self:Grouping, net): return {"group": self.mem["slot"], "groups": len(self.mem["books"])} if "slot" in self.mem else {}
+def stats(self:Grouping, net:Net) -> dict:
+    if "slot" not in self.mem: return {}
+    return {"group": self.mem["slot"], "groups": len(self.mem["books"])}
 
 # %% ../../nbs/methods/grouping.ipynb #553d2579
 @patch
-def route(self:Grouping, net, batch):
+def route(self:Grouping, net:Net, batch:Batch) -> Batch:
     books, of = self.mem.get("books", []), self.mem.get("of", {})
-    said = [instruction(e.question) for e in batch.examples]
-    near = {t: nearest([t], books) for task, t in zip(batch.task, said) if task not in of}
-    match = {t: k if like >= self.threshold else len(books) - 1 for t, (like, k) in near.items()}
-    slot = [of[task] if task in of else match[t] for task, t in zip(batch.task, said)]
-    return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})
+    said = [instruction(example.question) for example in batch.examples]
+    near = {text: nearest([text], books) for task, text in zip(batch.task, said) if task not in of}
+    match = {}
+    for text, (similarity, group) in near.items():
+        match[text] = group if similarity >= self.threshold else len(books) - 1
+    chosen = [of[task] if task in of else match[text] for task, text in zip(batch.task, said)]
+    slot = torch.tensor(chosen, device=batch.ids.device)
+    return replace(batch, route={**batch.route, "slot": slot})
 
 @patch
-def used(self:Grouping, net, batch):
-    return {"slot": F.one_hot(batch.route["slot"] + 1, len(self.mem.get("books", [])) + 1)[:, None]} # 0: none yet
+def used(self:Grouping, net:Net, batch:Batch) -> dict: # {"slot": shares [B, 1, places]}
+    place = batch.route["slot"] + 1 # 0: none yet
+    places = len(self.mem.get("books", [])) + 1
+    return {"slot": F.one_hot(place, places)[:, None]}

@@ -10,25 +10,29 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..method import Method, Phase
-from ..stream import Task
+from ..stream import Stream, Task
 
 # %% ../../nbs/methods/joint.ipynb #fdf1b484
 def merged(tasks:list, # Tasks to merge
            name:str="joint", # What the merged task is called
           ) -> Task:
-    "One task whose examples are those of all `tasks`, one task after another."
-    ends = {s: list(accumulate(t.n[s] for t in tasks)) for s in tasks[0].n}
-    def make(split, i):
-        k = next(k for k, end in enumerate(ends[split]) if i < end)
-        return tasks[k].example(split, i - ends[split][k] + tasks[k].n[split])
-    source = {"merged": len(tasks), "of": [t.digest() for t in tasks]}
-    return Task(name, tasks[0].format, "all", "all", {s: e[-1] for s, e in ends.items()}, make, source=source)
+    "Make one task whose examples are those of all `tasks`, one task after another."
+    ends = {split: list(accumulate(task.n[split] for task in tasks)) for split in tasks[0].n}
+    def make(split, index):
+        place = next(place for place, end in enumerate(ends[split]) if index < end)
+        before = ends[split][place] - tasks[place].n[split]
+        return tasks[place].example(split, index - before)
+    sizes = {split: borders[-1] for split, borders in ends.items()}
+    source = {"merged": len(tasks), "of": [task.digest() for task in tasks]}
+    return Task(name, tasks[0].format, "all", "all", sizes, make, source=source)
 
 # %% ../../nbs/methods/joint.ipynb #2473f84c
 @dataclass
 class Joint(Method):
-    "All tasks at once, for as many steps as all of them take in sequence."
+    "Tune all tasks at once, for as many steps as all of them take in sequence."
     leaks = {"total_T", "old_data"}
     paper = "Caruana, Multitask Learning, 1997"
-    def plan(self, stream): return replace(stream, tasks=[merged(stream.tasks)])
-    def phases(self, task): return [Phase(times=task.source["merged"])]
+    def plan(self, stream:Stream) -> Stream:
+        return replace(stream, tasks=[merged(stream.tasks)])
+    def phases(self, task:Task) -> list:
+        return [Phase(times=task.source["merged"])]

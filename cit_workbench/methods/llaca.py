@@ -12,13 +12,14 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CitError, digest, one_of
-from ..method import Method
+from ..method import Method, Net, Step
+from ..stream import Task
 
 # %% ../../nbs/methods/llaca.ipynb #91e9336c
 @dataclass
 class LLaCA(Method):
-    "A moving average of the weights with a β of its own for every tensor and step."
-    variant: str = "paper" # "paper": L1 norms per tensor; "elementwise": per weight; "released": as the authors' code; "fixed": always `beta`
+    "Average the weights of a task, with a separate β for every tensor and step."
+    variant: str = "paper" # "paper": norm per tensor; "elementwise": per weight; "released": their code; "fixed": beta
     beta: float = .99 # β where the formula leaves (0, 1), and at the first step
     needs = {"old"}
     version = 2 # A step without a gradient, and the one after it, take `beta`
@@ -27,65 +28,79 @@ class LLaCA(Method):
     def __post_init__(self):
         super().__post_init__()
         one_of("variant of method 'llaca'", self.variant, ("paper", "elementwise", "released", "fixed"))
-        if not 0 <= self.beta <= 1: raise CitError(f"method 'llaca': beta is {self.beta}; allowed: 0 to 1")
+        if not 0 <= self.beta <= 1:
+            raise CitError(f"method 'llaca': beta is {self.beta}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/llaca.ipynb #2bd9bdf8
 def share(variant:str, # "paper", "elementwise" or "released"
           beta:float, # β where the formula leaves (0, 1)
-          g, g0, # Gradients that led to this step and to the one before
-          p, p0, # Weights after this step and before it
-          mean, # The average so far
+          g:torch.Tensor, # Gradient that led to this step
+          g0:torch.Tensor, # Gradient that led to the step before
+          p:torch.Tensor, # Weights after this step
+          p0:torch.Tensor, # Weights before it
+          mean:torch.Tensor, # The average so far
          ) -> tuple: # (share 1 − β of the new weights, is the formula in range?)
-    "How much of the new weights goes into the average of a tensor."
-    size = (lambda x: x) if variant == "elementwise" else (lambda x: x.norm(1))
+    "Compute how much of the new weights goes into the average of a tensor."
+    def size(x):
+        return x if variant == "elementwise" else x.norm(1)
     top, low = size(g) + 1, size(p - mean)*size(g - g0)
-    x, other = (2*top/low, 1 - beta) if variant == "released" else (top*size(p - p0)/low, beta)
-    fits = (0 < x) & (x < 1)
-    x = x.where(fits, x.new_tensor(other))
-    return x if variant == "released" else 1 - x, fits
+    if variant == "released":
+        value, other = 2*top/low, 1 - beta
+    else:
+        value, other = top*size(p - p0)/low, beta
+    fits = (0 < value) & (value < 1)
+    value = value.where(fits, value.new_tensor(other))
+    return value if variant == "released" else 1 - value, fits
 
 # %% ../../nbs/methods/llaca.ipynb #c1a362d4
 @patch
 @torch.no_grad()
-def step(self:LLaCA, net, s):
+def step(self:LLaCA, net:Net, step:Step):
     if digest(*net.params) not in self.mem.get("known", []): return
-    mean, grad, seen = self.mem.setdefault("mean", {}), self.mem.setdefault("grad", {}), []
-    for n, p in net.params.items():
-        now, old = p.detach().float(), s.old[n].float()
-        e = mean.get(n, now if self.variant == "released" else old)
-        a, fits = now.new_tensor(1 - self.beta), now.new_zeros(())
-        g, before = self.slope(n, p, now, old), grad.pop(n, None)
-        if g is not None: grad[n] = g
-        if g is not None and before is not None:
-            a, fits = share(self.variant, self.beta, g, before, now, old, e)
-        mean[n] = torch.lerp(e, now, a)
-        seen.append(torch.stack([1 - a.mean(), fits.float().mean()]))
-    if seen: self.mem["now"] = torch.stack(seen)
+    means, grads = self.mem.setdefault("mean", {}), self.mem.setdefault("grad", {})
+    seen = []
+    for name, weight in net.params.items():
+        now, old = weight.detach().float(), step.old[name].float()
+        mean = means.get(name, now if self.variant == "released" else old)
+        part, fits = now.new_tensor(1 - self.beta), now.new_zeros(())
+        grad, before = self.slope(name, weight, now, old), grads.pop(name, None)
+        if grad is not None:
+            grads[name] = grad
+        if grad is not None and before is not None:
+            part, fits = share(self.variant, self.beta, grad, before, now, old, mean)
+        means[name] = torch.lerp(mean, now, part)
+        seen.append(torch.stack([1 - part.mean(), fits.float().mean()]))
+    if seen:
+        self.mem["now"] = torch.stack(seen)
 
 @patch
 def slope(self:LLaCA,
-          n:str, # Name of the tensor
-          p, # The parameter
-          now, old, # Its values after the step and before it
+          name:str, # Of the tensor
+          weight:torch.Tensor, # The parameter
+          now:torch.Tensor, # Its values after the step
+          old:torch.Tensor, # Its values before the step
          ) -> torch.Tensor|None: # None where the step did not reach it, and in "fixed", which asks for none
-    "A copy of the gradient in float32; raises `CitError` for what moved without one, except in \"released\"."
+    "Copy the gradient in float32; raises `CitError` for what moved without one, except in \"released\"."
     if self.variant == "fixed": return None
-    if p.grad is not None: return p.grad.float().clone()
+    if weight.grad is not None:
+        return weight.grad.float().clone()
     if self.variant != "released" and not torch.equal(now, old):
-        raise CitError(f"method 'llaca' needs the gradient of what moved, but {n} has none after this step")
+        raise CitError(f"method 'llaca' needs the gradient of what moved, but {name} has none after this step")
 
 # %% ../../nbs/methods/llaca.ipynb #4d458c38
 @patch
 @torch.no_grad()
-def end(self:LLaCA, net, task):
-    for n, e in self.mem.get("mean", {}).items(): net.params[n].copy_(e)
+def end(self:LLaCA, net:Net, task:Task):
+    for name, mean in self.mem.get("mean", {}).items():
+        net.params[name].copy_(mean)
     known, now = self.mem.get("known", []), digest(*net.params)
     self.mem = {"known": known if now in known else [*known, now]}
 
 @patch
 @torch.no_grad()
-def stats(self:LLaCA, net):
+def stats(self:LLaCA, net:Net) -> dict:
     if "now" not in self.mem: return {}
     beta, fits = self.mem["now"].mean(0)
-    far = sum((net.params[n].float() - e).square().sum() for n, e in self.mem["mean"].items() if n in net.params).sqrt()
+    held = [(name, mean) for name, mean in self.mem["mean"].items() if name in net.params]
+    far = sum((net.params[name].float() - mean).square().sum() for name, mean in held).sqrt()
     return {"beta": beta, "in_range": fits, "distance": far}

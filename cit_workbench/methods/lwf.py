@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from ..backbone import Batch, Out
 from ..core import CitError
-from ..method import Method
+from ..method import Method, Net, Step
+from ..stream import Task
 
 # %% ../../nbs/methods/lwf.ipynb #94d9d9e8
 @dataclass
@@ -28,43 +30,52 @@ class LwF(Method):
     paper = "Li and Hoiem, arXiv 1606.09282"
     def __post_init__(self):
         super().__post_init__()
-        if self.lam < 0: raise CitError(f"method 'lwf': lam is {self.lam}; allowed: 0 and above")
-        if self.T <= 0: raise CitError(f"method 'lwf': T is {self.T}; allowed: above 0")
+        if self.lam < 0:
+            raise CitError(f"method 'lwf': lam is {self.lam}; allowed: 0 and above")
+        if self.T <= 0:
+            raise CitError(f"method 'lwf': T is {self.T}; allowed: above 0")
 
 # %% ../../nbs/methods/lwf.ipynb #f7fefced
 def distilled(old:torch.Tensor, # The teacher's logits [n, V]
               new:torch.Tensor, # The model's [n, V]
               T:float, # Temperature
              ) -> torch.Tensor: # Scalar
-    "T² · KL(softmax(old/T) ‖ softmax(new/T)), mean over positions; softmax in float32 or better."
+    "Compute T² · KL(softmax(old/T) ‖ softmax(new/T)), mean over positions; softmax in float32 or better."
     p, q = ((z.to(torch.promote_types(z.dtype, torch.float32))/T).log_softmax(-1) for z in (old, new))
     return T**2*F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 # %% ../../nbs/methods/lwf.ipynb #b2c60629
 @patch
-def begin(self:LwF, net, task):
-    if self.start and "teacher" not in self.mem: self.end(net, task)
+def begin(self:LwF, net:Net, task:Task):
+    if self.start and "teacher" not in self.mem:
+        self.end(net, task)
 
 @patch
-def end(self:LwF, net, task): self.mem = {"teacher": {k: p.detach().clone() for k, p in net.params.items()}}
+def end(self:LwF, net:Net, task:Task):
+    self.mem = {"teacher": {name: weight.detach().clone() for name, weight in net.params.items()}}
 
 @patch
-def loss(self:LwF, net, batch, out):
+def loss(self:LwF, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.lam or "teacher" not in self.mem or out.logits is None: return 0.
     new = batch.group[out.row] == 0
     if not new.any(): return 0.
-    if fresh := [k for k in net.params if k not in self.mem["teacher"]]:
-        raise CitError(f"method 'lwf' cannot be combined with a method that adds parameters for a task: its teacher has no {fresh[0]}")
+    fresh = [name for name in net.params if name not in self.mem["teacher"]]
+    if fresh:
+        raise CitError("method 'lwf' cannot be combined with a method that adds parameters for a task: "
+                       f"its teacher has no {fresh[0]}")
     kl = distilled(net(batch, self.mem["teacher"]).logits[new], out.logits[new], self.T)
     out.keep["kl"] = kl.detach()
     return self.lam*kl
 
 # %% ../../nbs/methods/lwf.ipynb #a9b9a2e1
 @patch
-def step(self:LwF, net, s):
-    kept = [k["kl"] for k in s.kept if "kl" in k]
-    total, n = net.reduce(torch.tensor([float(sum(kept)), len(kept)], device=net.backbone.device)).tolist()
-    if n: self.mem["kl"] = total/n
+def step(self:LwF, net:Net, step:Step):
+    kept = [notes["kl"] for notes in step.kept if "kl" in notes]
+    here = torch.tensor([float(sum(kept)), len(kept)], device=net.backbone.device)
+    total, count = net.reduce(here).tolist()
+    if count:
+        self.mem["kl"] = total/count
 
 @patch
-def stats(self:LwF, net): return {k: v for k, v in self.mem.items() if k == "kl"}
+def stats(self:LwF, net:Net) -> dict:
+    return {name: value for name, value in self.mem.items() if name == "kl"}

@@ -12,14 +12,15 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 
-from ..backbone import Out
+from ..backbone import Batch, Out
 from ..core import CitError, one_of
-from ..method import Method
+from ..method import Method, Net
+from ..stream import Task
 
 # %% ../../nbs/methods/mas.ipynb #7c1bbaf9
 @dataclass
 class MAS(Method):
-    "A spring at every weight, as stiff as the outputs of earlier tasks feel that weight."
+    "Hold every weight by a quadratic penalty, as strong as the outputs of earlier tasks feel that weight."
     lam: float = .01 # Strength λ of the springs
     n: int = 200 # Examples of a task from which its importance is measured
     variant: str = "logits" # "logits": logits less their mean over the vocabulary; "raw": as they are
@@ -28,49 +29,55 @@ class MAS(Method):
     def __post_init__(self):
         super().__post_init__()
         one_of("variant of method 'mas'", self.variant, ("logits", "raw"))
-        if self.lam < 0: raise CitError(f"method 'mas': lam is {self.lam}; allowed: 0 and above")
-        if self.n < 1: raise CitError(f"method 'mas': n is {self.n}; allowed: 1 and above")
+        if self.lam < 0:
+            raise CitError(f"method 'mas': lam is {self.lam}; allowed: 0 and above")
+        if self.n < 1:
+            raise CitError(f"method 'mas': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/mas.ipynb #1dbd8232
 def answer_norm(out:Out, # Of a forward
                 centred:bool=True, # Take off the mean over the vocabulary
                ) -> torch.Tensor: # [B]
-    "Squared length of the logits of each row, summed over its answer positions; the labels are not read."
+    "Sum the squared length of the logits of each row over its answer positions; the labels are not read."
     z = out.logits - out.logits.mean(1, keepdim=True) if centred else out.logits
     return z.new_zeros(int(out.row.max()) + 1).index_add(0, out.row, z.square().sum(1))
 
 # %% ../../nbs/methods/mas.ipynb #0c4c6c15
 @patch
-def end(self:MAS, net, task):
-    fn = partial(answer_norm, centred=self.variant == "logits")
-    omega, anchor = (dict(self.mem.get(k, {})) for k in ("omega", "anchor"))
-    for k, w in net.sample_grads(task.name, fn, self.n, torch.abs).items():
-        omega[k], anchor[k] = omega.get(k, 0) + w, net.params[k].detach().clone()
+def end(self:MAS, net:Net, task:Task):
+    length = partial(answer_norm, centred=self.variant == "logits")
+    omega, anchor = dict(self.mem.get("omega", {})), dict(self.mem.get("anchor", {}))
+    for name, new in net.sample_grads(task.name, length, self.n, torch.abs).items():
+        omega[name] = omega.get(name, 0) + new
+        anchor[name] = net.params[name].detach().clone()
     self.mem = {"omega": omega, "anchor": anchor}
 
 # %% ../../nbs/methods/mas.ipynb #a3a0ca6f
 def springs(stiff:dict, # Ω by name
             anchor:dict, # θ* by name
             params:dict, # θ by name
-           ): # Scalar
-    "Σ Ω (θ − θ*)² over the weights that are there now."
-    held = [k for k in stiff if k in params]
+           ) -> torch.Tensor|float: # Scalar
+    "Sum Ω (θ − θ*)² over the weights that are there now."
+    held = [name for name in stiff if name in params]
     if not held: return 0.
-    O, old, now = (torch.cat([d[k].flatten() for k in held]) for d in (stiff, anchor, params))
-    return (O*(now - old).square()).sum()
+    omega, old, now = (torch.cat([tree[name].flatten() for name in held]) for tree in (stiff, anchor, params))
+    return (omega*(now - old).square()).sum()
 
-def away(anchor:dict, params:dict) -> float:
-    "‖θ − θ*‖ over the weights that are there now."
-    return float(sum((params[k] - a).square().sum() for k, a in anchor.items() if k in params))**.5
+def away(anchor:dict, # θ* by name
+         params:dict, # θ by name
+        ) -> float:
+    "Measure ‖θ − θ*‖ over the weights that are there now."
+    held = [(name, old) for name, old in anchor.items() if name in params]
+    return float(sum((params[name] - old).square().sum() for name, old in held))**.5
 
 @patch
-def loss(self:MAS, net, batch, out):
+def loss(self:MAS, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.lam or not self.mem: return 0.
     return self.lam*springs(self.mem["omega"], self.mem["anchor"], net.params)
 
 # %% ../../nbs/methods/mas.ipynb #ba7aafc4
 @patch
 @torch.no_grad()
-def stats(self:MAS, net):
+def stats(self:MAS, net:Net) -> dict:
     if not self.mem: return {}
     return {"penalty": float(self.loss(net, None, None)), "drift": away(self.mem["anchor"], net.params)}

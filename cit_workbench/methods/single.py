@@ -13,34 +13,38 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..adapt import SlotLinear, add_slots, inserted, seeded
-from ..method import Method
+from ..backbone import Batch
+from ..method import Method, Net
+from ..stream import Task
 
 # %% ../../nbs/methods/single.ipynb #86aeec23
 @dataclass
 class Single(Method):
-    "A fresh adapter per task, chosen by the true task at test."
+    "Give each task a fresh adapter, chosen by the true task at test."
     leaks = {"task_id_at_test"}
     paper = "Rusu et al., arXiv 1606.04671"
 
 # %% ../../nbs/methods/single.ipynb #22f8cde0
 @patch
-def wrap(self:Single, net):
+def wrap(self:Single, net:Net) -> Net:
     add_slots(net.model, net.tuning, len(self.mem.get("slots", [])))
     return net
 
 # %% ../../nbs/methods/single.ipynb #207fa1f2
 @patch
-def begin(self:Single, net, task):
+def begin(self:Single, net:Net, task:Task):
     self.mem["slots"] = [*self.mem.get("slots", []), task.name]
-    seeded((net.seed, task.name, "slot"), lambda: [l.add() for l in inserted(net.model, SlotLinear)])
+    seeded((net.seed, task.name, "slot"), lambda: [layer.add() for layer in inserted(net.model, SlotLinear)])
 
 # %% ../../nbs/methods/single.ipynb #182b31e9
 @patch
-def route(self:Single, net, batch):
+def route(self:Single, net:Net, batch:Batch) -> Batch:
     slots = self.mem.get("slots", [])
-    slot = [slots.index(t) if t in slots else -1 for t in batch.task]
-    return replace(batch, route={**batch.route, "slot": torch.tensor(slot, device=batch.ids.device)})
+    places = [slots.index(task) if task in slots else -1 for task in batch.task]
+    slot = torch.tensor(places, device=batch.ids.device)
+    return replace(batch, route={**batch.route, "slot": slot})
 
 @patch
-def used(self:Single, net, batch):
-    return {"slot": F.one_hot(batch.route["slot"] + 1, len(self.mem.get("slots", [])) + 1)[:, None]} # 0: no adapter
+def used(self:Single, net:Net, batch:Batch) -> dict: # {"slot": shares [B, 1, places]}
+    place = batch.route["slot"] + 1 # 0: no adapter
+    return {"slot": F.one_hot(place, len(self.mem.get("slots", [])) + 1)[:, None]}

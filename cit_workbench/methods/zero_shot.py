@@ -8,11 +8,14 @@ __all__ = ['ZeroShot']
 # %% ../../nbs/methods/zero_shot.ipynb #3f8943fd
 from dataclasses import dataclass
 
-from ..method import Method
+from ..method import Method, Net
+from ..stream import Task
 
 # %% ../../nbs/methods/zero_shot.ipynb #63876e01
 @dataclass
 class ZeroShot(Method):
-    "The start model, never tuned."
-    def wrap(self, net): return net
-    def phases(self, task): return []
+    "Keep the start model as it is, never tuned."
+    def wrap(self, net:Net) -> Net:
+        return net
+    def phases(self, task:Task) -> list:
+        return []
