@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedFormatter, MaxNLocator
 from PIL import Image
 
 from .core import CitError, digest, expanded, one_of, read_json, write_atomic
-from .record import Record, _labels, _last, find_runs
+from .record import amount, find_runs, _labels, _last, Record
 
 # %% ../nbs/10_analysis.ipynb #28ec0d10
 _style = {"font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7,
@@ -486,17 +486,6 @@ def stats_plot(rec:Record) -> Picture:
 _costs = {"seconds": "seconds", "trainable": "trainable parameters", "stored_bytes": "stored",
           "extra_forwards": "extra forward passes"}
 
-def _amount(value:float, bytes:bool=False) -> str:
-    "Write a count or a size short."
-    for unit in ("", "k", "M", "G"):
-        if abs(value) < 1000:
-            break
-        value /= 1000
-    digits = "0" if value == 0 else f"{value:.3g}"
-    if bytes:
-        return f"{digits} {unit}B"
-    return f"{digits} {unit}" if unit else digits
-
 # %% ../nbs/10_analysis.ipynb #1f5a6ef1
 def _summaries(records) -> dict: # {label: [summary]}
     "Sum up the records of each method."
@@ -514,7 +503,7 @@ def _draw_cost(ax, records, key:str):
     if key == "seconds":
         ax.barh(ys, _means(summaries, "train_seconds"), .62, color=_hues[0])
     for y, cost in enumerate(full):
-        text = _amount(cost, key == "stored_bytes")
+        text = amount(cost, key == "stored_bytes")
         ax.annotate(text, (cost, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
 
     ax.set_yticks(ys, list(summaries))
@@ -545,9 +534,9 @@ def _points(score:float) -> str:
 
 def _footer(summary:dict) -> str:
     "Write headline and cost of a run in two lines."
-    spent = [f"{_amount(summary['trainable'])} trainable",
-             f"{_amount(summary['stored_bytes'], True)} stored",
-             f"{_amount(summary['extra_forwards'])} extra forwards",
+    spent = [f"{amount(summary['trainable'])} trainable",
+             f"{amount(summary['stored_bytes'], True)} stored",
+             f"{amount(summary['extra_forwards'])} extra forwards",
              f"{summary['seconds']:.0f} s",
              f"told: {', '.join(summary['leaks']) or 'nothing'}"]
     scores = [f"{name} {_points(summary[key])}" for name, key in _headlines.items()]

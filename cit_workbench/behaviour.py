@@ -22,7 +22,7 @@ ROOMS = {
     "data": ["core", "stream", "suites/*"],
     "models": ["pictures", "loading", "backbone", "adapt"],
     "contract": ["method", "memory"],
-    "training": ["train", "testbed"],
+    "training": ["train", "protocol"],
     "scoring": ["evaluate", "metrics"],
 }
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CitError', 'leaves', 'one_of', 'not_finite', 'check_finite', 'check_args', 'plain', 'canonical', 'digest', 'seed_of',
-           'rng', 'write_atomic', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress',
+           'rng', 'write_atomic', 'sync', 'disk_error', 'read_json', 'append_jsonl', 'assets', 'cache_dir', 'progress',
            'expanded', 'here', 'placed', 'locked', 'shared', 'Ended', 'hung_up', 'end', 'heeding']
 
 # %% ../nbs/00_core.ipynb #d6fa2896
@@ -184,6 +184,15 @@ def write_atomic(path:Path|str, # Where to
         if file: Path(file.name).unlink(missing_ok=True)
         raise disk_error(path, error) from error
     return path
+
+# %% ../nbs/00_core.ipynb #beb54e58
+def sync(*paths:Path): # Files and folders; those that do not exist are left out
+    "Wait until the disk holds them; a folder stands for its list of names."
+    for path in paths:
+        try: handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError: continue
+        try: os.fsync(handle)
+        finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #cf201ea1
 _refusals = {

@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['cosine', 'halves', 'similarity', 'shuffled', 'layer_of', 'gradient_cosine', 'importance_overlap', 'subspace_overlap',
-           'pair_matrices', 'adjacent_forgetting', 'double_centred', 'mantel', 'forecast', 'read_pairs', 'pairwise']
+           'pair_matrices', 'adjacent_forgetting', 'double_centred', 'mantel', 'forecast', 'read_pairs', 'write_pairs']
 
 # %% ../nbs/10a_similarity.ipynb #5cc31f0f
 import json
 import re
-import tempfile
-from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata
 
-from .core import CitError, expanded, progress, read_json, rng, write_atomic
+from .core import CitError, read_json, rng, write_atomic
 
 # %% ../nbs/10a_similarity.ipynb #38c615e7
 def _unit(rows) -> np.ndarray: # NaN where a row is zero
@@ -267,24 +265,7 @@ def forecast(S:np.ndarray, # Similarity [T, T]
     without = [rank(task, False) for task in range(len(F))]
     return {"rank": float(np.mean(ranks)), "rank_without": float(np.mean(without)), "ranks": ranks}
 
-# %% ../nbs/10a_similarity.ipynb #4b7e9a88
-def _pace(make, out) -> tuple: # (seconds per stage, optimiser steps per stage)
-    "Time a run of a few steps, and say what a stage of the real one takes."
-    from cit_workbench.backbone import get_backbone
-    from cit_workbench.train import recipe
-
-    def steps(run):
-        phases = [(task, phase) for task in run.plan.tasks for phase in run.m.phases(task)]
-        return sum(run.steps(task, phase) for task, phase in phases)/2
-
-    real, few = make(out), make(out, steps=5)
-    record = few.train()
-    real.opt, real.tuning = recipe(real.opt, real.tuning, get_backbone(real.backbone), real.data.steps)
-    training = record.seconds("train")/2*steps(real)/steps(few)
-    evaluation = record.seconds("evaluate")/len(record.rows)
-    return training + evaluation, round(steps(real))
-
-# %% ../nbs/10a_similarity.ipynb #0b361868
+# %% ../nbs/10a_similarity.ipynb #2ddbaff4
 def read_pairs(path:str|Path, # A file that `pairwise` wrote
               ) -> tuple: # (task names, scores as `pair_matrices` takes them)
     "Read scores of finished stages; raises `CitError` when the file is no such thing."
@@ -297,84 +278,12 @@ def read_pairs(path:str|Path, # A file that `pairwise` wrote
         raise CitError(f"{path} is no file of pairs; it must hold `tasks`, `first` and `second`") from None
     return tasks, scores
 
-def _write_pairs(path, tasks, scores):
+def write_pairs(path:str|Path,
+                tasks:list, # Names
+                scores:dict, # As `pair_matrices` takes them; of pairs that are finished
+               ):
     "Write the scores of finished stages."
     first = {i: scores[i] for i in tasks if i in scores}
     second = {i: {j: scores[i, j] for j in tasks if (i, j) in scores} for i in tasks}
     content = {"tasks": tasks, "first": first, "second": second}
     write_atomic(path, json.dumps(content, indent=1) + "\n")
-
-# %% ../nbs/10a_similarity.ipynb #536adc84
-def _trunks(runs:dict, # {pair: run}
-            todo:list, # Pairs that are not finished
-           ) -> dict: # {pair: the pair that trains its first stage}
-    "Choose for each pair the one that trains the first stage in full, a finished one where there is one."
-    def stage(pair):
-        held_in = [task.name for task in runs[pair].data.held_in]
-        return pair[0], *held_in
-
-    known = {pair: stage(pair) for pair in runs}
-    whole = {}
-    for pair in sorted(runs, key=lambda pair: pair in todo):
-        whole.setdefault(known[pair], pair)
-    return {pair: whole[known[pair]] for pair in runs}
-
-def _branch(run, trunk):
-    "Take over the first stage that another run trained, unless the run has checkpoints already."
-    from cit_workbench.checkpoint import checkpoints
-    from cit_workbench.live import take_over
-    from cit_workbench.train import alone
-    if checkpoints(run.folder/"checkpoints"):
-        return
-    with alone(run.folder):
-        run.open()
-        take_over(trunk.folder/"checkpoints"/"001-z-end", run.folder)
-
-def _train_pairs(runs:dict, trunks:dict, todo:list, tasks:list, folder:Path, bar) -> dict: # Scores
-    "Train all pairs, those that train a first stage in full before those that take it over."
-    scores = {}
-    for pair in sorted(runs, key=lambda pair: (tasks.index(pair[0]), pair != trunks[pair])):
-        trunk = trunks[pair]
-        if pair in todo and pair != trunk:
-            _branch(runs[pair], runs[trunk])
-        core, first = runs[pair].train().core(), pair[0]
-        scores[first] = {first: float(core[0, 0])}
-        scores[pair] = dict(zip(pair, map(float, core[1])))
-        _write_pairs(folder/"pairs.json", tasks, scores)
-        bar.update((pair in todo)*(1 + (pair == trunk)))
-    return scores
-
-# %% ../nbs/10a_similarity.ipynb #dd893eff
-def pairwise(stream:str, # A stream whose arguments include `tasks`
-             folder:str|Path, # Run folders and pairs.json are written there
-             tasks:list|None=None, # Names; default: all of the stream
-             stream_args:dict|None=None, # Further arguments of the stream
-             say:Callable=print, # Takes the estimate
-             **fields, # Of `Run`: method, backbone, optim, compute, seed …
-            ) -> dict: # {"tasks": names, "F": [T, T], "T": [T, T]}
-    "Train every ordered pair of tasks, each first stage once, and give pairwise forgetting and transfer."
-    from cit_workbench.stream import get_stream
-    from cit_workbench.train import Run
-    folder, args = expanded(folder), stream_args or {}
-    tasks = tasks or [task.name for task in get_stream(stream, **args)]
-    if len({*tasks}) < max(2, len(tasks)):
-        raise CitError(f"tasks is {tasks}; allowed: two or more different names")
-
-    def make(out, i=tasks[0], j=tasks[1], **optim):
-        own = {"stream": stream, "stream_args": {**args, "tasks": [i, j]}, "out": str(out)}
-        return Run(**{**fields, **own, "optim": {**fields.get("optim", {}), **optim}})
-
-    runs = {(i, j): make(folder/f"{i}--{j}", i, j) for i, j in permutations(tasks, 2)}
-    todo = [pair for pair, run in runs.items() if not (run.folder/"result.json").is_file()]
-    trunks = _trunks(runs, todo)
-    whole = {*trunks.values()}
-    stages = len(todo) + sum(pair in todo for pair in whole)
-    if todo:
-        with tempfile.TemporaryDirectory() as trial:
-            seconds, steps = _pace(make, trial)
-        say(f"{stages} of {len(runs) + len(whole)} stages to train, {steps} steps each: "
-            f"about {stages*seconds/60:.1f} minutes, by a trial of 5 steps")
-    with progress(desc=f"pairs of {stream}", total=stages, unit="stage") as bar:
-        scores = _train_pairs(runs, trunks, todo, tasks, folder, bar)
-    F, T = pair_matrices(scores, tasks)
-    return {"tasks": tasks, "F": F, "T": T}

@@ -24,7 +24,7 @@ from .behaviour import admitted, as_before, behaviour, class_facts, normalised, 
 from .core import (CitError, assets, canonical, check_args, digest, disk_error, expanded, leaves, locked,
                                 one_of, plain, progress, read_json, shared, write_atomic)
 from .stream import get_stream, scorers_of
-from .testbed import recipe
+from .protocol import recipe
 
 # %% ../nbs/12_sweep.ipynb #b0d6a2fa
 def _checkout() -> Path:
@@ -388,7 +388,7 @@ def _still(fd:int, path:Path) -> bool:
 
 def _written(cell:Cell) -> bool:
     "Tell whether a process writes the run folder of a cell."
-    from cit_workbench.live import alive
+    from cit_workbench.control import alive
     return cell.out.is_dir() and alive(cell.out)
 
 @contextmanager

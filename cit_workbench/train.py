@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Optim', 'Tuned', 'Compute', 'Spec', 'Run', 'draw', 'rate', 'alone', 'recipe', 'git_state', 'optim_tensors',
-           'load_optim', 'resume']
+           'load_optim', 'welcome', 'resume']
 
 # %% ../nbs/06_train.ipynb #cd2600b6
 from concurrent.futures import ThreadPoolExecutor
@@ -26,18 +26,19 @@ from .adapt import Tune, block_linears, every_linear, left_out, save_adapter
 from .backbone import Backbone, Out, at, get_backbone, start_hash
 from .behaviour import behaviour, git, package, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint # noqa: F401
-from .checkpoint import rename, sweep, sync, write_checkpoint
+from .checkpoint import rename, sweep, write_checkpoint
+from .core import sync
 from .core import CitError, check_args, check_finite, digest, disk_error, expanded, here, not_finite
 from .core import one_of, plain, progress, read_json, rng, write_atomic
 from .evaluate import column_scores, forget
-from .live import attended, gentle, hold, launch, obey, run_of, watch_of, welcome
+from .control import attended, gentle, hold, obey, watch_of
 from .memory import join_tree, split_tree
 from .method import Method, Net, Phase, Step
 from .method import code_of, config_of, fresh, get_method, overrides, parts, versions_of
 from .pictures import readings
 from .record import Record, RecordWriter, differences, identity
 from .stream import Task, get_stream, scorers_of
-from .testbed import content, lock_of, recipe as toy
+from .protocol import content, lock_of, recipe as toy
 from .watch import Watch, Watcher
 
 # %% ../nbs/06_train.ipynb #6a65758e
@@ -1020,6 +1021,24 @@ def load_optim(opt:torch.optim.Optimizer,
         states.setdefault(int(index), {})[name] = value
     opt.load_state_dict({"state": states, "param_groups": opt.state_dict()["param_groups"]})
 
+# %% ../nbs/06_train.ipynb #e58cbe2d
+def welcome(run, # A branch
+            net, # Its `Net`
+            state:dict, # Of the checkpoint; names in "joining" are taken out
+           ):
+    "Let the parts of a method that join at a branch look back at the task that has just ended."
+    joining = state.pop("joining", [])
+    if not joining: return
+    task = net.find(net.seen[-1])
+    net.task = task.name
+    net.model.eval()
+    for part in parts(net.method):
+        if part.name not in joining: continue
+        for hook in ("begin", "end"):
+            net.tick(task.name, hook)
+            net.hook(getattr(part, hook), task)
+    net.refresh()
+
 # %% ../nbs/06_train.ipynb #1bcbd0e2
 @patch
 def load(self:Run, net:Net, writer:RecordWriter) -> dict: # State, {} when there is nothing to resume
@@ -1063,6 +1082,11 @@ def _restore(self:Net,
 def resume(folder:str|Path, # A run folder
           ) -> Record:
     "Go on with the run in a folder; a method from outside the package must lie there as method.py."
+    from cit_workbench.live import run_of
     return run_of(folder).train()
 
-Run.launch = launch
+@patch
+def launch(self:Run) -> Record: # Follows the run
+    "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once."
+    from cit_workbench.live import launch
+    return launch(self)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .adapt import whole
 from .backbone import Batch, at, current
-from .checkpoint import sync
+from .core import sync
 from .core import CitError, rng
 from .evaluate import column_scores, score_line
 from .method import Net

@@ -19,7 +19,7 @@ from cit_workbench import CitError, get_backbone
 from cit_workbench.adapt import Tune, adapter_card, block_linears, every_linear, left_out, linears
 from cit_workbench.core import assets
 from cit_workbench.method import Method
-from cit_workbench.testbed import recipe as toy
+from cit_workbench.protocol import recipe as toy
 from cit_workbench.train import Optim, recipe
 
 USUAL = {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}

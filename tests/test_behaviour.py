@@ -21,7 +21,7 @@ from cit_workbench.sweep import code_cells, data_digest, pages_dir, plan
 
 RECORDS = Path(__file__).parents[1]/"records"
 # A run passes through these, and its bits depend on none of them: they write, read, watch or steer.
-PASSED = {"behaviour", "checkpoint", "live", "record", "similarity", "spectra", "watch"}
+PASSED = {"behaviour", "checkpoint", "control", "record", "similarity", "spectra", "watch"}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_an_edit_counts_until_it_is_committed(cell, monkeypatch):
 
 def test_suites_and_metrics_belong_to_rooms():
     found = {room: {file.stem for file in modules_of(room)} for room in ROOMS}
-    assert "coin" in found["data"] and "metrics" in found["scoring"] and "testbed" in found["training"]
+    assert "coin" in found["data"] and "metrics" in found["scoring"] and "protocol" in found["training"]
 
 
 # answers

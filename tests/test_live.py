@@ -13,8 +13,8 @@ from test_probes import Keys
 from tiny import TASKS, Held, final, same_tensors, tiny, train
 
 from cit_workbench.core import CitError, canonical, read_json, write_atomic
-from cit_workbench.live import (Control, Record, _room, branch, command, hold, method_source, note_asked, places, rebuilt,
-                                run_of, start, turn)
+from cit_workbench.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
+from cit_workbench.control import Control, _room, command, hold, turn
 from cit_workbench.method import Method, code_of, get_method
 from cit_workbench.record import table
 from cit_workbench.train import resume

@@ -15,7 +15,7 @@ from twin import make_coin, make_twin
 from cit_workbench import CitError, Run, get_backbone, loading
 from cit_workbench.core import assets
 from cit_workbench.loading import all_backbones, file_digest, start_hash
-from cit_workbench.testbed import read_lock
+from cit_workbench.protocol import read_lock
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 512}

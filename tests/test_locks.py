@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cit_workbench.core import CitError, shared
-from cit_workbench.live import _ahead, _lives, _room, turn
+from cit_workbench.control import _ahead, _lives, _room, turn
 from cit_workbench.sweep import plan, sweep
 
 ROOT = Path(__file__).resolve().parents[1]

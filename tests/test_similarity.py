@@ -14,7 +14,8 @@ from cit_workbench.checkpoint import read_checkpoint
 from cit_workbench.core import CitError
 from cit_workbench.memory import join_tree
 from cit_workbench.record import Record
-from cit_workbench.similarity import pair_matrices, pairwise, read_pairs, subspace_overlap
+from cit_workbench.similarity import pair_matrices, read_pairs, subspace_overlap
+from cit_workbench.pairs import pairwise
 from cit_workbench.spectra import Moments, crowding, eigen
 from cit_workbench.stream import get_stream
 from cit_workbench.train import Run

@@ -15,7 +15,7 @@ from cit_workbench.core import CitError
 from cit_workbench.metrics import count_words
 from cit_workbench.stream import all_streams
 from cit_workbench.suites import coin
-from cit_workbench.testbed import content, read_lock
+from cit_workbench.protocol import content, read_lock
 
 SETS = "playground/Instructions_Original"
 

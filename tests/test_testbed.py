@@ -9,8 +9,8 @@ from cit_workbench.backbone import start_hash
 from cit_workbench.method import all_methods
 from cit_workbench.record import Record
 from cit_workbench.stream import all_streams, get_stream
-from cit_workbench.testbed import (balanced_orders, content, drawn, gate_runs, judged, lock_of, methods_index, overview,
-                                   read_lock, recipe, stale)
+from cit_workbench.testbed import gate_runs, judged, methods_index, overview, stale
+from cit_workbench.protocol import balanced_orders, content, drawn, lock_of, read_lock, recipe
 
 RECORDS = Path(__file__).parents[1]/"records/testbed"
 

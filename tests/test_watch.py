@@ -14,7 +14,8 @@ from cit_workbench import cli
 from cit_workbench.backbone import at
 from cit_workbench.checkpoint import checkpoints
 from cit_workbench.core import CitError
-from cit_workbench.live import branch, watch_of
+from cit_workbench.live import branch
+from cit_workbench.control import watch_of
 from cit_workbench.method import Method
 from cit_workbench.record import Record, pack
 from cit_workbench.train import Run, resume

@@ -649,7 +649,7 @@ def _bytes_of(path:str) -> str:
 
 def _seen_in(path:str) -> str:
     "Digest of the pixels that a model gets; raises `CitError` naming a file that cannot be opened."
-    from cit_workbench.backbone import load_image
+    from cit_workbench.pictures import load_image
     return digest(np.asarray(load_image(path)))
 
 def _stored(file:Path) -> dict: # {path: [stamp, digest]}
