@@ -27,7 +27,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoProcessor, Dynamic
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, repeat_kv, rotate_half
 
 from .core import CitError, one_of, read_json
-from .loading import _where, all_backbones, family, judge, lasting_name, named_shards, start_hash # noqa: F401
+from .loading import folder_of, all_backbones, family, judge, lasting_name, named_shards, start_hash # noqa: F401
 from .pictures import load_image, readings
 from .stream import Example
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .adapt import linears, whole
-from .backbone import Backbone, _where, at, get_backbone, load_image
+from .backbone import Backbone, folder_of, at, get_backbone, load_image
 from .core import one_of, progress, rng
 from .method import Net, all_methods, fresh, get_method, overrides, row_nll
 from .record import RecordWriter
@@ -149,7 +149,7 @@ def theirs_of(net:Net, # A net with plain LoRA
     if random_weights:
         model = LlavaForConditionalGeneration(bb.model.config).to(bb.device, bb.dtype)
     else:
-        model = LlavaForConditionalGeneration.from_pretrained(_where(bb.name), dtype=bb.dtype, local_files_only=True)
+        model = LlavaForConditionalGeneration.from_pretrained(folder_of(bb.name), dtype=bb.dtype, local_files_only=True)
     lora = LoraConfig(r=tuning.r, lora_alpha=tuning.alpha, target_modules=tuning.layers, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     own = dict(model.base_model.model.named_parameters())
@@ -619,7 +619,7 @@ def big(hidden:int=4096, # Width of the language model
        ) -> Backbone:
     "Build LLaVA-1.5-7B's shape with random weights; rows are those of `shapes`, 576 visual tokens each."
     from transformers import AutoProcessor
-    processor = AutoProcessor.from_pretrained(_where("tiny-instruct"), local_files_only=True)
+    processor = AutoProcessor.from_pretrained(folder_of("tiny-instruct"), local_files_only=True)
     images = processor.image_processor
     images.size, images.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
     processor.patch_size, processor.num_additional_image_tokens = 14, 1

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .analysis import front
 from .core import CitError
 from .metrics import order_means, t_interval
-from .record import _labels, _scale, find_runs, table
+from .record import labels_of, scale_of, find_runs, table
 from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks,
                                 noted, number, readable, room_for, slant, template)
 
@@ -40,7 +40,7 @@ class Runs:
         self.records = [record for record in find_runs(where) if not _left_out(record, keep)]
         groups = defaultdict(list)
         for record in self.records:
-            groups[_scale(record)].append(record)
+            groups[scale_of(record)].append(record)
         self.groups = {self._named(group): group for group in sorted(groups.values(), key=len, reverse=True)}
 
     def _named(self, records:list) -> str:
@@ -52,7 +52,7 @@ class Runs:
     def lines(self, name:str) -> dict: # {label: [(record, summary)]}
         "Sort the runs of one group by method and setting."
         out, records = defaultdict(list), self.groups[name]
-        for label, record in zip(_labels(records), records):
+        for label, record in zip(labels_of(records), records):
             if record.events("row"):
                 out[label].append((record, record.summary()))
         return dict(out)
@@ -130,6 +130,9 @@ def _tabulate(self:Compare):
         return
     records = [record for line in self.lines.values() for record, _ in line]
     lines = [line for line in table(records).markdown().splitlines() if line.startswith("|")]
+    if not lines:
+        self.table.value = "The table comes when a run of this stream has finished."
+        return
     cells = [line.strip("|").split("|") for line in lines]
     head, _, *rows = [[cell.strip() for cell in line] for line in cells]
     self.table.value = grid(head, rows)

@@ -21,7 +21,7 @@ from .control import (Control, Reply, Stopped, about_run, alive, asked_of, comma
 from .core import (CitError, Ended, canonical, digest, end, expanded, heeding, here, placed, plain, read_json,
                                 write_atomic)
 from .pictures import load_image, reading_of
-from .record import Record, _file, identity
+from .record import Record, file_name, identity
 
 # %% ../nbs/06c_live.ipynb #d5eb7d8f
 _living = ("queued", "loading", "running", "paused")
@@ -157,14 +157,14 @@ def note_asked(run): # A `Run`
 def launch(self, # A `Run`
           ) -> Record: # Follows the run
     "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once."
-    from cit_workbench.backbone import _where
+    from cit_workbench.backbone import folder_of
     from cit_workbench.watch import at_launch
     done = self._finished()
     if done: return done
     self.settle_watch(at_launch)
     if "RANK" in os.environ:
         raise CitError("launch starts one process; several are started by accelerate, and train() in each")
-    _where(self.backbone) # Is it there?
+    folder_of(self.backbone) # Is it there?
     text = method_source(self.m) # A class from a notebook goes with the run
     def prepare():
         note_asked(self)
@@ -523,7 +523,7 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
     import torch
     from cit_workbench.backbone import get_backbone
     from cit_workbench.method import Net, fresh
-    from cit_workbench.train import _Quiet, recipe
+    from cit_workbench.train import Quiet, recipe
     run, threads = run_of(folder), torch.get_num_threads()
     try:
         run._as_before()
@@ -533,7 +533,7 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
                                 compute.four_bit, compute.image_reading or "seen")
         run.opt, run.tuning = recipe(run.opt, run.tuning, backbone, run.data.steps)
         net = Net(backbone, run.data, fresh(run.m), run.seed, plan=run.plan, tuning=run.tuning)
-        state = run.load(net, _Quiet())
+        state = run.load(net, Quiet())
         if not state: raise CitError(f"{folder} holds no checkpoint yet: there is nobody to ask")
         return Reply(reply_of(net, image, text), net.seen[-1], state["step"])
     finally:
@@ -707,7 +707,7 @@ def take_over(source:Path, # A checkpoint of another run
     answers = [("answers", str(row)) for row in rows if row not in own]
     adapters = [("adapters", name) for name in state["seen"]]
     # What probes of old tasks compare with
-    states = [("arrays", f"{_file(f'watch-{name}')}.npy") for name in state["seen"]]
+    states = [("arrays", f"{file_name(f'watch-{name}')}.npy") for name in state["seen"]]
     for parts in (*answers, *adapters, *states):
         _bring(parts, parent, folder)
     new = folder/"checkpoints"/f".tmp-{source.name}"

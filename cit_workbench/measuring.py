@@ -43,7 +43,7 @@ def free_memory() -> int: # Bytes
 def child(what:str): # Arguments of `collect` as JSON
     "Measure the tasks of a stream, and say how far it is; a second process waits, and finds everything done."
     os.nice(5)
-    from cit_workbench.backbone import _where
+    from cit_workbench.backbone import folder_of
     from cit_workbench.evaluate import collect
     args = json.loads(what)
     path = log_of(args)
@@ -51,7 +51,7 @@ def child(what:str): # Arguments of `collect` as JSON
         fcntl.flock(log, fcntl.LOCK_EX)
         def say(text): print(text, file=log, flush=True)
         try:
-            files = Path(_where(args["backbone"])).iterdir()
+            files = Path(folder_of(args["backbone"])).iterdir()
             size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
             while (why := room(size, free_memory())):
                 say(why)

@@ -483,10 +483,10 @@ def overview(records:str|Path="../../records", # Folder with `testbed`, `zoo` an
             ) -> Overview: # One dict per method, in blocks of equal protocol
     "Tell what every method is, receives, keeps and costs, and what has been shown of it so far."
     from cit_workbench.method import all_methods
-    from cit_workbench.record import _tuned, table
+    from cit_workbench.record import tuned_where, table
     runs = _runs_of(records)
     kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
-    ran = {(method, _tuned(same[0])): same for (_, method), same in kept.items()}
+    ran = {(method, tuned_where(same[0])): same for (_, method), same in kept.items()}
     found = table([record for same in kept.values() for record in same])
     base = _plain(found)
     lines = _against(found, base)

@@ -24,7 +24,7 @@ import traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
 
-from .analysis import _hues
+from .analysis import house_hues
 import cit_workbench.live # noqa: F401 (gives a record its state)
 from .core import CitError, leaves, placed
 from .pictures import load_image
@@ -34,7 +34,7 @@ from .stream import Stream, get_stream
 # %% ../nbs/11a_view.ipynb #9cc6366f
 _hues_dark = ("#4FA3E0", "#F2894A", "#2FC39A", "#E7A1CC", "#F5BE4E", "#9AD7FA", "#F2F2F2", "#CDAE5E")
 marks = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "hexagon")
-_light = {"hues": _hues, "ink": "#222222", "faint": "#777777", "grid": "#e3e3e3",
+_light = {"hues": house_hues, "ink": "#222222", "faint": "#777777", "grid": "#e3e3e3",
           "amount": ("#f3f7fb", "#6baed6", "#08306b"), "sign": ("#b35806", "#f4f4f4", "#2166ac")}
 _dark = {"hues": _hues_dark, "ink": "#e6e6e6", "faint": "#9a9a9a", "grid": "#3a3a3a",
          "amount": ("#15202b", "#2f78ad", "#d6ecff"), "sign": ("#f1a340", "#262626", "#67a9e8")}

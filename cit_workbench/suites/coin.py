@@ -29,7 +29,7 @@ from ..stream import Example, Format, Stream, Task, box_in, iou, scorer, scorers
 
 # %% ../../nbs/suites/coin.ipynb #0a74d667
 class Row(NamedTuple):
-    "One question of a file; its image is not opened."
+    "Hold one question of a file; its image is not opened."
     id:str|int # As the file has it
     image:str|None # As the file has it
     question:str # Template line included
@@ -37,40 +37,70 @@ class Row(NamedTuple):
     more:dict # References, choices, slots … where the record has them
 
 # %% ../../nbs/suites/coin.ipynb #2ab90f1d
-def _said(v) -> str:
-    "A wrong value in a few characters."
-    return "missing" if v is None else {dict: "an object", list: "a list"}.get(type(v)) or repr(v)[:60]
+def _said(value) -> str:
+    "Show a wrong value in a few characters."
+    if value is None:
+        return "missing"
+    kinds = {dict: "an object", list: "a list"}
+    return kinds.get(type(value)) or repr(value)[:60]
+
+def _place(field:str, # Of a record
+           at:tuple, # (file, number of the record)
+          ) -> str:
+    "Name a field of a record, as sentences begin."
+    file, number = at
+    return f"{file}: field {field!r} of record {number}"
 
 def _bad(at:tuple, # (file, number of the record)
          field:str, # Of the record
-         v, # Its value
+         value, # What the field holds
          allowed:str, # What it must be
         ) -> CitError:
-    "The sentence for a field of a record."
-    return CitError(f"{at[0]}: field {field!r} of record {at[1]} is {_said(v)}, but must be {allowed}")
+    "Make the error for a field of a record."
+    return CitError(f"{_place(field, at)} is {_said(value)}, but must be {allowed}")
 
-def _text(v, field, at) -> str:
-    "A string or number as text that UTF-8 can hold."
-    if type(v) in (int, float): v = str(v)
-    if not isinstance(v, str): raise _bad(at, field, v, "a string")
-    try: v.isascii() or v.encode()
-    except UnicodeEncodeError: raise _bad(at, field, v, "text that UTF-8 can hold") from None
-    return v
+def _text(value, field:str, at:tuple) -> str:
+    "Return a string or number as text that UTF-8 can hold."
+    if type(value) in (int, float):
+        value = str(value)
+    if not isinstance(value, str):
+        raise _bad(at, field, value, "a string")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        raise _bad(at, field, value, "text that UTF-8 can hold") from None
+    return value
 
-def _list(rec, field, at) -> list:
-    "A field that is a list of strings, or left out."
-    v = rec.get(field)
-    if v is None: return []
-    if not isinstance(v, list): raise _bad(at, field, v, "a list of strings")
-    return [_text(x, field, at) for x in v]
+def _list(record:dict, field:str, at:tuple) -> list:
+    "Return a field that is a list of strings, or left out."
+    values = record.get(field)
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        raise _bad(at, field, values, "a list of strings")
+    return [_text(value, field, at) for value in values]
 
 # %% ../../nbs/suites/coin.ipynb #a8c47f41
 _roles = {"human": "asks", "user": "asks", "gpt": "answers", "assistant": "answers", "system": "is skipped"}
 _inline = re.compile(r"Picture \d+: <img>(.*?)</img>\n?")
 _clip = re.compile(r"^\s*<(?:video|audio)>|<(?:video|audio)>\s*$", re.M)
-_foreign = r"\s*<\|?(?:image|img|im_|picture|vision|frame|video|audio)[\w ]*\|?>"
-_foreign = re.compile(rf"\A{_foreign}|^{_foreign}\s*$", re.I | re.M)
+_any_mark = r"\s*<\|?(?:image|img|im_|picture|vision|frame|video|audio)[\w ]*\|?>"
+_foreign = re.compile(rf"\A{_any_mark}|^{_any_mark}\s*$", re.I | re.M)
 
+def _refuse_other_marks(text:str, # A question
+                        pictured:bool, # Has the record a picture?
+                        where:str, # Where the text stands, as the sentence begins
+                       ):
+    "Raise `CitError` where a question holds the mark of a film, or begins with a picture that is not there."
+    clip = _clip.search(text)
+    if clip:
+        raise CitError(f"{where} holds {clip[0].strip()}, but only still pictures are shown")
+    foreign = None if pictured else _foreign.search(text)
+    if foreign:
+        hint = "the path of a picture is needed under 'image'"
+        raise CitError(f"{where} begins with {foreign[0].strip()}, but the record has no picture; {hint}")
+
+# %% ../../nbs/suites/coin.ipynb #4b09bc8e
 def _question(text:str, # As the file has it
               pictured:bool, # Has the record a picture?
               field:str, at:tuple, # Where the text stands
@@ -78,21 +108,21 @@ def _question(text:str, # As the file has it
              ) -> str: # Without the mark of its picture
     "Take the mark out of a question; raises `CitError` where marks and pictures do not match."
     text = _inline.sub("", text)
-    marks, where = text.count("<image>"), f"{at[0]}: field {field!r} of record {at[1]}"
+    marks = text.count("<image>")
+    where = _place(field, at)
     if marks and not pictured:
-        raise CitError(f"{where} holds <image>, but the record has no picture; its path is needed under 'image'")
+        hint = "its path is needed under 'image'"
+        raise CitError(f"{where} holds <image>, but the record has no picture; {hint}")
     if marks > 1:
         raise CitError(f"{where} holds <image> {marks} times, but one picture at most is shown with a question")
-    if clip := _clip.search(text):
-        raise CitError(f"{where} holds {clip[0].strip()}, but only still pictures are shown")
-    if not pictured and (foreign := _foreign.search(text)):
-        hint = "the path of a picture is needed under 'image'"
-        raise CitError(f"{where} begins with {foreign[0].strip()}, but the record has no picture; {hint}")
+    _refuse_other_marks(text, pictured, where)
+
     before, mark, after = text.partition("<image>")
     if mark and again and before.strip() and after.strip():
         hint = "a later turn may have it only before or after its text"
         raise CitError(f"{where} holds <image> as an earlier turn does; {hint}")
-    if mark and before[-1:].isspace() and after[:1].isspace(): before = before[:-1]
+    if mark and before[-1:].isspace() and after[:1].isspace():
+        before = before[:-1]
     return (before + after).strip()
 
 # %% ../../nbs/suites/coin.ipynb #b0453b39
@@ -102,242 +132,371 @@ _moving = re.compile("video|audio|clip|frame", re.I)
 _words = ("from", "value", "text", "answer", "answers", "choices", "id", "question_id")
 
 def _is_picture(name) -> bool:
-    "Is a value the name of a picture file?"
-    kind = mimetypes.guess_type(name, strict=False)[0] if isinstance(name, str) and len(name) < 1000 else None
+    "Tell whether a value is the name of a picture file."
+    if not isinstance(name, str) or len(name) >= 1000:
+        return False
+    kind = mimetypes.guess_type(name, strict=False)[0]
     return kind is not None and kind.startswith("image/")
 
-def _not_shown(key:str, v, # A field
+def _not_shown(key:str, value, # A field
                image, # What the record shows, or None
               ) -> bool:
-    "Does a field hold another picture, a film or a sound?"
-    if not v or not isinstance(v, (str, list, dict)): return False
-    values, named = v if isinstance(v, list) else [v], bool(_media.fullmatch(key))
-    if image is None: return named or (key not in _words and any(map(_is_picture, values)))
-    others = [x for x in values if isinstance(x, str) and os.path.basename(x) != os.path.basename(str(image))]
-    numbered = isinstance(v, list) or key[-1].isdigit()
+    "Tell whether a field holds another picture, a film or a sound."
+    if not value or not isinstance(value, (str, list, dict)):
+        return False
+    values = value if isinstance(value, list) else [value]
+    named = bool(_media.fullmatch(key))
+    if image is None:
+        return named or (key not in _words and any(map(_is_picture, values)))
+    paths = [path for path in values if isinstance(path, str)]
+    others = [path for path in paths if os.path.basename(path) != os.path.basename(str(image))]
+    numbered = isinstance(value, list) or key[-1:].isdigit()
     return named and bool(_moving.match(key) or len(values) > 1 or (numbered and others))
 
-def _only_one_picture(rec:dict, at:tuple, # A record or one of its turns, and where it stands
+def _only_one_picture(record:dict, at:tuple, # A record or one of its turns, and where it stands
                       image, # What the record shows, or None
                       within:str="", # How the field of a turn begins
                      ):
     "Raise `CitError` for what a record shows besides the picture under `image`."
-    for key, v in rec.items():
-        if (within or key != "image") and _not_shown(key, v, image):
-            raise CitError(f"{at[0]}: field {within + key!r} of record {at[1]} is not shown; one still picture at most "
-                           "is, by its path under 'image' of the record")
+    for key, value in record.items():
+        if (within or key != "image") and _not_shown(key, value, image):
+            raise CitError(f"{_place(within + key, at)} is not shown; one still picture at most is, "
+                           "by its path under 'image' of the record")
 
 # %% ../../nbs/suites/coin.ipynb #13e20636
-def _turns(rec:dict, at:tuple, # A record and where it stands
+def _picture(record:dict, at:tuple) -> str|None:
+    "Return the path under `image` or in Qwen's text; raises `CitError` where a record names several pictures."
+    talk = record.get("conversations")
+    turns = [turn for turn in talk if isinstance(turn, dict)] if isinstance(talk, list) else []
+    asked = [turn.get("value") for turn in turns if turn.get("from") in ("human", "user")]
+    texts = [text for text in (record.get("text"), *asked) if isinstance(text, str)]
+    paths = [path for text in texts for path in _inline.findall(text)]
+    if record.get("image") is not None:
+        paths.append(record["image"])
+    if len({str(path) for path in paths}) > 1:
+        file, number = at
+        raise CitError(f"{file}: record {number} names several pictures, "
+                       f"{paths[0]} and {paths[-1]}; one at most is shown")
+    return paths[0] if paths else None
+
+def _turn(turn, field:str, at:tuple) -> tuple: # (what its speaker does, the text)
+    "Read one turn of a conversation."
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _roles:
+        raise _bad(at, f"{field}.from", speaker, "human or gpt")
+    _only_one_picture(turn, at, None, f"{field}.")
+    return _roles[speaker], _text(turn.get("value"), f"{field}.value", at)
+
+# %% ../../nbs/suites/coin.ipynb #c58a4f01
+def _turns(record:dict, at:tuple, # A record and where it stands
            left:Counter|None=None, # Counts what is left out
           ) -> list: # (question, answer) pairs
-    "The turns of a conversation."
-    talk, out, asked, left = rec.get("conversations"), [], None, Counter() if left is None else left
-    if not isinstance(talk, list): raise _bad(at, "conversations", talk, "a list of turns")
-    pictured, marked = _picture(rec, at) is not None, False
-    for k, turn in enumerate(talk):
-        who = turn.get("from") if isinstance(turn, dict) else None
-        field = f"conversations[{k}]"
-        if not isinstance(who, str) or who not in _roles: raise _bad(at, f"{field}.from", who, "human or gpt")
-        _only_one_picture(turn, at, None, f"{field}.")
-        said, kind = _text(turn.get("value"), f"{field}.value", at), _roles[who]
-        if kind == "is skipped": left["system turns are left out"] += 1
-        elif kind == "asks":
+    "Read the turns of a conversation."
+    talk = record.get("conversations")
+    left = Counter() if left is None else left
+    if not isinstance(talk, list):
+        raise _bad(at, "conversations", talk, "a list of turns")
+    pictured = _picture(record, at) is not None
+    pairs, asked, marked = [], None, False
+    for number, turn in enumerate(talk):
+        field = f"conversations[{number}]"
+        role, said = _turn(turn, field, at)
+        if role == "is skipped":
+            left["system turns are left out"] += 1
+        elif role == "asks":
             left["human turns without an answer are left out"] += asked is not None
             asked = _question(said, pictured, f"{field}.value", at, marked)
             marked = marked or "<image>" in said
-        elif asked is None: left["answers without a question are left out"] += 1
+        elif asked is None:
+            left["answers without a question are left out"] += 1
         else:
-            out.append((asked, said.strip()))
+            pairs.append((asked, said.strip()))
             asked = None
     left["human turns without an answer are left out"] += asked is not None
-    if not out: raise _bad(at, "conversations", talk, "a list with at least one human turn that a gpt turn follows")
-    return out
-
-def _picture(rec:dict, at:tuple) -> str|None:
-    "The path that Qwen's files write into the text; raises `CitError` where a record names several pictures."
-    talk = rec.get("conversations") if isinstance(rec.get("conversations"), list) else []
-    turns = [t for t in talk if isinstance(t, dict) and t.get("from") in ("human", "user")]
-    texts = [rec.get("text"), *(t.get("value") for t in turns)]
-    paths = [p for t in texts if isinstance(t, str) for p in _inline.findall(t)]
-    if rec.get("image") is not None: paths.append(rec["image"])
-    if len({*map(str, paths)}) > 1:
-        raise CitError(f"{at[0]}: record {at[1]} names several pictures, {paths[0]} and {paths[-1]}; "
-                       "one at most is shown")
-    return paths[0] if paths else None
+    if not pairs:
+        raise _bad(at, "conversations", talk, "a list with at least one human turn that a gpt turn follows")
+    return pairs
 
 # %% ../../nbs/suites/coin.ipynb #e0d49e6b
 _a_box = "four numbers [x0, y0, x1, y1], each between 0 and 1, with x0 < x1 and y0 < y1"
 
 def is_box(text:str) -> bool:
-    "Is a text a box that can be found: corners in order, inside the square?"
+    "Tell whether a text is a box that can be found: corners in order, inside the square."
     box = box_in(text)
-    return bool(box) and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    if not box:
+        return False
+    left, top, right, bottom = box
+    return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
 
-def _asked(rec:dict, at:tuple, # A record and where it stands
+def _answers(record:dict, at:tuple, # A test record and where it stands
+             said:str|None, # Its answer where a conversation holds it
+            ) -> list: # Texts, empty ones included
+    "Read the answers of a test record."
+    key = "answer_bbox" if "answer_bbox" in record else "answer"
+    answer = record.get(key, said)
+    if key == "answer_bbox":
+        if isinstance(answer, list):
+            answer = json.dumps(answer)
+        if not isinstance(answer, str) or not is_box(answer):
+            raise _bad(at, key, answer, _a_box)
+    if answer == []:
+        raise CitError(f"{_place(key, at)} is an empty list; one answer is needed")
+    several = answer if isinstance(answer, list) else [answer]
+    return [_text(one, key, at).strip() for one in several]
+
+# %% ../../nbs/suites/coin.ipynb #baacc2b9
+def _asked(record:dict, at:tuple, # A record and where it stands
            left:Counter|None=None, # Counts what is left out
           ) -> tuple: # (question, answers)
-    "Question and answers of a test record."
-    key, said = "answer_bbox" if "answer_bbox" in rec else "answer", None
-    if rec.get("text") is None and "conversations" in rec:
-        (question, said), *later = _turns(rec, at, left)
-        if left is not None: left["follow-up turns are not asked"] += len(later)
+    "Read the question and the answers of a test record."
+    said = None
+    if record.get("text") is None and "conversations" in record:
+        (question, said), *later = _turns(record, at, left)
+        if left is not None:
+            left["follow-up turns are not asked"] += len(later)
     else:
-        pictured = _picture(rec, at) is not None
-        question = _question(_text(rec.get("text"), "text", at), pictured, "text", at)
-    answer = rec.get(key, said)
-    if key == "answer_bbox":
-        if isinstance(answer, list): answer = json.dumps(answer)
-        if not isinstance(answer, str) or not is_box(answer): raise _bad(at, key, answer, _a_box)
-    if answer == []: raise CitError(f"{at[0]}: field {key!r} of record {at[1]} is an empty list; one answer is needed")
-    answers = [_text(a, key, at).strip() for a in (answer if isinstance(answer, list) else [answer])]
-    said = [a for a in answers if a]
+        pictured = _picture(record, at) is not None
+        text = _text(record.get("text"), "text", at)
+        question = _question(text, pictured, "text", at)
+
+    answers = _answers(record, at, said)
+    given = [answer for answer in answers if answer]
     if left is not None:
-        left["empty answers are left out of lists of references"] += (len(answers) - len(said))*bool(said)
-        left["answers are empty, so that no answer is right"] += not said
-    return question, said or [""]
+        empty = len(answers) - len(given)
+        left["empty answers are left out of lists of references"] += empty if given else 0
+        left["answers are empty, so that no answer is right"] += not given
+    return question, given or [""]
 
 # %% ../../nbs/suites/coin.ipynb #cfed23c0
-def _head(rec, at) -> tuple: # (id, image, more)
-    "What training and test records have in common."
-    if not isinstance(rec, dict):
+def _more(record:dict, at:tuple) -> dict:
+    "Read what a record holds besides question and answer: the fields of `meta`, and the size of its picture."
+    meta = record.get("meta", {})
+    if not isinstance(meta, dict):
+        raise _bad(at, "meta", meta, "an object")
+    if meta:
+        _text(json.dumps(meta, ensure_ascii=False), "meta", at)
+    elsewhere = ("choices", "references", "question_id")
+    more = {key: value for key, value in meta.items() if key not in elsewhere}
+    answers = _list(meta, "answers", at)
+    if answers:
+        more["answers"] = answers
+    size = record.get("size")
+    if isinstance(size, list) and all(type(side) in (int, float) for side in size):
+        more["size"] = size
+    return more
+
+def _head(record, at:tuple) -> tuple: # (id, image, more)
+    "Read what training and test records have in common."
+    if not isinstance(record, dict):
+        file, number = at
         what = "an object with conversations, or with text and answer"
-        raise CitError(f"{at[0]}: record {at[1]} is {_said(rec)}, but must be {what}")
-    _only_one_picture(rec, at, _picture(rec, at))
-    key = "question_id" if rec.get("question_id") is not None else "id"
-    id, image, meta = rec.get(key), rec.get("image"), rec.get("meta", {})
-    if id is None: id = at[1]
-    if type(id) not in (str, int): raise _bad(at, key, id, "a string or a whole number")
+        raise CitError(f"{file}: record {number} is {_said(record)}, but must be {what}")
+    _only_one_picture(record, at, _picture(record, at))
+    key = "question_id" if record.get("question_id") is not None else "id"
+    id, image = record.get(key), record.get("image")
+    if id is None:
+        id = at[1]
+    if type(id) not in (str, int):
+        raise _bad(at, key, id, "a string or a whole number")
     if image is not None and not (isinstance(image, str) and image and image.isprintable()):
         raise _bad(at, "image", image, "a path below the image folder, or left out")
-    if not isinstance(meta, dict): raise _bad(at, "meta", meta, "an object")
-    if meta: _text(json.dumps(meta, ensure_ascii=False), "meta", at)
-    more = {k: v for k, v in meta.items() if k not in ("choices", "references", "question_id")}
-    if answers := _list(meta, "answers", at): more["answers"] = answers
-    if isinstance(size := rec.get("size"), list) and all(type(x) in (int, float) for x in size): more["size"] = size
-    return _text(id, key, at) if isinstance(id, str) else id, image and _text(image, "image", at), more
+    more = _more(record, at)
+    id = _text(id, key, at) if isinstance(id, str) else id
+    return id, image and _text(image, "image", at), more
 
-def _closed(rec, at, answer) -> dict:
-    "The closed set of a record, if it has one."
-    choices = [c.strip() for c in _list(rec, "choices", at)]
+# %% ../../nbs/suites/coin.ipynb #5a3d33dc
+def _closed(record:dict, at:tuple, answer:str) -> dict:
+    "Return the closed set of a record, if it has one."
+    choices = [choice.strip() for choice in _list(record, "choices", at)]
     if choices and answer not in choices:
         raise _bad(at, "choices", choices, f"a list that holds the answer {answer[:40]!r}")
     return {"choices": tuple(choices)} if choices else {}
 
 # %% ../../nbs/suites/coin.ipynb #6c403e06
+def _last_line(question:str) -> str|None:
+    "Return the last line of a question of several lines."
+    return question.rpartition("\n")[2] if "\n" in question else None
+
+def _carry(talk:list, # [(question, answer), …]
+           known:set, # Template lines
+          ) -> list:
+    "Carry the template line of a conversation's first turn to later turns that have none."
+    line = _last_line(talk[0][0])
+    if line not in known:
+        return talk
+    turns = [talk[0]]
+    for question, answer in talk[1:]:
+        has_one = _last_line(question) in known
+        turns.append((question if has_one else f"{question}\n{line}", answer))
+    return turns
+
 def spread(talks:list, # Per record [(question, answer), …]
           ) -> list: # The same, template lines carried to later turns
     "Give every turn its template line; a template is a last line that two records, and 1 % of them, share."
-    last = lambda q: q.rpartition("\n")[2] if "\n" in q else None
-    n = Counter(last(t[0][0]) for t in talks)
-    known = {line for line, k in n.items() if line and k >= max(2, len(talks)/100)}
-    def one(talk):
-        line = last(talk[0][0])
-        if line not in known: return talk
-        return [talk[0], *[(q if last(q) in known else f"{q}\n{line}", a) for q, a in talk[1:]]]
-    return [one(t) for t in talks]
+    counts = Counter(_last_line(talk[0][0]) for talk in talks)
+    least = max(2, len(talks)/100)
+    known = {line for line, count in counts.items() if line and count >= least}
+    return [_carry(talk, known) for talk in talks]
 
 # %% ../../nbs/suites/coin.ipynb #fc8bf4ef
-def train_rows(recs:list, # Records
-               path, # Their file
+def train_rows(records:list, # As the file has them
+               path:str|Path, # Their file
                turns:str="all", # "all" or "first"
                left:Counter|None=None, # Counts what is left out
               ) -> list: # Rows
-    "Rows of training records, one per turn."
-    out, heads, talks, left = [], [], [], Counter() if left is None else left
-    for i, rec in enumerate(recs):
-        heads.append(_head(rec, at := (path, i)))
-        if "conversations" in rec or "text" not in rec: talks.append(_turns(rec, at, left))
+    "Make the rows of training records, one per turn."
+    rows, heads, talks = [], [], []
+    left = Counter() if left is None else left
+    for number, record in enumerate(records):
+        at = (path, number)
+        heads.append(_head(record, at))
+        if "conversations" in record or "text" not in record:
+            talks.append(_turns(record, at, left))
         else:
-            question, answers = _asked(rec, at)
+            question, answers = _asked(record, at)
             talks.append([(question, answers[0])])
-    for i, (rec, (id, image, more), talk) in enumerate(zip(recs, heads, spread(talks))):
-        image = image or _picture(rec, (path, i))
-        if turns == "first": left["follow-up turns are left out"] += len(talk) - 1
-        for k, (question, answer) in enumerate(talk if turns == "all" else talk[:1]):
-            own = _closed(rec, (path, i), answer) if k == 0 else {}
-            out.append(Row(f"{id}#{k}" if k else id, image, question, answer, more | own))
-            left["rows are follow-up turns that are learned alone (turns=\"first\" leaves them out)"] += k > 0
+
+    for number, (record, head, talk) in enumerate(zip(records, heads, spread(talks))):
+        id, image, more = head
+        image = image or _picture(record, (path, number))
+        if turns == "first":
+            left["follow-up turns are left out"] += len(talk) - 1
+        for turn, (question, answer) in enumerate(talk if turns == "all" else talk[:1]):
+            own = {} if turn else _closed(record, (path, number), answer)
+            name = f"{id}#{turn}" if turn else id
+            rows.append(Row(name, image, question, answer, more | own))
+            left['rows are follow-up turns that are learned alone (turns="first" leaves them out)'] += turn > 0
             left["answers are empty, which is learned as saying nothing"] += answer == ""
-    return out
+    return rows
 
 # %% ../../nbs/suites/coin.ipynb #aa6538fe
-def eval_rows(recs:list, # Records
-              path, # Their file
+def eval_rows(records:list, # As the file has them
+              path:str|Path, # Their file
               left:Counter|None=None, # Counts what is left out
              ) -> list: # Rows, in the order of the records
-    "Rows of test records."
-    out = []
-    for i, rec in enumerate(recs):
-        id, image, more = _head(rec, at := (path, i))
-        question, answers = _asked(rec, at, left)
-        if len(answers) > 1: more["references"] = answers
-        out.append(Row(id, image or _picture(rec, at), question, answers[0], more | _closed(rec, at, answers[0])))
-    return out
+    "Make the rows of test records."
+    rows = []
+    for number, record in enumerate(records):
+        at = (path, number)
+        id, image, more = _head(record, at)
+        question, answers = _asked(record, at, left)
+        if len(answers) > 1:
+            more["references"] = answers
+        image = image or _picture(record, at)
+        closed = _closed(record, at, answers[0])
+        rows.append(Row(id, image, question, answers[0], more | closed))
+    return rows
 
 # %% ../../nbs/suites/coin.ipynb #0a52fc6a
 def _same_ids(rows:list, # Of a test file
              ) -> str: # "" when all differ
     "Say how many rows share their id, and which are the first."
-    first, n = {}, Counter(str(r.id) for r in rows)
-    shared = sum(k for k in n.values() if k > 1)
-    if not shared: return ""
-    for i, r in enumerate(rows):
-        if str(r.id) in first: break
-        first[str(r.id)] = i
-    two = f"first: {r.id!r}, records {first[str(r.id)]} and {i}"
+    counts = Counter(str(row.id) for row in rows)
+    shared = sum(count for count in counts.values() if count > 1)
+    if not shared:
+        return ""
+    first = {}
+    for number, row in enumerate(rows):
+        if str(row.id) in first:
+            break
+        first[str(row.id)] = number
+    two = f"first: {row.id!r}, records {first[str(row.id)]} and {number}"
     return f"{shared} of {len(rows)} records share their id with another ({two})"
 
 _mark = re.compile(r"<\|?(?:image|img|picture|vision|video|audio)[\w |]{0,20}>", re.I)
 
 def _read_as_text(rows:list) -> str: # "" where there is none
     "Say how many rows hold a mark of pictures or films that is kept as text, and the first of them."
-    marks = [m[0] for r in rows if (m := _mark.search(f"{r.question}\n{r.answer}"))]
-    return f"{len(marks)} of {len(rows)} rows hold {marks[0]} or the like, which is read as text" if marks else ""
+    found = [_mark.search(f"{row.question}\n{row.answer}") for row in rows]
+    marks = [match[0] for match in found if match]
+    if not marks:
+        return ""
+    count = f"{len(marks)} of {len(rows)} rows"
+    return f"{count} hold {marks[0]} or the like, which is read as text"
 
-def read_rows(path, # A train or test file
+def _notes(rows:list, # Of one file
+           split:str, # "train" or "test"
+           left:Counter, # What was left out of it
+          ) -> list: # Sentences
+    "Say what was left out of a file, or may surprise."
+    notes = []
+    for what, count in left.items():
+        if count:
+            among = f" of {len(rows)}" if what.startswith(("rows", "answers")) else ""
+            notes.append(f"{count}{among} {what}")
+    same = _same_ids(rows) if split != "train" else ""
+    return notes + [note for note in (same, _read_as_text(rows)) if note]
+
+# %% ../../nbs/suites/coin.ipynb #176788b4
+def _parsed(path:str|Path) -> tuple: # (records, bytes of the file)
+    "Parse a file that is one JSON array; raises `CitError` where it is none."
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise CitError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        records = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CitError(f"{path} is not one JSON array of records: {error}") from None
+    if not isinstance(records, list):
+        raise CitError(f"{path} holds {_said(records)}, but must be one JSON array of records")
+    if not records:
+        raise CitError(f"{path} holds no records; at least one is needed")
+    return records, raw
+
+def read_rows(path:str|Path, # A train or test file
               split:str="train", # "train": conversations come first; "test": `text` and `answer` do
               turns:str="all", # Of a training conversation: "all" or "first"
              ) -> tuple: # (rows, SHA-256 of the file)
     "Parse a file; raises `CitError` with the file, the record and the field."
-    try: raw = Path(path).read_bytes()
-    except OSError as e: raise CitError(f"{path} cannot be read: {e.strerror}") from None
-    try: recs = json.loads(raw)
-    except (ValueError, RecursionError) as e: raise CitError(f"{path} is not one JSON array of records: {e}") from None
-    if not isinstance(recs, list): raise CitError(f"{path} holds {_said(recs)}, but must be one JSON array of records")
-    if not recs: raise CitError(f"{path} holds no records; at least one is needed")
+    records, raw = _parsed(path)
     left = Counter()
-    rows = train_rows(recs, path, turns, left) if split == "train" else eval_rows(recs, path, left)
-    notes = [f"{n} of {len(rows)} {what}" if what.startswith(("rows", "answers")) else f"{n} {what}"
-             for what, n in left.items() if n]
-    if split != "train" and (same := _same_ids(rows)): notes.append(same)
-    if typed := _read_as_text(rows): notes.append(typed)
-    if notes: warnings.warn(f"{path}: {'; '.join(notes)}")
+    if split == "train":
+        rows = train_rows(records, path, turns, left)
+    else:
+        rows = eval_rows(records, path, left)
+    notes = _notes(rows, split, left)
+    if notes:
+        warnings.warn(f"{path}: {'; '.join(notes)}")
     return rows, hashlib.sha256(raw).hexdigest()[:16]
 
 # %% ../../nbs/suites/coin.ipynb #0ec5f219
 def letter_of(text:str) -> str:
-    "The option a text chooses, by ScienceQA's rule: \"B\", \"B. …\", else the first word of one character."
-    m = re.match(r"([A-E])(?:\Z|\. )", text) or re.search(r"\b(\w)\b", text)
-    return m[1].upper() if m else ""
+    "Find the option a text chooses, by ScienceQA's rule: \"B\", \"B. …\", else the first word of one character."
+    match = re.match(r"([A-E])(?:\Z|\. )", text) or re.search(r"\b(\w)\b", text)
+    return match[1].upper() if match else ""
 
-def _truths(ex) -> list:
-    "All answers that count as right."
-    return ex.meta.get("references") or [ex.answer]
+def _truths(example:Example) -> list:
+    "Return all answers that count as right."
+    return example.meta.get("references") or [example.answer]
 
 def _as_released(right:Callable) -> Callable: # (text, answer) -> bool
     "Make a scorer: 1 when the text is right by the measure of some reference."
-    return lambda fmt, ex, text: float(any(right(text.strip(), a) for a in _truths(ex)))
+    def score(fmt, example, text):
+        return float(any(right(text.strip(), answer) for answer in _truths(example)))
+    return score
 
 def _any_of(right:Callable) -> Callable: # (text, answer) -> bool
     "Make a scorer: 1 when the text says something that is right by the measure of some reference."
     return _as_released(lambda text, answer: text != "" and right(text, answer))
 
-def _same(text:str, answer:str) -> bool: return text.upper() == answer.upper()
-def _same_in_gqa(text:str, answer:str) -> bool: return text.rstrip(".").lower() == answer
-def _same_in_ocrvqa(text:str, answer:str) -> bool: return "Unanswerable" not in text and text.lower() == answer.lower()
-def _letters_of(text:str, answer:str) -> bool: return answer in text or text in answer
+def _same(text:str, answer:str) -> bool:
+    "Compare without regard to case."
+    return text.upper() == answer.upper()
 
+def _same_in_gqa(text:str, answer:str) -> bool:
+    "Compare as GQA does: the text is lowered and loses its full stop, the answer stays as it is."
+    return text.rstrip(".").lower() == answer
+
+def _same_in_ocrvqa(text:str, answer:str) -> bool:
+    "Compare as OCR-VQA does: `Unanswerable` is never right."
+    return "Unanswerable" not in text and text.lower() == answer.lower()
+
+def _letters_of(text:str, answer:str) -> bool:
+    "Compare as ImageNet's script does: letters of one are in the other."
+    return answer in text or text in answer
+
+# %% ../../nbs/suites/coin.ipynb #e8783e3c
 scorer("letter", 2)(_any_of(lambda text, answer: letter_of(text) == answer))
 scorer("equal", 2)(_any_of(_same))
 scorer("equal, as released")(_as_released(_same))
@@ -356,21 +515,27 @@ _between_names = r"[,;/|•\n、，；]|\s[-–—]\s|\b\d+[.)]\s" # What stands
 def _within(part:list, whole:list) -> int: # -1: nowhere
     "Find where the words of `part` come one after another in `whole`."
     places = range(len(whole) - len(part) + 1) if part else ()
-    return next((i for i in places if whole[i:i+len(part)] == part), -1)
+    for place in places:
+        if whole[place:place + len(part)] == part:
+            return place
+    return -1
 
 def _denies_or_lists(text:str, name:str) -> bool:
-    "Does a text that holds a name say that it is another thing, or several?"
+    "Tell whether a text that holds a name says that it is another thing, or several."
     rest = text.lower().replace(name.lower(), " ", 1)
     words = caption_words(rest)
     marks = len(re.findall(_between_names, rest)) + words.count("and")
-    return marks > 1 or "or" in words or any(w in _denials or w.endswith("n't") for w in words)
+    denied = any(word in _denials or word.endswith("n't") for word in words)
+    return marks > 1 or "or" in words or denied
 
 def names(text:str, name:str) -> bool:
-    "Does a text say what something is called, by whole words and without regard to case?"
+    "Tell whether a text says what something is called, by whole words and without regard to case."
     said, words = caption_words(text), caption_words(name)
-    if text.strip().lower() == name.strip().lower(): return name.strip() != ""
-    if _within(words, said) >= 0: return not _denies_or_lists(text, name)
-    telling = "".join(w for w in said if w not in _little)
+    if text.strip().lower() == name.strip().lower():
+        return name.strip() != ""
+    if _within(words, said) >= 0:
+        return not _denies_or_lists(text, name)
+    telling = "".join(word for word in said if word not in _little)
     return len(telling) > 1 and _within(said, words) >= 0
 
 scorer("contains", 2)(_any_of(names))
@@ -378,15 +543,19 @@ scorer("places365", 2)(_any_of(names))
 
 # %% ../../nbs/suites/coin.ipynb #61656a8e
 @scorer("box, as released")
-def _released_box(fmt, ex, text):
-    "1 when what is left between the first and the last character overlaps the true box by more than a half."
-    cut, true = text.strip().replace("[", "").replace("]", "")[1:-1], box_in(ex.answer)
-    try: said = [float(x) for x in cut.split(",")]
-    except ValueError: return 0.
+def _released_box(fmt, example, text) -> float:
+    "Return 1 when what stands between the first and the last character overlaps the true box by more than a half."
+    cut = text.strip().replace("[", "").replace("]", "")[1:-1]
+    true = box_in(example.answer)
+    try:
+        said = [float(number) for number in cut.split(",")]
+    except ValueError:
+        return 0.
     return float(len(said) == len(true) == 4 and iou(said, true) > .5)
 
 # %% ../../nbs/suites/coin.ipynb #ab494420
-_numerals = dict(zip("zero one two three four five six seven eight nine ten none".split(), [*map(str, range(11)), "0"]))
+_numbers = "zero one two three four five six seven eight nine ten".split()
+_numerals = {word: str(number) for number, word in enumerate(_numbers)} | {"none": "0"}
 _contracted = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
     mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
@@ -395,81 +564,115 @@ _contracted = """ain't aren't can't could've couldn't couldn't've didn't doesn't
     wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
     who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
     you'd've you'll you're you've""".split()
-_short = {w[:i] + w[i+1:]: w for w in _contracted for i, c in enumerate(w) if c == "'"} | {"somebody'd": "somebodyd"}
+
+def _lacking_one(word:str) -> list:
+    "List the spellings of a word that lack one of its apostrophes."
+    places = [place for place, letter in enumerate(word) if letter == "'"]
+    return [word[:place] + word[place+1:] for place in places]
+
+_short = {spelling: word for word in _contracted for spelling in _lacking_one(word)} | {"somebody'd": "somebodyd"}
 
 def normalise_answer(text:str) -> str:
-    "An answer as the VQA evaluation compares it: no case, articles or punctuation, numerals as digits."
-    t = re.sub(r"[\n\t]", " ", re.sub("[,?]", "", text.lower()).replace("'s", " 's")).strip()
-    out = t
-    for p in ";/[]\"{}()=+\\_-><@`,?!": out = out.replace(p, "" if p + " " in t or " " + p in t else " ")
-    words = [_numerals.get(w, w) for w in re.sub(r"\.(?!\d)", "", out, count=32).split()]
-    return " ".join(_short.get(w, w) for w in words if w not in ("a", "an", "the"))
+    "Return an answer as the VQA evaluation compares it: no case, articles or punctuation, numerals as digits."
+    said = re.sub("[,?]", "", text.lower()).replace("'s", " 's")
+    said = re.sub(r"[\n\t]", " ", said).strip()
+    out = said
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        at_an_end = mark + " " in said or " " + mark in said
+        out = out.replace(mark, "" if at_an_end else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)
+    words = [_numerals.get(word, word) for word in out.split()]
+    return " ".join(_short.get(word, word) for word in words if word not in ("a", "an", "the"))
 
+# %% ../../nbs/suites/coin.ipynb #75c84ebf
 def ten_of(meta:dict) -> list: # [] where there are not ten
-    "The answers of ten people that a question carries."
+    "Return the answers of ten people that a question carries."
     people = meta.get("answers")
     return people if isinstance(people, list) and len(people) == 10 else []
 
 @scorer("textvqa, as released")
-def _soft(fmt, ex, text) -> float:
-    "VQA accuracy: over nine of the ten answers at a time, the mean of min(1, equal answers / 3)."
+def _soft(fmt, example, text) -> float:
+    "Return VQA accuracy: over nine of the ten answers at a time, the mean of min(1, equal answers / 3)."
     said = normalise_answer(text)
-    same = [normalise_answer(a) == said for a in ten_of(ex.meta) or [ex.answer]*10]
-    return float(np.mean([min(1, (sum(same) - s)/3) for s in same]))
+    people = ten_of(example.meta) or [example.answer]*10
+    same = [normalise_answer(answer) == said for answer in people]
+    scores = [min(1, (sum(same) - left_out)/3) for left_out in same]
+    return float(np.mean(scores))
 
-scorer("textvqa", 2)(lambda fmt, ex, text: _soft(fmt, ex, text) if text.strip() else 0.)
+@scorer("textvqa", 2)
+def _soft_unless_empty(fmt, example, text) -> float:
+    "Return VQA accuracy; an empty answer is never right."
+    return _soft(fmt, example, text) if text.strip() else 0.
 
 # %% ../../nbs/suites/coin.ipynb #37106a2d
-def word_f1(a:str, b:str) -> float:
-    "Harmonic mean of precision and recall of the words."
-    a, b = (Counter(caption_words(x)) for x in (a, b))
-    return 2*(a & b).total()/max(1, a.total() + b.total())
+def word_f1(first:str, second:str) -> float:
+    "Return the harmonic mean of precision and recall of the words."
+    first, second = (Counter(caption_words(text)) for text in (first, second))
+    shared = (first & second).total()
+    return 2*shared/max(1, first.total() + second.total())
 
-scorer("words", 2)(lambda fmt, ex, text: max(word_f1(text, a) for a in _truths(ex)))
+@scorer("words", 2)
+def _nearest_f1(fmt, example, text) -> float:
+    "Return the F1 of the words against the nearest reference."
+    return max(word_f1(text, answer) for answer in _truths(example))
 
 # %% ../../nbs/suites/coin.ipynb #5f45d6be
 by_name = {"scienceqa": "letter", "textvqa": "textvqa", "imagenet": "contains", "gqa": "gqa", "vizwiz": "equal",
            "grounding": "box", "vqav2": "equal", "ocrvqa": "ocrvqa", "places365": "places365"}
 
-def _key(name): return re.sub(r"[^a-z0-9]", "", name.lower())
+def _key(name:str) -> str:
+    "Reduce a task's name to its small letters and digits."
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 def guess_scorer(name:str, # Of the task
                  answers:list, # Of its test file
                  refs:bool=False, # Are there several references per question?
                 ) -> str: # A name in `scorers`
-    "The scorer of a task."
-    if all(re.fullmatch(r"\[.*\]", a) and box_in(a) for a in answers): return "box"
-    if all(re.fullmatch("[A-H]", a) for a in answers): return "letter"
-    if np.mean([count_words(a) for a in answers]) >= (4 if refs else 6): return "words"
+    "Guess the scorer of a task."
+    if all(re.fullmatch(r"\[.*\]", answer) and box_in(answer) for answer in answers):
+        return "box"
+    if all(re.fullmatch("[A-H]", answer) for answer in answers):
+        return "letter"
+    if np.mean([count_words(answer) for answer in answers]) >= (4 if refs else 6):
+        return "words"
     return by_name.get(_key(name), "equal")
 
 # %% ../../nbs/suites/coin.ipynb #a78f1612
 _number = r"\s*-?(\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*"
-_stops, _most = ".!?。！？…।", 256
+_stops = ".!?。！？…।"
+_most = 256
 
 def room_for(answers:list, # True answers
              least:int, # Tokens that there are in any case
             ) -> int: # Tokens, 256 at most where `least` is no more
     "Give room for the longest true answer, spelled byte by byte, and its end."
-    return max(least, min(_most, 2 + max(len(a.encode()) for a in answers)))
+    longest = max(len(answer.encode()) for answer in answers)
+    return max(least, min(_most, 2 + longest))
+
+def _is_dense(answer:str) -> bool:
+    "Tell whether an answer is in a script without blanks."
+    return count_words(answer) > len(answer.split())
 
 def _phrase(answers:list) -> str: # Regular expression
-    "As many words as the longest true answer has; without blanks, as many characters."
-    n = max(2, *(len(a.split()) for a in answers))
-    dense = any(count_words(a) > len(a.split()) for a in answers)
-    most = rf"(?=[\s\S]{{1,{max(4, *map(len, answers))}}}\Z)" if dense else ""
-    gap = r"\s+" if any(re.search(r"\s\s|[^\S ]", a) for a in answers) else " "
-    return rf"{most}\S+({gap}\S+){{0,{n - 1}}}"
+    "Allow as many words as the longest true answer has; without blanks, as many characters."
+    words = max(2, *(len(answer.split()) for answer in answers))
+    dense = any(_is_dense(answer) for answer in answers)
+    limit = rf"(?=[\s\S]{{1,{max(4, *map(len, answers))}}}\Z)" if dense else ""
+    gap = r"\s+" if any(re.search(r"\s\s|[^\S ]", answer) for answer in answers) else " "
+    return rf"{limit}\S+({gap}\S+){{0,{words - 1}}}"
 
 def _caption(answers:list) -> str: # Regular expression
-    "At least five words, or as few as the shortest true captions have, and a full stop where they end so."
-    few = int(np.percentile([count_words(a) for a in answers], 5))
-    n, dense = max(1, min(5, few)), np.mean([count_words(a) > len(a.split()) for a in answers]) > .5
-    body = rf"[\s\S]{{{2*n - 1},}}" if dense else rf"(\S+\s+){{{n - 1},}}\S*"
-    ends = {a.rstrip()[-1:] for a in answers}
-    if not ends <= {*_stops}: return body
+    "Ask for five words, or as few as the shortest true captions have, and a full stop where they end so."
+    few = int(np.percentile([count_words(answer) for answer in answers], 5))
+    words = max(1, min(5, few))
+    dense = np.mean([_is_dense(answer) for answer in answers]) > .5
+    body = rf"[\s\S]{{{2*words - 1},}}" if dense else rf"(\S+\s+){{{words - 1},}}\S*"
+    ends = {answer.rstrip()[-1:] for answer in answers}
+    if not ends <= {*_stops}:
+        return body
     return body + (r"\." if ends == {"."} else f"[{_stops}]")
 
+# %% ../../nbs/suites/coin.ipynb #49c74026
 def make_format(scorer:str, # A name in `scorers`
                 answers:list, # True answers of the test file, all references included
                 more:list=(), # Other answers that need room: of validation rows, of closed sets
@@ -477,74 +680,106 @@ def make_format(scorer:str, # A name in `scorers`
     "Make the format that goes with a scorer."
     rule = scorer.split(",")[0]
     room = partial(room_for, [*answers, *more])
-    if rule == "letter": return Format("letter", "[A-Za-z]", room(16), "accuracy", scorer)
-    if rule == "box": return Format("box", rf"\[?{_number}((,|\s){_number}){{3}}\]?", room(48), "box", scorer)
-    if rule == "words": return Format("caption", _caption(answers), room(64), "caption", scorer)
+    if rule == "letter":
+        return Format("letter", "[A-Za-z]", room(16), "accuracy", scorer)
+    if rule == "box":
+        return Format("box", rf"\[?{_number}((,|\s){_number}){{3}}\]?", room(48), "box", scorer)
+    if rule == "words":
+        return Format("caption", _caption(answers), room(64), "caption", scorer)
     return Format("phrase", _phrase(answers), room(32), "accuracy", scorer)
 
 # %% ../../nbs/suites/coin.ipynb #d247f3c3
 def listed(question:str) -> tuple: # ("A", "B", …)
-    "The letters of the options in a question."
-    return tuple(dict.fromkeys(re.findall(r"^\s*\(?([A-H])[.):]\s", question, re.M)))
+    "List the letters of the options in a question."
+    letters = re.findall(r"^\s*\(?([A-H])[.):]\s", question, re.M)
+    return tuple(dict.fromkeys(letters))
 
 def closed_set(answers:list, # Of the test file
                most:int=20, # Largest closed set
               ) -> tuple:
-    "The different answers, in order, if they are few and come up three times each on average; else none."
-    n = Counter(answers)
-    return tuple(sorted(n)) if 1 < len(n) <= most and len(answers) >= 3*len(n) else ()
+    "Return the different answers, in order, if they are few and come up three times each on average; else none."
+    counts = Counter(answers)
+    few = 1 < len(counts) <= most
+    often = len(answers) >= 3*len(counts)
+    return tuple(sorted(counts)) if few and often else ()
 
 # %% ../../nbs/suites/coin.ipynb #3ed327e8
-def _file(folder, *stems) -> Path|None:
-    "The first of STEM.json that is there, else the only file that starts like the first stem."
+def _file(folder:Path, *stems) -> Path|None:
+    "Find the first of STEM.json that is there, else the only file that starts like the first stem."
     near = sorted(folder.glob(f"{stems[0]}_*.json"))
-    return next((p for s in stems if (p := folder/f"{s}.json").is_file()), near[0] if len(near) == 1 else None)
+    for stem in stems:
+        path = folder/f"{stem}.json"
+        if path.is_file():
+            return path
+    return near[0] if len(near) == 1 else None
 
 def task_files(folder:Path, # Of one task
                plain:bool=False, # test.json is the test file whatever the task's name
               ) -> dict: # {"train", "val", "test": path or None}
-    "Which file is which."
+    "Find which file is which."
     val_first = _key(folder.name) in ("textvqa", "vizwiz", "vqav2") and not plain
-    test = _file(folder, *(("val", "test") if val_first else ("test", "val")), "valid")
-    val = next((p for s in ("val", "valid") if (p := folder/f"{s}.json").is_file() and p != test), None)
+    stems = ("val", "test") if val_first else ("test", "val")
+    test = _file(folder, *stems, "valid")
+    others = (folder/f"{stem}.json" for stem in ("val", "valid"))
+    val = next((path for path in others if path.is_file() and path != test), None)
     return {"train": _file(folder, "train"), "val": val, "test": test}
 
 # %% ../../nbs/suites/coin.ipynb #20640849
 def instructions_folder(root:Path, # Of the suite
                         name:str|None=None, # Asked for
                        ) -> Path:
-    "The folder that holds one folder per task."
-    if name and (p := next((d/name for d in (root/"playground", root) if (d/name).is_dir()), None)): return p
-    sets = {p.name: p for d in (root/"playground", root) for p in sorted(d.glob("Instructions*")) if p.is_dir()}
-    if name: one_of(f"instructions folder of {root}", name, sets)
-    for n in ("Instructions_Original", "Instructions", *(sets if len(sets) == 1 else ())):
-        if n in sets: return sets[n]
-    if sets: raise CitError(f"{root} holds several instruction folders; name one as `instructions`: {', '.join(sets)}")
-    return next((root/d for d in ("instructions", "annotations") if (root/d).is_dir()), root)
+    "Find the folder that holds one folder per task."
+    parents = (root/"playground", root)
+    for parent in parents if name else ():
+        if (parent/name).is_dir():
+            return parent/name
+    places = [path for parent in parents for path in sorted(parent.glob("Instructions*"))]
+    sets = {path.name: path for path in places if path.is_dir()}
+    if name:
+        one_of(f"instructions folder of {root}", name, sets)
+    only = tuple(sets) if len(sets) == 1 else ()
+    for usual in ("Instructions_Original", "Instructions", *only):
+        if usual in sets:
+            return sets[usual]
+    if sets:
+        raise CitError(f"{root} holds several instruction folders; name one as `instructions`: {', '.join(sets)}")
+    others = (root/other for other in ("instructions", "annotations"))
+    return next((path for path in others if path.is_dir()), root)
 
 # %% ../../nbs/suites/coin.ipynb #d817dc46
 order = "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCRVQA".split()
 
+def _rank(name:str) -> tuple: # Sorts
+    "Rank a task: CoIN's come in its order, then others by name."
+    places = {_key(known): place for place, known in enumerate(order)}
+    return places.get(_key(name), len(places)), name
+
 def _left_out(folder:Path, files:dict) -> str: # "" when it is a task, or has nothing of one
     "Say why a folder that has files of a task is not read as one."
     kept = re.compile(r"(.*[^a-z])?(train|test|val).*\.jsonl?", re.I)
-    near = [p.name for p in sorted(folder.iterdir()) if kept.fullmatch(p.name)]
-    if not near or (files["train"] and files["test"]): return ""
-    lacks = " and ".join(f"{s}.json" for s in ("train", "test") if not files[s])
-    return f"{folder.name} (it lacks {lacks} and holds {', '.join(near[:4])})"
+    near = [path.name for path in sorted(folder.iterdir()) if kept.fullmatch(path.name)]
+    if not near or (files["train"] and files["test"]):
+        return ""
+    lacks = " and ".join(f"{split}.json" for split in ("train", "test") if not files[split])
+    holds = ", ".join(near[:4])
+    return f"{folder.name} (it lacks {lacks} and holds {holds})"
 
 def find_tasks(where:Path, # With one folder per task
               ) -> dict: # {task: files}
-    "Tasks that have a training and a test file, CoIN's in its order, then others by name."
-    files = {p.name: task_files(p) for p in sorted(where.iterdir()) if p.is_dir()}
-    found = {n: f for n, f in files.items() if f["train"] and f["test"]}
-    odd = [why for n, f in files.items() if (why := _left_out(where/n, f))]
+    "Find tasks that have a training and a test file, CoIN's in its order, then others by name."
+    files = {folder.name: task_files(folder) for folder in sorted(where.iterdir()) if folder.is_dir()}
+    found = {name: paths for name, paths in files.items() if paths["train"] and paths["test"]}
+    reasons = [_left_out(where/name, paths) for name, paths in files.items()]
+    odd = [reason for reason in reasons if reason]
     hint = "a task needs one train.json and one test.json (or val.json)"
-    if found and odd: warnings.warn(f"{where}: left out is {'; '.join(odd)}; {hint}")
-    rank = {_key(n): i for i, n in enumerate(order)}
-    if found: return dict(sorted(found.items(), key=lambda nf: (rank.get(_key(nf[0]), len(rank)), nf[0])))
+    if found and odd:
+        warnings.warn(f"{where}: left out is {'; '.join(odd)}; {hint}")
+    if found:
+        return {name: found[name] for name in sorted(found, key=_rank)}
+
     more = f"; found but not whole: {'; '.join(odd)}" if odd else ""
-    if _file(where, "train"): more = f"; it holds train.json itself, so give its parent folder {where.parent}"
+    if _file(where, "train"):
+        more = f"; it holds train.json itself, so give its parent folder {where.parent}"
     raise CitError(f"{where} holds no task folder with train.json and test.json (or val.json){more}")
 
 # %% ../../nbs/suites/coin.ipynb #94632068
@@ -552,26 +787,30 @@ def image_roots(root:Path, # Of the suite
                 task:Path, # Of the task
                 images:str|None=None, # Asked for
                ) -> list: # Folders
-    "What `image` may be relative to."
+    "List the folders that `image` may be relative to."
     usual = (root/"cl_dataset", root/"datasets", root, root/"images", task, task/"images")
-    if images is None: return [str(p) for p in usual if p.is_dir()]
-    for p in (Path(images).expanduser(), root/images):
-        if p.is_dir(): return [str(p)]
+    if images is None:
+        return [str(folder) for folder in usual if folder.is_dir()]
+    for folder in (Path(images).expanduser(), root/images):
+        if folder.is_dir():
+            return [str(folder)]
     raise CitError(f"image folder {images} does not exist, neither here nor in {root}")
 
 def find_image(roots:list, # Folders
                image:str, # As the record has it: absolute, "./…" or bare
               ) -> str: # The first that exists, else the first that was tried
-    "The file of an image."
-    bare = re.sub(r"/(train|val|test)_images/", r"/\1/", image)
-    other = re.sub(r"/(train|val|test)/", r"/\1_images/", image) if bare == image else bare
-    tried = [os.path.normpath(os.path.join(r, i)) for i in dict.fromkeys((image, other)) for r in roots]
-    return next((t for t in tried if os.path.exists(t)), tried[0])
+    "Find the file of an image."
+    other = re.sub(r"/(train|val|test)_images/", r"/\1/", image)
+    if other == image:
+        other = re.sub(r"/(train|val|test)/", r"/\1_images/", image)
+    spellings = dict.fromkeys((image, other))
+    tried = [os.path.normpath(os.path.join(root, spelling)) for spelling in spellings for root in roots]
+    return next((path for path in tried if os.path.exists(path)), tried[0])
 
 # %% ../../nbs/suites/coin.ipynb #a3c3cf24
 @dataclass
 class CoinArgs:
-    "Arguments of coin:FOLDER."
+    "Hold the arguments of coin:FOLDER."
     tasks:list|str|None = None # Names, in training order; default: all, CoIN's in its order
     instructions:str|None = None # Which folder; default: Instructions_Original, Instructions, or the only Instructions*
     images:str|None = None # What `image` is relative to; default: cl_dataset, datasets, the folder, the task's folder
@@ -584,9 +823,13 @@ class CoinArgs:
     image_mode:str|None = None # "pad" (to a square, as LLaVA-1.5 and CoIN do) or "plain"; default: pad
 
 # %% ../../nbs/suites/coin.ipynb #46a4cef8
+def _true_answers(row:Row) -> list:
+    "List the true answers of a row, references included."
+    return row.more.get("references") or [row.answer]
+
 @dataclass
 class Files:
-    "What the files of one task hold."
+    "Hold what the files of one task say."
     name:str
     rows:dict # {"train", "val", "test": rows}
     sha:dict # Digests of the files
@@ -594,304 +837,448 @@ class Files:
     closed:tuple = () # Closed set of the rows that have none of their own
     letters:bool = False # Their closed set is the letters that the question lists
     seen:dict = field(default_factory=dict) # {image: digest of what is seen}, where every image was opened
+
     def choices(self, row:Row) -> tuple:
-        "The closed set of a row, if the answer is in it."
-        allowed = row.more.get("choices") or (listed(row.question) if self.letters else self.closed)
+        "Return the closed set of a row, if the answer is in it."
+        usual = listed(row.question) if self.letters else self.closed
+        allowed = row.more.get("choices") or usual
         return allowed if row.answer in allowed else ()
-    def make(self, split:str, i:int) -> Example:
-        "Example `i` of a split."
-        r = self.rows[split][i]
-        image = None if r.image is None else find_image(self.roots, r.image)
-        meta = {k: v for k, v in r.more.items() if k != "choices"} | {"question_id": r.id}
-        return Example(f"{self.name}/{split}/{i}", image, r.question, r.answer, self.choices(r), meta)
-    def task(self, fmt, domain, skill, chance, source) -> Task:
-        "A task over these rows."
-        n = {split: len(rows) for split, rows in self.rows.items()}
+
+    def make(self, split:str, index:int) -> Example:
+        "Make example `index` of a split."
+        row = self.rows[split][index]
+        image = None if row.image is None else find_image(self.roots, row.image)
+        meta = {key: value for key, value in row.more.items() if key != "choices"}
+        meta["question_id"] = row.id
+        name = f"{self.name}/{split}/{index}"
+        return Example(name, image, row.question, row.answer, self.choices(row), meta)
+
+    def task(self, fmt:Format, domain:str, skill:str, chance:float, source:dict) -> Task:
+        "Make a task over these rows."
+        counts = {split: len(rows) for split, rows in self.rows.items()}
         source = {"sha": self.sha, **source}
-        return Task(self.name, fmt, domain, skill, n, self.make, chance, source, Pictures(self))
+        return Task(self.name, fmt, domain, skill, counts, self.make, chance, source, Pictures(self))
+
     def truths(self, split:str) -> list:
-        "Every true answer of a split, references included."
-        return [a for r in self.rows[split] for a in r.more.get("references") or [r.answer]]
+        "List every true answer of a split, references included."
+        return [answer for row in self.rows[split] for answer in _true_answers(row)]
 
 # %% ../../nbs/suites/coin.ipynb #0fb2abf4
-def check_images(files:Files, n:int):
-    "Look whether the first `n` images of each split exist (-1: all); raises `CitError` for the first that does not."
+def check_images(files:Files, # Of a task
+                 count:int, # Images per split; -1: all
+                ):
+    "Look whether the first `count` images of each split exist; raises `CitError` for the first that does not."
     for split, rows in files.rows.items():
-        for i, r in enumerate(rows if n < 0 else rows[:n]):
-            if r.image is None: continue
-            path = find_image(files.roots, r.image)
-            if os.path.isfile(path): continue
+        for number, row in enumerate(rows if count < 0 else rows[:count]):
+            if row.image is None:
+                continue
+            path = find_image(files.roots, row.image)
+            if os.path.isfile(path):
+                continue
             fault = "is no file" if os.path.exists(path) else "does not exist"
-            what = f"image {path} of task {files.name!r} {fault} ('image' of {split} row {i}, id {r.id!r})"
-            hint = "give the image folder as stream argument `images`, or check=0 to look only when it is needed"
-            raise CitError(f"{what}; {hint}")
+            where = f"'image' of {split} row {number}, id {row.id!r}"
+            raise CitError(f"image {path} of task {files.name!r} {fault} ({where}); "
+                           "give the image folder as stream argument `images`, "
+                           "or check=0 to look only when it is needed")
 
-def in_threads(f:Callable, items:list, desc:str) -> list:
-    "Call `f` on every item in threads, with a progress bar that says how long it will take."
+def in_threads(function:Callable, items:list, desc:str) -> list:
+    "Call a function on every item in threads, with a progress bar that says how long it will take."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try: return [*progress(pool.map(f, items), desc, total=len(items), unit="image")]
+        try:
+            return [*progress(pool.map(function, items), desc, total=len(items), unit="image")]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 # %% ../../nbs/suites/coin.ipynb #5bfadfe2
 def _stamp(path:str) -> list|None:
-    "What changes when a file does: size, times, place; None without a file."
-    try: s = os.stat(path)
-    except (OSError, ValueError): return None
-    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+    "Return what changes when a file does: size, times, place; None without a file."
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 def _bytes_of(path:str) -> str:
-    "Digest of a file; a word where it cannot be read."
+    "Return the digest of a file; a word where it cannot be read."
     try:
-        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-    except (OSError, ValueError): return "missing"
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except (OSError, ValueError):
+        return "missing"
 
 def _seen_in(path:str) -> str:
-    "Digest of the pixels that a model gets; raises `CitError` naming a file that cannot be opened."
+    "Return the digest of the pixels that a model gets; raises `CitError` naming a file that cannot be opened."
     from cit_workbench.pictures import load_image
     return digest(np.asarray(load_image(path)))
 
 def _stored(file:Path) -> dict: # {path: [stamp, digest]}
-    "What a file of the cache folder knows; nothing, unless it is whole."
-    try: said, _, body = file.read_text(encoding="utf-8").partition("\n")
-    except (OSError, ValueError): return {}
+    "Read what a file of the cache folder knows; nothing, unless it is whole."
+    try:
+        said, _, body = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return {}
     return json.loads(body) if said == digest(body) else {}
 
-def _kept(name:str, paths:list, f:Callable, desc:str) -> dict: # {path: digest}
-    "Call `f` on files whose stamp is not the one that the cache folder knows."
-    file, stamps = cache_dir()/"pictures"/f"{name}.json", {p: _stamp(p) for p in paths}
+# %% ../../nbs/suites/coin.ipynb #ed18e0b6
+def _kept(name:str, paths:list, function:Callable, desc:str) -> dict: # {path: digest}
+    "Call a function on files whose stamp is not the one that the cache folder knows."
+    file = cache_dir()/"pictures"/f"{name}.json"
+    stamps = {path: _stamp(path) for path in paths}
     known = _stored(file)
-    old = {p: known[p][1] for p in paths if p in known and known[p][0] == stamps[p] is not None}
-    new = [p for p in paths if p not in old]
-    out = old | dict(zip(new, in_threads(f, new, desc)))
+    stored = [path for path in paths if path in known and stamps[path] is not None]
+    old = {path: known[path][1] for path in stored if known[path][0] == stamps[path]}
+    new = [path for path in paths if path not in old]
+    digests = old | dict(zip(new, in_threads(function, new, desc)))
     if new:
-        body = json.dumps(known | {p: [stamps[p], out[p]] for p in new if stamps[p]})
-        try: write_atomic(file, f"{digest(body)}\n{body}")
-        except CitError as e:
-            warnings.warn(f"images are read again the next time ({e}); $CIT_CACHE names another folder")
-    return out
+        stamped = {path: [stamps[path], digests[path]] for path in new if stamps[path]}
+        body = json.dumps(known | stamped)
+        try:
+            write_atomic(file, f"{digest(body)}\n{body}")
+        except CitError as error:
+            warnings.warn(f"images are read again the next time ({error}); $CIT_CACHE names another folder")
+    return digests
 
-def _by_image(files:Files, images:list, f:Callable, desc:str) -> dict: # {image: digest}
-    "Call `f` on the files of some images, each file once."
+def _by_image(files:Files, images:list, function:Callable, desc:str) -> dict: # {image: digest}
+    "Call a function on the files of some images, each file once."
     paths = {image: find_image(files.roots, image) for image in images}
-    name = f"{digest(files.roots, files.name)}-{f.__name__.strip('_')}"
-    got = _kept(name, [*dict.fromkeys(paths.values())], f, f"{desc} of {files.name}")
-    return {image: got[p] for image, p in paths.items()}
+    name = f"{digest(files.roots, files.name)}-{function.__name__.strip('_')}"
+    different = [*dict.fromkeys(paths.values())]
+    digests = _kept(name, different, function, f"{desc} of {files.name}")
+    return {image: digests[path] for image, path in paths.items()}
 
 # %% ../../nbs/suites/coin.ipynb #bb93c432
 def _opens(path:str) -> bool:
-    "Can a file be opened as an image?"
-    try: _seen_in(path)
-    except CitError: return False
+    "Tell whether a file can be opened as an image."
+    try:
+        _seen_in(path)
+    except CitError:
+        return False
     return True
 
 class Pictures:
-    "What the picture files of a task hold."
-    def __init__(self, files:Files): self.files, self.known, self.digests = files, dict(files.seen), {}
+    "Know what the picture files of a task hold."
+    def __init__(self, files:Files):
+        self.files = files
+        self.known = dict(files.seen)
+        self.digests = {}
 
-    def images(self, n:dict # Rows in use per split
+    def images(self, counts:dict # Rows in use per split
               ) -> list: # One image or None per row
-        "The images of all rows in use."
-        return [r.image for split, k in n.items() for r in self.files.rows[split][:k]]
+        "List the images of all rows in use."
+        return [row.image for split, count in counts.items() for row in self.files.rows[split][:count]]
 
-    def digest(self, n:dict, # Rows in use per split
+    def digest(self, counts:dict, # Rows in use per split
                instead:dict|None=None, # {image: what its file held before}
               ) -> str:
-        "A name for what all images in use hold; a file is read once in the life of this object."
-        key = None if instead else tuple(n.items())
-        if key in self.digests: return self.digests[key]
-        images = self.images(n)
-        new = [i for i in dict.fromkeys(images) if i is not None and i not in self.known]
-        if new: self.known |= _by_image(self.files, new, _bytes_of, "reading the images")
+        "Name what all images in use hold; a file is read once in the life of this object."
+        key = None if instead else tuple(counts.items())
+        if key in self.digests:
+            return self.digests[key]
+        images = self.images(counts)
+        named = [image for image in dict.fromkeys(images) if image is not None]
+        new = [image for image in named if image not in self.known]
+        if new:
+            self.known |= _by_image(self.files, new, _bytes_of, "reading the images")
         held = self.known | (instead or {})
-        found = digest([None if i is None else held[i] for i in images])
-        if key: self.digests[key] = found
+        found = digest([None if image is None else held[image] for image in images])
+        if key:
+            self.digests[key] = found
         return found
 
     def broken_in(self, text:str, # An error message
-                  n:dict, # Rows in use per split
+                  counts:dict, # Rows in use per split
                  ) -> dict: # {image: what its file holds}
-        "The images that a message names and that indeed cannot be opened."
-        named = {i: p for i, p in self.paths(n).items() if p in text}
-        return {i: self.known[i] for i, p in named.items() if not _opens(p)}
+        "Find the images that a message names and that indeed cannot be opened."
+        named = {image: path for image, path in self.paths(counts).items() if path in text}
+        return {image: self.known[image] for image, path in named.items() if not _opens(path)}
 
-    def broken(self, n:dict, # Rows in use per split
+    def broken(self, counts:dict, # Rows in use per split
               ) -> dict: # {image: what its file holds}
-        "All images that cannot be opened."
-        paths = self.paths(n)
+        "Find all images that cannot be opened."
+        paths = self.paths(counts)
         opened = in_threads(_opens, [*paths.values()], f"looking for more broken images of {self.files.name}")
-        return {i: self.known[i] for i, whole in zip(paths, opened) if not whole}
+        return {image: self.known[image] for image, whole in zip(paths, opened) if not whole}
 
-    def paths(self, n:dict) -> dict: # {image: path}
-        "The files of the images in use; what they hold is known then."
-        self.digest(n)
-        return {i: find_image(self.files.roots, i) for i in dict.fromkeys(self.images(n)) if i is not None}
+    def paths(self, counts:dict, # Rows in use per split
+             ) -> dict: # {image: path}
+        "Find the files of the images in use; what they hold is known then."
+        self.digest(counts)
+        images = dict.fromkeys(self.images(counts))
+        return {image: find_image(self.files.roots, image) for image in images if image is not None}
 
+# %% ../../nbs/suites/coin.ipynb #1dfb7ed9
 def open_all(files:Files) -> dict: # {image: digest of what is seen}
     "Open every image; raises `CitError` naming the first that is broken."
-    images = dict.fromkeys(r.image for rows in files.rows.values() for r in rows if r.image is not None)
-    return _by_image(files, [*images], _seen_in, "opening the images")
+    images = (row.image for rows in files.rows.values() for row in rows)
+    different = dict.fromkeys(image for image in images if image is not None)
+    return _by_image(files, [*different], _seen_in, "opening the images")
 
 # %% ../../nbs/suites/coin.ipynb #27fbc1f9
 def read_task(name:str, # Of the task
               files:dict, # Its files
               roots:list, # Its image folders
-              a:CoinArgs, # Arguments of the stream
+              args:CoinArgs, # Arguments of the stream
              ) -> Files:
     "Parse the files of a task and divide training from validation rows."
-    got = {s: read_rows(p, "train" if s == "train" else "test", a.turns) if p else ([], None) for s, p in files.items()}
-    out = Files(name, {s: rows for s, (rows, _) in got.items()}, {s: sha for s, (_, sha) in got.items() if sha}, roots)
-    train = out.rows["train"]
-    if a.seed is not None: train = [train[i] for i in rng(a.seed, name, "order").permutation(len(train))]
-    n = min(a.n_val, len(train)//5) if files["val"] is None else 0
-    out.rows |= {"train": train[:len(train) - n]} | ({"val": train[-n:]} if n else {})
-    check_images(out, a.check)
-    if a.check < 0: out.seen = open_all(out)
+    rows, sha = {split: [] for split in files}, {}
+    for split, path in files.items():
+        if path:
+            kind = "train" if split == "train" else "test"
+            rows[split], sha[split] = read_rows(path, kind, args.turns)
+    out = Files(name, rows, sha, roots)
+
+    train = rows["train"]
+    if args.seed is not None:
+        shuffled = rng(args.seed, name, "order").permutation(len(train))
+        train = [train[index] for index in shuffled]
+    taken = min(args.n_val, len(train)//5) if files["val"] is None else 0
+    rows["train"] = train[:len(train) - taken]
+    if taken:
+        rows["val"] = train[-taken:]
+
+    check_images(out, args.check)
+    if args.check < 0:
+        out.seen = open_all(out)
     return out
 
 # %% ../../nbs/suites/coin.ipynb #a5431c7b
 def _plain(id) -> str:
-    "An id as text, a number without leading zeros."
+    "Return an id as text, a number without leading zeros."
     text = str(id)
-    return text.lstrip("0") or "0" if text.isdecimal() else text
+    if not text.isdecimal():
+        return text
+    return text.lstrip("0") or "0"
 
 def _people(answers:list, # Texts, or objects that hold a text under `answer`
             where:str, # The annotation file and the question
            ) -> list: # Texts
-    "What people answered; raises `CitError` for what is neither a text nor a number."
-    said = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-    for a in said:
-        if type(a) not in (str, int, float): raise CitError(f"{where}: an answer is {_said(a)}, but must be a text")
-    return [str(a) for a in said]
+    "Read what people answered; raises `CitError` for what is neither a text nor a number."
+    said = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    for answer in said:
+        if type(answer) not in (str, int, float):
+            raise CitError(f"{where}: an answer is {_said(answer)}, but must be a text")
+    return [str(answer) for answer in said]
 
 def _annotated(path:Path) -> dict: # {id: answers}
-    "Answers per question of an annotation file, ten or fewer; raises `CitError` when it is damaged or says two things."
-    by, need = {}, f"{path} must hold `data`, a list of objects with question_id and answers"
-    try: pairs = [(str(d["question_id"]), d.get("answers") or []) for d in json.loads(path.read_bytes())["data"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CitError(f"{need}: {type(e).__name__} {e}") from None
-    for id, answers in ((_plain(id), answers) for id, answers in pairs):
-        if not isinstance(answers, list): raise CitError(f"{need}: answers of question {id} are {_said(answers)}")
-        if by.setdefault(id, answers) != answers:
+    "Read the answers per question of an annotation file; raises `CitError` when it is damaged or says two things."
+    need = f"{path} must hold `data`, a list of objects with question_id and answers"
+    try:
+        data = json.loads(path.read_bytes())["data"]
+        pairs = [(str(entry["question_id"]), entry.get("answers") or []) for entry in data]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CitError(f"{need}: {type(error).__name__} {error}") from None
+
+    by_id = {}
+    for written, answers in pairs:
+        id = _plain(written)
+        if not isinstance(answers, list):
+            raise CitError(f"{need}: answers of question {id} are {_said(answers)}")
+        if by_id.setdefault(id, answers) != answers:
             raise CitError(f"{path} answers question {id} twice, and not the same")
-    return {id: _people(answers, f"{path}, question {id}") for id, answers in by.items()}
+    return {id: _people(answers, f"{path}, question {id}") for id, answers in by_id.items()}
+
+# %% ../../nbs/suites/coin.ipynb #c5fd1ee2
+_ten_file = "TextVQA_0.5.1_val.json"
+
+def _annotation_file(roots:list) -> Path|None:
+    "Find TextVQA's official annotation file among the images."
+    for root in roots:
+        for path in (Path(root, "TextVQA", _ten_file), Path(root, _ten_file)):
+            if path.is_file():
+                return path
+    return None
+
+def _with_ten(row:Row, by_id:dict) -> Row:
+    "Give a row the answers of ten people, where its record or the annotation file has them."
+    answers = ten_of(row.more) or by_id.get(_plain(row.id), [])
+    return row._replace(more=row.more | {"answers": answers}) if len(answers) == 10 else row
 
 def ten_answers(files:Files) -> bool: # Has any question its ten?
     "Give TextVQA's test rows the answers of ten people; rows that have ten in their record keep them."
-    name, rows = "TextVQA_0.5.1_val.json", files.rows["test"]
-    path = next((p for r in files.roots for p in (Path(r, "TextVQA", name), Path(r, name)) if p.is_file()), None)
+    rows = files.rows["test"]
+    path = _annotation_file(files.roots)
     if path is not None:
-        by = _annotated(path)
-        answers = [ten_of(r.more) or by.get(_plain(r.id), []) for r in rows]
-        rows = [r._replace(more=r.more | {"answers": a}) if len(a) == 10 else r for r, a in zip(rows, answers)]
-        files.rows["test"], files.sha["annotations"] = rows, digest(by)
-    n, by_one = sum(bool(ten_of(r.more)) for r in rows), "scored by equality with one answer"
-    where = f"in {path}" if path else f"beside its images: no TextVQA/{name}"
-    if n == 0: warnings.warn(f"task {files.name!r} is {by_one}: none of {len(rows)} questions has ten answers {where}")
-    elif n < len(rows):
-        warnings.warn(f"task {files.name!r}: {n} of {len(rows)} questions have ten answers {where}; "
-                      f"{len(rows) - n} are scored as if ten people had given the one answer of the test file")
-    return n > 0
+        by_id = _annotated(path)
+        rows = [_with_ten(row, by_id) for row in rows]
+        files.rows["test"] = rows
+        files.sha["annotations"] = digest(by_id)
+
+    count = sum(bool(ten_of(row.more)) for row in rows)
+    where = f"in {path}" if path else f"beside its images: no TextVQA/{_ten_file}"
+    if count == 0:
+        warnings.warn(f"task {files.name!r} is scored by equality with one answer: "
+                      f"none of {len(rows)} questions has ten answers {where}")
+    elif count < len(rows):
+        warnings.warn(f"task {files.name!r}: {count} of {len(rows)} questions have ten answers {where}; "
+                      f"{len(rows) - count} are scored as if ten people had given the one answer of the test file")
+    return count > 0
 
 # %% ../../nbs/suites/coin.ipynb #e0dc6c73
 def check_boxes(files:Files):
     "Refuse test answers that are no box inside the square; warn of training answers that are none."
-    for i, r in enumerate(files.rows["test"]):
-        if odd := next((a for a in r.more.get("references") or [r.answer] if not is_box(a)), None):
+    for number, row in enumerate(files.rows["test"]):
+        odd = next((answer for answer in _true_answers(row) if not is_box(answer)), None)
+        if odd:
             hint = f"scorers={{{files.name!r}: 'equal'}} compares the answers as text"
-            which = f"the answer of test row {i} (id {r.id!r}) is {odd[:60]!r}, but must be {_a_box}"
-            raise CitError(f"task {files.name!r} is scored by boxes, and {which}; {hint}")
+            which = f"the answer of test row {number} (id {row.id!r})"
+            raise CitError(f"task {files.name!r} is scored by boxes, and {which} is {odd[:60]!r}, "
+                           f"but must be {_a_box}; {hint}")
+
     learned = files.rows["train"] + files.rows["val"]
-    odd = [r for r in learned if not is_box(r.answer)]
-    if not odd: return
-    count = f"{len(odd)} of {len(learned)} training answers are no box inside the square"
-    first = f"first: id {odd[0].id!r}, {odd[0].answer[:60]!r}"
+    without = [row for row in learned if not is_box(row.answer)]
+    if not without:
+        return
+    count = f"{len(without)} of {len(learned)} training answers are no box inside the square"
+    row = without[0]
+    first = f"first: id {row.id!r}, {row.answer[:60]!r}"
     warnings.warn(f"task {files.name!r}: {count} ({first}), while its test answers are")
 
 def _say_what_is_cut(files:Files, fmt:Format):
     "Warn of true answers that may not fit, or cannot fit, into the room of a format."
     answers, room = files.truths("test"), fmt.max_new_tokens
-    cut = sum(count_words(a) + 1 > room for a in answers)
-    long = sum(len(a.encode()) + 2 > room for a in answers) if room >= _most else 0
+    cut = sum(count_words(answer) + 1 > room for answer in answers)
+    long = 0
+    if room >= _most:
+        long = sum(len(answer.encode()) + 2 > room for answer in answers)
     what = f"task {files.name!r} has room for {room} tokens, and"
-    if cut: warnings.warn(f"{what} {cut} of {len(answers)} true answers have more words than that")
-    elif long: warnings.warn(f"{what} {long} of {len(answers)} true answers have more bytes: many tokenizers hold "
-                             "them, one that spells cuts them")
+    if cut:
+        warnings.warn(f"{what} {cut} of {len(answers)} true answers have more words than that")
+    elif long:
+        warnings.warn(f"{what} {long} of {len(answers)} true answers have more bytes: many tokenizers hold "
+                      "them, one that spells cuts them")
+
+# %% ../../nbs/suites/coin.ipynb #a088a4d4
+def _choose_scorer(files:Files, args:CoinArgs) -> str: # A name in `scorers`
+    "Choose the scorer of a task: the one asked for, else the one that its answers look like."
+    test = files.rows["test"]
+    several = any("references" in row.more for row in test)
+    guess = guess_scorer(files.name, [row.answer for row in test], several)
+    rule = (args.scorers or {}).get(files.name, guess)
+    if rule.startswith("textvqa") and not ten_answers(files):
+        rule = "equal"
+    if args.released and f"{rule}, as released" in scorers:
+        rule = f"{rule}, as released"
+    one_of(f"scorer of task {files.name!r}", rule, scorers)
+    return rule
+
+def _chance(files:Files) -> float: # Percent
+    "Return the score of blind guessing from closed sets; 0 where a row has none."
+    sets = [files.choices(row) for row in files.rows["test"]]
+    if not all(sets):
+        return 0.
+    return float(np.mean([100/len(choices) for choices in sets]))
+
+def _domain(rows:list) -> str:
+    "Return the first folder of the first image, or `text` where there is no image."
+    image = next((row.image for row in rows if row.image), None)
+    if not image:
+        return "text"
+    return os.path.normpath(image).strip("/").split("/")[0]
 
 def guessed_task(files:Files, # What was read
-                 a:CoinArgs, # Arguments of the stream
+                 args:CoinArgs, # Arguments of the stream
                 ) -> Task:
-    "The task of a folder that says nothing about itself but its questions."
-    test, answers = files.rows["test"], files.truths("test")
-    guess = guess_scorer(files.name, [r.answer for r in test], any("references" in r.more for r in test))
-    rule = (a.scorers or {}).get(files.name, guess)
-    if rule.startswith("textvqa") and not ten_answers(files): rule = "equal"
-    if a.released and f"{rule}, as released" in scorers: rule = f"{rule}, as released"
-    one_of(f"scorer of task {files.name!r}", rule, scorers)
-    choices = [c for r in test for c in r.more.get("choices", ())]
-    fmt = make_format(rule, answers, files.truths("val") + choices)
-    if fmt.kind == "box": check_boxes(files)
+    "Make the task of a folder that says nothing about itself but its questions."
+    rule = _choose_scorer(files, args)
+    test = files.rows["test"]
+    choices = [choice for row in test for choice in row.more.get("choices", ())]
+    fmt = make_format(rule, files.truths("test"), files.truths("val") + choices)
+    if fmt.kind == "box":
+        check_boxes(files)
     _say_what_is_cut(files, fmt)
-    files.letters = fmt.name == "letter" and all(r.answer in listed(r.question) for r in test)
-    if fmt.kind == "accuracy": files.closed = closed_set([r.answer for r in test])
-    sets = [files.choices(r) for r in files.rows["test"]]
-    chance = float(np.mean([100/len(c) for c in sets])) if all(sets) else 0.
-    image = next((r.image for r in test if r.image), None)
-    domain = os.path.normpath(image).strip("/").split("/")[0] if image else "text"
-    return files.task(fmt, domain, rule, chance, {"turns": a.turns, "seed": a.seed})
+
+    files.letters = fmt.name == "letter" and all(row.answer in listed(row.question) for row in test)
+    if fmt.kind == "accuracy":
+        files.closed = closed_set([row.answer for row in test])
+    source = {"turns": args.turns, "seed": args.seed}
+    return files.task(fmt, _domain(test), rule, _chance(files), source)
 
 # %% ../../nbs/suites/coin.ipynb #09a124de
-def _names(tasks, found, root) -> list:
-    "The tasks asked for, or all."
-    if isinstance(tasks, str): tasks = [t.strip() for t in tasks.split(",")]
+def _names(tasks, found, root:Path) -> list:
+    "Return the tasks asked for, or all."
+    if isinstance(tasks, str):
+        tasks = [name.strip() for name in tasks.split(",")]
     names = list(found if tasks is None else tasks)
-    for n in names: one_of(f"task of coin:{root}", n, found)
-    if names and len({*names}) == len(names): return names
+    for name in names:
+        one_of(f"task of coin:{root}", name, found)
+    if names and len({*names}) == len(names):
+        return names
     raise CitError(f"stream 'coin': `tasks` must name at least one task, and each once; allowed: {', '.join(found)}")
 
+def _check_values(args:CoinArgs):
+    "Raise `CitError` for an argument whose value is not allowed."
+    one_of("value of stream 'coin' field 'turns'", args.turns, ("all", "first"))
+    one_of("value of stream 'coin' field 'image_mode'", args.image_mode or "pad", ("pad", "plain"))
+    if args.n_val < 0:
+        raise CitError(f"stream 'coin': field 'n_val' is {args.n_val}, but must be at least 0")
+
+# %% ../../nbs/suites/coin.ipynb #5dbd75c9
 def load(folder:str, # Of the suite
-         **args, # See `CoinArgs`
+         **given, # See `CoinArgs`
         ) -> Stream:
-    "The stream in a folder; images are opened when they are drawn."
-    a, root = CoinArgs(**check_args(CoinArgs, args, "stream 'coin'")), Path(folder).expanduser()
-    one_of("value of stream 'coin' field 'turns'", a.turns, ("all", "first"))
-    one_of("value of stream 'coin' field 'image_mode'", a.image_mode or "pad", ("pad", "plain"))
-    if a.n_val < 0: raise CitError(f"stream 'coin': field 'n_val' is {a.n_val}, but must be at least 0")
+    "Make the stream in a folder; images are opened when they are drawn."
+    args = CoinArgs(**check_args(CoinArgs, given, "stream 'coin'"))
+    root = Path(folder).expanduser()
+    _check_values(args)
     if not str(folder).strip() or not root.is_dir():
         raise CitError(f"stream folder {str(folder)!r} does not exist; coin:FOLDER needs one with a folder per task")
-    if (root/"cit.json").is_file(): return exported(root, a)
-    where = instructions_folder(root, a.instructions); found = find_tasks(where)
-    read = lambda n: guessed_task(read_task(n, found[n], image_roots(root, where/n, a.images), a), a)
-    tasks = [read(n) for n in progress(_names(a.tasks, found, root), f"reading {root.name}")]
-    boxed = [t.name for t in tasks if t.format.kind == "box"]
-    if boxed and a.image_mode == "plain":
+    if (root/"cit.json").is_file():
+        return exported(root, args)
+
+    where = instructions_folder(root, args.instructions)
+    found = find_tasks(where)
+    tasks = []
+    for name in progress(_names(args.tasks, found, root), f"reading {root.name}"):
+        roots = image_roots(root, where/name, args.images)
+        files = read_task(name, found[name], roots, args)
+        tasks.append(guessed_task(files, args))
+    boxed = [task.name for task in tasks if task.format.kind == "box"]
+    if boxed and args.image_mode == "plain":
         warnings.warn(f"boxes of {', '.join(boxed)} are parts of the square that image_mode='pad' makes; "
                       "'plain' shows another")
-    return Stream(f"coin:{root.name}", tasks, image_mode=a.image_mode or "pad")
+    return Stream(f"coin:{root.name}", tasks, image_mode=args.image_mode or "pad")
 
 # %% ../../nbs/suites/coin.ipynb #8bb39ff0
-def _json_safe(v) -> bool:
-    "Is a value the same after it was written and read?"
-    try: return json.loads(json.dumps(v)) == v
-    except (TypeError, ValueError): return False
+def _json_safe(value) -> bool:
+    "Tell whether a value is the same after it was written and read."
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
-def record(ex:Example, # An example
+def _further(example:Example) -> dict:
+    "Return the fields of a record that CoIN's files do not know."
+    more = {}
+    if example.choices:
+        more["choices"] = list(example.choices)
+    elsewhere = ("question_id", "references", "size")
+    meta = {key: value for key, value in example.meta.items() if key not in elsewhere}
+    kept = {key: value for key, value in meta.items() if _json_safe(value)}
+    if kept:
+        more["meta"] = kept
+    if "size" in example.meta:
+        more["size"] = example.meta["size"]
+    return more
+
+def record(example:Example, # To be written
            split:str, # Its split
            image:str|None, # Where its image lies, below the image folder
            box:bool=False, # Is the answer a box?
           ) -> dict: # A record of CoIN's files
-    "The record of an example."
-    id, pic, more = ex.meta.get("question_id", ex.id), {"image": image} if image else {}, {}
-    keep = {k: v for k, v in ex.meta.items() if k not in ("question_id", "references", "size") and _json_safe(v)}
-    if ex.choices: more["choices"] = list(ex.choices)
-    if keep: more["meta"] = keep
-    if "size" in ex.meta: more["size"] = ex.meta["size"]
+    "Make the record of an example."
+    id = example.meta.get("question_id", example.id)
+    picture = {"image": image} if image else {}
+    more = _further(example)
     if split == "train":
-        turns = [{"from": "human", "value": "<image>\n"*bool(image) + ex.question}, {"from": "gpt", "value": ex.answer}]
-        return {"id": id, **pic, "conversations": turns, **more}
-    if box: more["answer_bbox"] = ex.answer
-    return {"question_id": id, **pic, "text": ex.question, "answer": ex.meta.get("references", ex.answer), **more}
+        mark = "<image>\n" if image else ""
+        turns = [{"from": "human", "value": mark + example.question},
+                 {"from": "gpt", "value": example.answer}]
+        return {"id": id, **picture, "conversations": turns, **more}
+    if box:
+        more["answer_bbox"] = example.answer
+    answer = example.meta.get("references", example.answer)
+    return {"question_id": id, **picture, "text": example.question, "answer": answer, **more}
 
 # %% ../../nbs/suites/coin.ipynb #3655167c
 def _put_image(image, # [H, W, 3] uint8, or a path
@@ -900,101 +1287,151 @@ def _put_image(image, # [H, W, 3] uint8, or a path
               done:dict, # Files copied so far
              ) -> str: # Path below cl_dataset
     "Write an array as PNG, or copy a file, once for all its questions."
-    if not isinstance(image, str): rel = f"{to}.png"
-    elif image in done: return done[image]
-    elif os.path.isfile(image): rel = done[image] = f"{to}{Path(image).suffix}"
-    else: raise CitError(f"image {image} does not exist, so the stream cannot be exported")
-    file = root/"cl_dataset"/rel
+    if not isinstance(image, str):
+        relative = f"{to}.png"
+    elif image in done:
+        return done[image]
+    elif os.path.isfile(image):
+        relative = done[image] = f"{to}{Path(image).suffix}"
+    else:
+        raise CitError(f"image {image} does not exist, so the stream cannot be exported")
+    file = root/"cl_dataset"/relative
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(image, str): shutil.copyfile(image, file)
-        else: Image.fromarray(image).save(file, compress_level=1)
-    except OSError as e: raise disk_error(file, e) from e
-    return rel
+        if isinstance(image, str):
+            shutil.copyfile(image, file)
+        else:
+            Image.fromarray(image).save(file, compress_level=1)
+    except OSError as error:
+        raise disk_error(file, error) from error
+    return relative
 
 # %% ../../nbs/suites/coin.ipynb #c3738f06
-def _template(task) -> str:
-    "The last line that most questions share, if there is one."
-    n = min(50, task.n["test"])
-    ends = Counter(q.rpartition("\n")[2] for q in (task.example("test", i).question for i in range(n)) if "\n" in q)
-    return next((line for line, k in ends.most_common(1) if k > n/2), "")
-
-def describe(stream:Stream) -> dict:
-    "The sidecar of a stream."
-    row = lambda t, role: {"name": _simple(t.name), "role": role, "domain": t.domain, "skill": t.skill,
-                           "template": _template(t), "chance": t.chance, "n": t.n, "format": asdict(t.format)}
-    tasks = [row(t, r) for t, r in stream.roles()]
-    return {"cit": 1, "stream": stream.name, "image_mode": stream.image_mode, "tasks": tasks}
+def _template(task:Task) -> str:
+    "Find the last line that most questions share, if there is one."
+    count = min(50, task.n["test"])
+    questions = (task.example("test", index).question for index in range(count))
+    ends = Counter(question.rpartition("\n")[2] for question in questions if "\n" in question)
+    for line, times in ends.most_common(1):
+        if times > count/2:
+            return line
+    return ""
 
 def _simple(name) -> str:
-    "A task's name, if a folder can be called that."
+    "Return a task's name, if a folder can be called that."
     plain = isinstance(name, str) and re.fullmatch(r"[^/\\]{1,80}", name) and name.isprintable()
-    if plain and name.strip(". "): return name
+    if plain and name.strip(". "):
+        return name
     raise CitError(f"task name {_said(name)} cannot be the name of a folder; 80 characters without slashes are allowed")
+
+def _about(task:Task, role:str) -> dict:
+    "Describe one task in the sidecar."
+    return {"name": _simple(task.name), "role": role, "domain": task.domain, "skill": task.skill,
+            "template": _template(task), "chance": task.chance, "n": task.n, "format": asdict(task.format)}
+
+def describe(stream:Stream) -> dict:
+    "Make the sidecar of a stream."
+    tasks = [_about(task, role) for task, role in stream.roles()]
+    return {"cit": 1, "stream": stream.name, "image_mode": stream.image_mode, "tasks": tasks}
 
 # %% ../../nbs/suites/coin.ipynb #f13c0d63
 def sidecar(root:Path, # Folder of an export
            ) -> dict: # As `describe` made it
-    "The sidecar of an export; raises `CitError` when it is damaged."
+    "Read the sidecar of an export; raises `CitError` when it is damaged."
     path = root/"cit.json"
-    try: side = json.loads(path.read_bytes()); json.dumps(side, ensure_ascii=False).encode()
-    except (OSError, ValueError, RecursionError) as e: raise CitError(f"{path} is not valid JSON: {e}") from None
+    try:
+        side = json.loads(path.read_bytes())
+        json.dumps(side, ensure_ascii=False).encode()
+    except (OSError, ValueError, RecursionError) as error:
+        raise CitError(f"{path} is not valid JSON: {error}") from None
     tasks = side.get("tasks") if isinstance(side, dict) else None
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(t, dict) for t in tasks):
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
         raise CitError(f"{path} is no sidecar of an exported stream: field 'tasks' must be a list of objects")
-    names = [_simple(t.get("name")) for t in tasks]
-    if len({*names}) < len(names): raise CitError(f"{path}: field 'tasks' names a task twice; each name may come once")
+    names = [_simple(task.get("name")) for task in tasks]
+    if len({*names}) < len(names):
+        raise CitError(f"{path}: field 'tasks' names a task twice; each name may come once")
     return side
 
 # %% ../../nbs/suites/coin.ipynb #fcd3c250
 _sets = "playground/Instructions_Original"
 
+def _parts(stream:Stream) -> list: # (task, split)
+    "List the splits of a stream that have examples."
+    return [(task, split) for task, _ in stream.roles() for split in task.n if task.n[split]]
+
+def _feeds(root:Path, stream:Stream) -> bool:
+    "Tell whether a folder holds the images that a stream is made of."
+    first = [task.example(split, 0).image for task, split in _parts(stream)]
+    paths = (Path(image).resolve() for image in first if isinstance(image, str))
+    return any(root.resolve() in path.parents for path in paths)
+
 def _make_room(root:Path, # Folder to be written
               stream:Stream, # What will be written
              ):
     "Clear away an earlier export; raises `CitError` when the folder holds anything else, or feeds the stream."
-    if not root.exists(): return
-    if not root.is_dir(): raise CitError(f"{root} is a file; export needs a folder")
-    first = [t.example(s, 0).image for t, _ in stream.roles() for s in t.n if t.n[s]]
-    if any(isinstance(p, str) and root.resolve() in Path(p).resolve().parents for p in first):
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise CitError(f"{root} is a file; export needs a folder")
+    if _feeds(root, stream):
         raise CitError(f"{root} holds the images that this stream is made of; choose another folder")
-    if not any(root.iterdir()): return
+    if not any(root.iterdir()):
+        return
     if not (root/"cit.json").is_file():
         raise CitError(f"{root} is not empty and no earlier export; choose a new folder or empty that one")
-    for t in sidecar(root)["tasks"]:
-        for part in (_sets, "cl_dataset"): shutil.rmtree(root/part/t["name"], ignore_errors=True)
+    for task in sidecar(root)["tasks"]:
+        for part in (_sets, "cl_dataset"):
+            shutil.rmtree(root/part/task["name"], ignore_errors=True)
 
 # %% ../../nbs/suites/coin.ipynb #bf3e8ff8
+def _put_json(path:Path, value):
+    "Write a value as an indented JSON file."
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+def _put_split(task:Task, split:str, # What is written
+               root:Path, # Folder of the export
+               done:dict, # Image files copied so far
+               bar, # Progress bar over examples
+              ):
+    "Write the images of one split of a task, then its records."
+    records = []
+    for index in range(task.n[split]):
+        example = task.example(split, index)
+        bar.update()
+        image = example.image
+        if image is not None:
+            image = _put_image(image, f"{task.name}/{split}/{index}", root, done)
+        records.append(record(example, split, image, task.format.kind == "box"))
+    _put_json(root/f"{_sets}/{task.name}/{split}.json", records)
+
 def export(stream:Stream, # Any stream
-           folder, # A new folder, or one that holds an earlier export
+           folder:str|Path, # A new folder, or one that holds an earlier export
           ) -> Path: # The folder
     "Write a stream as CoIN's JSON files with lossless images and a sidecar; coin:FOLDER reads it back."
     root, side, done = Path(folder).expanduser(), describe(stream), {}
-    put = lambda path, obj: write_atomic(root/path, json.dumps(obj, ensure_ascii=False, indent=1) + "\n")
     _make_room(root, stream)
-    put("cit.json", side | {"unfinished": True})
-    parts = [(t, s) for t, _ in stream.roles() for s in t.n if t.n[s]]
-    with progress(desc=f"exporting {stream.name}", total=sum(t.n[s] for t, s in parts), unit="example") as bar:
+    _put_json(root/"cit.json", side | {"unfinished": True})
+    parts = _parts(stream)
+    total = sum(task.n[split] for task, split in parts)
+    with progress(desc=f"exporting {stream.name}", total=total, unit="example") as bar:
         for task, split in parts:
-            recs = []
-            for i in range(task.n[split]):
-                ex = task.example(split, i); bar.update()
-                image = None if ex.image is None else _put_image(ex.image, f"{task.name}/{split}/{i}", root, done)
-                recs.append(record(ex, split, image, task.format.kind == "box"))
-            put(f"{_sets}/{task.name}/{split}.json", recs)
-    put("cit.json", side)
+            _put_split(task, split, root, done, bar)
+    _put_json(root/"cit.json", side)
     return root
 
 # %% ../../nbs/suites/coin.ipynb #e92b4cfc
-def _format(t:dict, path) -> Format:
-    "The format in a sidecar."
-    fmt, what = t.get("format"), f"task {t['name']!r}"
+def _format(entry:dict, # Of a task in the sidecar
+            path:Path, # The sidecar
+           ) -> Format:
+    "Read a format from a sidecar."
+    fmt, what = entry.get("format"), f"task {entry['name']!r}"
     if not isinstance(fmt, dict) or not {"name", "pattern", "max_new_tokens"} <= fmt.keys():
         raise CitError(f"{path}: format of {what} is {_said(fmt)}, but must hold name, pattern and max_new_tokens")
     fmt = Format(**check_args(Format, fmt, f"format of {what} in {path}"))
-    try: re.compile(fmt.pattern)
-    except (re.error, RecursionError, OverflowError) as e:
-        raise CitError(f"{path}: pattern of {what} is no regular expression: {e}") from None
+    try:
+        re.compile(fmt.pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CitError(f"{path}: pattern of {what} is no regular expression: {error}") from None
     one_of(f"kind of {what} in {path}", fmt.kind, ("accuracy", "caption", "box"))
     one_of(f"scorer of {what} in {path}", fmt.scorer or fmt.kind, scorers)
     if fmt.max_new_tokens < 1:
@@ -1002,41 +1439,68 @@ def _format(t:dict, path) -> Format:
     return fmt
 
 def _check_slots(files:Files, fmt:Format, where:Path):
-    "Slot accuracy needs slots in every row, and all of them in the pattern."
+    "Require slots in every row, and all of them in the pattern, as slot accuracy does."
     known = set(re.compile(fmt.pattern).groupindex)
-    for split, i, r in ((s, i, r) for s, rows in files.rows.items() for i, r in enumerate(rows)):
-        slots = r.more.get("slots")
-        if not isinstance(slots, dict) or not slots or not slots.keys() <= known:
-            allowed = f"an object with the slots {', '.join(sorted(known))}"
-            raise _bad((where/f"{split}.json", i), "meta.slots", slots, allowed)
+    for split, rows in files.rows.items():
+        for number, row in enumerate(rows):
+            slots = row.more.get("slots")
+            if not isinstance(slots, dict) or not slots or not slots.keys() <= known:
+                allowed = f"an object with the slots {', '.join(sorted(known))}"
+                raise _bad((where/f"{split}.json", number), "meta.slots", slots, allowed)
 
 # %% ../../nbs/suites/coin.ipynb #e230b780
-def _exported_task(t:dict, root:Path, a:CoinArgs) -> Task:
-    "One task of an export."
-    path, where, chance = root/"cit.json", root/_sets/t["name"], t.get("chance", 0.)
-    fmt, files = _format(t, path), task_files(where, plain=True)
+def _exported_task(entry:dict, # Of a task in the sidecar
+                   root:Path, # Folder of the export
+                   args:CoinArgs, # Arguments of the stream
+                  ) -> Task:
+    "Read one task of an export."
+    name, path = entry["name"], root/"cit.json"
+    where, chance = root/_sets/name, entry.get("chance", 0.)
+    fmt = _format(entry, path)
+    files = task_files(where, plain=True)
     if type(chance) not in (int, float) or not 0 <= chance <= 100:
-        raise CitError(f"{path}: chance of task {t['name']!r} is {_said(chance)}, but must be a number from 0 to 100")
-    if not files["test"]: raise CitError(f"{where} has no test.json, although {path} names that task")
-    got = read_task(t["name"], files, image_roots(root, where, a.images), replace(a, n_val=0))
-    if (fmt.scorer or fmt.kind) == "caption": _check_slots(got, fmt, where)
-    if (fmt.scorer or fmt.kind).split(",")[0] == "box": check_boxes(got)
-    if (fmt.scorer or fmt.kind).startswith("textvqa"): ten_answers(got)
-    _say_what_is_cut(got, fmt)
-    domain, skill = (t.get(k) if isinstance(t.get(k), str) else "" for k in ("domain", "skill"))
-    return got.task(fmt, domain, skill, float(chance), {"turns": a.turns, "seed": a.seed})
+        raise CitError(f"{path}: chance of task {name!r} is {_said(chance)}, "
+                       "but must be a number from 0 to 100")
+    if not files["test"]:
+        raise CitError(f"{where} has no test.json, although {path} names that task")
 
+    roots = image_roots(root, where, args.images)
+    got = read_task(name, files, roots, replace(args, n_val=0))
+    rule = fmt.scorer or fmt.kind
+    if rule == "caption":
+        _check_slots(got, fmt, where)
+    if rule.split(",")[0] == "box":
+        check_boxes(got)
+    if rule.startswith("textvqa"):
+        ten_answers(got)
+    _say_what_is_cut(got, fmt)
+    named = (entry.get(key) for key in ("domain", "skill"))
+    domain, skill = (value if isinstance(value, str) else "" for value in named)
+    source = {"turns": args.turns, "seed": args.seed}
+    return got.task(fmt, domain, skill, float(chance), source)
+
+# %% ../../nbs/suites/coin.ipynb #944e332c
 def exported(root:Path, # Folder of an export
-             a:CoinArgs, # Arguments of the stream
+             args:CoinArgs, # Arguments of the stream
             ) -> Stream:
-    "The stream of an export, with its roles and formats."
+    "Read the stream of an export, with its roles and formats."
     side, path = sidecar(root), root/"cit.json"
-    if side.get("unfinished"): raise CitError(f"{root} holds an export that was interrupted; run it again")
-    mode = one_of(f"image_mode in {path}", a.image_mode or side.get("image_mode", "pad"), ("pad", "plain"))
-    by, roles = {t["name"]: t for t in side["tasks"]}, ("stream", "held_in", "unseen")
-    role = {n: one_of(f"role of task {n!r} in {path}", t.get("role", "stream"), roles) for n, t in by.items()}
-    of = lambda r: [n for n in by if role[n] == r]
-    names = _names(of("stream") if a.tasks is None else a.tasks, by, root)
-    rest = [[n for n in of(r) if n not in names] for r in ("held_in", "unseen")]
-    read = {n: _exported_task(by[n], root, a) for n in progress(names + sum(rest, []), f"reading {root.name}")}
-    return Stream(f"coin:{root.name}", *[[read[n] for n in ns] for ns in (names, *rest)], image_mode=mode)
+    if side.get("unfinished"):
+        raise CitError(f"{root} holds an export that was interrupted; run it again")
+    mode = args.image_mode or side.get("image_mode", "pad")
+    one_of(f"image_mode in {path}", mode, ("pad", "plain"))
+    entries = {entry["name"]: entry for entry in side["tasks"]}
+    roles = {}
+    for name, entry in entries.items():
+        what = f"role of task {name!r} in {path}"
+        roles[name] = one_of(what, entry.get("role", "stream"), ("stream", "held_in", "unseen"))
+
+    having = lambda role: [name for name in entries if roles[name] == role]
+    names = _names(having("stream") if args.tasks is None else args.tasks, entries, root)
+    held_in = [name for name in having("held_in") if name not in names]
+    unseen = [name for name in having("unseen") if name not in names]
+    tasks = {}
+    for name in progress(names + held_in + unseen, f"reading {root.name}"):
+        tasks[name] = _exported_task(entries[name], root, args)
+    groups = [[tasks[name] for name in group] for group in (names, held_in, unseen)]
+    return Stream(f"coin:{root.name}", *groups, image_mode=mode)
