@@ -1,8 +1,8 @@
 "A notebook-first research workbench for continual instruction tuning of large multimodal models."
 __version__ = "0.0.1"
 
-_home = dict(Run="train", Method="method", Phase="method", get_method="method", all_methods="method", Record="live",
-             branch="live", get_stream="stream", all_streams="stream", get_backbone="backbone", all_backbones="backbone",
+_home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.method", all_methods="contract.method", Record="live.live",
+             branch="live.live", get_stream="data.stream", all_streams="data.stream", get_backbone="models.backbone", all_backbones="models.backbone",
              CitError="core")
 __all__ = list(_home)
 

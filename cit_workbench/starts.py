@@ -23,7 +23,7 @@ from torch import nn
 from transformers import (AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
-import cit_workbench.stream as cs
+import cit_workbench.data.stream as cs
 from .core import write_atomic
 
 # %% ../nbs/starts/tiny.ipynb #431d4107

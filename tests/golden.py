@@ -20,9 +20,9 @@ from tiny import CHAINS, MORE, TASKS, train
 
 from cit_workbench.behaviour import COLUMNS, VERSIONS
 from cit_workbench.core import canonical, digest
-from cit_workbench.launcher import fields_of
-from cit_workbench.method import all_methods, method_class
-from cit_workbench.stream import Example, all_scorers, get_stream, scorers
+from cit_workbench.views.launcher import fields_of
+from cit_workbench.contract.method import all_methods, method_class
+from cit_workbench.data.stream import Example, all_scorers, get_stream, scorers
 
 FILE = Path(__file__).with_name("golden.json")
 SMALL = {"stream_args": {"tasks": TASKS[:2], "n_train": 32, "n_test": 4}, "optim": {"lr": 2e-2}}
@@ -135,7 +135,7 @@ def advice(said:list) -> str:
     "Say what to do about what has changed."
     wrong = [sentence for sentence, right in said if not right]
     if wrong:
-        return (f"{'; '.join(wrong)}: raise the version of what changed it (`VERSIONS` or `COLUMNS` in nbs/00a_behaviour.ipynb, `version` "
+        return (f"{'; '.join(wrong)}: raise the version of what changed it (`VERSIONS` or `COLUMNS` in nbs/behaviour.ipynb, `version` "
                 "of the method, `scorer_versions` of the scorer) or restore it")
     return f"{'; '.join(sentence for sentence, _ in said)}: write the file anew with `python tests/golden.py --write`"
 

@@ -33,14 +33,14 @@ from tiny import CHAINS, TASKS, differing, train  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-import cit_workbench.checkpoint as checkpoint_module  # noqa: E402
-import cit_workbench.record as record_module  # noqa: E402
-from cit_workbench.checkpoint import checkpoints, read_checkpoint  # noqa: E402
+import cit_workbench.training.checkpoint as checkpoint_module  # noqa: E402
+import cit_workbench.record.record as record_module  # noqa: E402
+from cit_workbench.training.checkpoint import checkpoints, read_checkpoint  # noqa: E402
 from cit_workbench.core import rng  # noqa: E402
-from cit_workbench.method import Net, all_methods, parts  # noqa: E402
-from cit_workbench.record import RecordWriter  # noqa: E402
-from cit_workbench.train import Run, git_state  # noqa: E402
-from cit_workbench.watch import Watcher  # noqa: E402
+from cit_workbench.contract.method import Net, all_methods, parts  # noqa: E402
+from cit_workbench.record.record import RecordWriter  # noqa: E402
+from cit_workbench.training.train import Run, git_state  # noqa: E402
+from cit_workbench.measure.watch import Watcher  # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
           "probe_every": 3}

@@ -16,11 +16,11 @@ from transformers import LlavaForConditionalGeneration
 from twin import make_twin
 
 from cit_workbench import CitError, get_backbone
-from cit_workbench.adapt import Tune, adapter_card, block_linears, every_linear, left_out, linears
+from cit_workbench.models.adapt import Tune, adapter_card, block_linears, every_linear, left_out, linears
 from cit_workbench.core import assets
-from cit_workbench.method import Method
+from cit_workbench.contract.method import Method
 from cit_workbench.protocol import recipe as toy
-from cit_workbench.train import Optim, recipe
+from cit_workbench.training.train import Optim, recipe
 
 USUAL = {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}
 SMALL = {"stream_args": {"tasks": ["col-word"], "n_train": 32, "n_val": 2, "n_test": 4},
@@ -279,6 +279,6 @@ def test_a_run_goes_on_with_what_it_trained_beside_lora(twin, tmp_path):
 
 def test_no_name_is_like_a_module_of_the_start():
     "`unsaved` looks at names alone: those of LoRA's parts and those of the start model."
-    from cit_workbench.method import Net
+    from cit_workbench.contract.method import Net
     own = dict.fromkeys(["a.weight", "b.lora_A.default.weight", "c.weight"])
     assert Net.unsaved(SimpleNamespace(names={"a.weight"}, own=lambda: own)) == ["c.weight"]

@@ -11,17 +11,18 @@ import golden
 import pytest
 
 from cit_workbench import behaviour as module
-from cit_workbench import sweep
+from cit_workbench.experiments import sweep
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
 from cit_workbench.core import CitError, digest
-from cit_workbench.method import Net, all_methods, code_of, method_class
-from cit_workbench.record import Record, table
-from cit_workbench.stream import get_stream, scorer_versions, scorers
-from cit_workbench.sweep import code_cells, data_digest, pages_dir, plan
+from cit_workbench.contract.method import Net, all_methods, code_of, method_class
+from cit_workbench.record.record import Record, table
+from cit_workbench.data.stream import get_stream, scorer_versions, scorers
+from cit_workbench.experiments.sweep import code_cells, data_digest, pages_dir, plan
 
 RECORDS = Path(__file__).parents[1]/"records"
 # A run passes through these, and its bits depend on none of them: they write, read, watch or steer.
-PASSED = {"behaviour", "checkpoint", "control", "record", "similarity", "spectra", "watch"}
+PASSED = {"behaviour", "training/checkpoint", "training/control", "record/record", "measure/similarity", "measure/spectra",
+          "measure/watch"}
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +73,15 @@ def imported(name:str, seen:set) -> set:
     if name in seen: return seen
     seen.add(name)
     for node in ast.parse((package()/f"{name}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module: imported(node.module.replace(".", "/"), seen)
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            room = name.split("/")[:-node.level]
+            imported("/".join([*room, *node.module.split(".")]), seen)
     return seen
 
 
 def test_every_module_that_a_run_imports_has_a_room():
     roomed = {str(file.relative_to(package()).with_suffix("")) for room in ROOMS for file in modules_of(room)}
-    assert imported("train", set()) - roomed - PASSED == set()
+    assert imported("training/train", set()) - roomed - PASSED == set()
 
 
 def test_a_module_that_is_named_and_missing_is_an_error(tmp_path):
@@ -122,7 +125,7 @@ def test_every_room_is_in_the_key_of_a_cell(cell, monkeypatch, room):
 
 
 def test_the_recipe_is_in_the_key_where_a_cell_leaves_it_open(cell, monkeypatch):
-    from cit_workbench import sweep
+    from cit_workbench.experiments import sweep
     optim = {"lr": 1e-3, "steps": 2}
     complete = {"optim": optim, "tune": {"targets": ".*q_proj"}}
     before = [cell().key, data_digest(complete), data_digest({"optim": {**optim, "lr": None}})]
@@ -154,7 +157,7 @@ def test_suites_and_metrics_belong_to_rooms():
 # answers
 
 def test_a_corrected_scorer_scores_anew(tmp_path, monkeypatch):
-    from cit_workbench.backbone import get_backbone
+    from cit_workbench.models.backbone import get_backbone
     monkeypatch.setenv("CIT_CACHE", str(tmp_path))
     stream = get_stream("shapes", tasks=["col-word"], n_train=8, n_val=2, n_test=4)
     net = Net(get_backbone("tiny-instruct"), stream)
@@ -167,7 +170,7 @@ def test_a_corrected_scorer_scores_anew(tmp_path, monkeypatch):
 
 
 def test_answers_do_not_depend_on_the_text_of_the_code(monkeypatch):
-    from cit_workbench import evaluate
+    from cit_workbench.measure import evaluate
     before = evaluate.answered_by(method_class("er")())
     monkeypatch.setitem(VERSIONS, "models", 2)
     assert evaluate.answered_by(method_class("er")()) != before
@@ -199,7 +202,7 @@ def test_tables_name_scores_of_an_older_scorer(finished, monkeypatch):
 
 
 def test_tables_name_a_column_of_an_older_version(finished, monkeypatch):
-    from cit_workbench import record
+    from cit_workbench.record import record
     runs = [finished("finetune").rec, finished("er").rec]
     assert not [note for note in table(runs).notes if "version" in note]
     now = record.COLUMNS["content"]
@@ -216,7 +219,7 @@ def test_tables_name_runs_of_an_earlier_version(finished, monkeypatch):
 def test_a_start_outside_the_package_is_known_as_a_run_knows_it(tmp_path):
     "By its weights and configurations: notes in its folder are no part of it."
     from cit_workbench.core import assets
-    from cit_workbench.loading import start_hash
+    from cit_workbench.models.loading import start_hash
     shutil.copytree(assets("tiny-instruct"), tmp_path/"start")
     before = data_digest({"backbone": str(tmp_path/"start")})
     assert before == digest(start_hash(str(tmp_path/"start")))

@@ -12,10 +12,10 @@ from PIL import Image
 from twin import edit, make_coin, make_twin, old_name
 
 from cit_workbench import Run, all_methods, get_backbone, get_stream
-from cit_workbench.backbone import at, load_image
+from cit_workbench.models.backbone import at, load_image
 from cit_workbench.cli import main
 from cit_workbench.core import CitError, digest
-from cit_workbench.stream import Example, Stream, Task, formats, iou, scorers
+from cit_workbench.data.stream import Example, Stream, Task, formats, iou, scorers
 from cit_workbench.suites import coin
 
 SETS = "playground/Instructions_Original"
@@ -219,7 +219,7 @@ def test_captions_keep_their_references(own):
     ex = t.example("test", 0)
     assert t.format.kind == "caption" and len(ex.meta["references"]) == 2
     assert t.format.score(ex, "a brown dog runs over the grass") == 1
-    from cit_workbench.evaluate import column_scores, score_line
+    from cit_workbench.measure.evaluate import column_scores, score_line
     lines = [score_line(t, t.example("test", i), "a brown dog runs over the grass .") for i in range(4)]
     assert column_scores(t, lines)["cider"] >= 0 and column_scores(t, lines)["formatted"] == 100
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import OTHERS, TASKS, jitter, opened
 
-from cit_workbench.backbone import Backbone, at
+from cit_workbench.models.backbone import Backbone, at
 from cit_workbench.metrics import cider
-from cit_workbench.stream import get_stream
+from cit_workbench.data.stream import get_stream
 
 COLUMNS = [t.name for t, _ in get_stream("shapes").roles()]
 ROWS = [(t, i) for i in range(5) for t in COLUMNS]

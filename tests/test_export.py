@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from tiny import final, same_tensors
 
-from cit_workbench.backbone import get_backbone
-from cit_workbench.method import all_methods, get_method, overrides
+from cit_workbench.models.backbone import get_backbone
+from cit_workbench.contract.method import all_methods, get_method, overrides
 
 PLAIN = [n for n in all_methods() if n != "zero_shot" and not overrides(get_method(n), "wrap")]
 

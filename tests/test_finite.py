@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import TASKS, Held, Twins, tiny, train
 
-from cit_workbench.checkpoint import checkpoints, read_checkpoint
+from cit_workbench.training.checkpoint import checkpoints, read_checkpoint
 from cit_workbench.cli import main
 from cit_workbench.core import CitError, check_finite
-from cit_workbench.method import Method
+from cit_workbench.contract.method import Method
 from cit_workbench.methods.ewc import EWC
-from cit_workbench.record import Record
-from cit_workbench.train import Run
+from cit_workbench.record.record import Record
+from cit_workbench.training.train import Run
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}}
 OVERFLOWS = {
@@ -203,7 +203,7 @@ def test_the_command_line_refuses_them(tmp_path, capsys, word):
 
 @pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
 def test_a_sweep_file_is_refused_before_it_starts(tmp_path, word):
-    from cit_workbench.sweep import plan
+    from cit_workbench.experiments.sweep import plan
     (tmp_path/"s.toml").write_text(f"[sweep]\npages = ['finetune']\n[set]\noptim = {{lr = {word}}}\n")
     with pytest.raises(CitError, match="page 'finetune': field 'optim.lr' is -?(nan|inf), but must be a finite"):
         plan(tmp_path/"s.toml", tmp_path/"out")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import ARGS, MORE, TASKS, final, same_files, same_tensors, tiny, train
 
-from cit_workbench.checkpoint import checkpoints
+from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core import CitError
-from cit_workbench.memory import split_tree
-from cit_workbench.method import Method, Net, all_methods, get_method, overrides
-from cit_workbench.record import pack, Record, table
+from cit_workbench.contract.memory import split_tree
+from cit_workbench.contract.method import Method, Net, all_methods, get_method, overrides
+from cit_workbench.record.record import pack, Record, table
 
 SAYS = [m for m in all_methods() if overrides(get_method(m), "used")]
 CASES = [(m, {}) for m in [*SAYS, "er+smolora", "llaca+grouping"]] + [(m, a) for m, more in MORE.items() for a in more]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import TASKS, jitter, opened, same_files, tiny, train
 
-from cit_workbench.backbone import Backbone
-from cit_workbench.evaluate import _put_down
-from cit_workbench.method import Net
+from cit_workbench.models.backbone import Backbone
+from cit_workbench.measure.evaluate import _put_down
+from cit_workbench.contract.method import Net
 
 FEW = {"stream_args": {"tasks": TASKS, "n_train": 16, "n_val": 12, "n_test": 12}, "optim": {"steps": 2}}
 
@@ -68,7 +68,7 @@ def test_a_kill_costs_the_batch_at_hand(net, asked, tmp_path, monkeypatch):
 
 
 def test_a_kill_between_the_columns_asks_nothing_again(net, asked, tmp_path, monkeypatch):
-    import cit_workbench.evaluate as module
+    import cit_workbench.measure.evaluate as module
     state, rows = asked
     store, calls = module._store, []
 
@@ -102,7 +102,7 @@ def test_damaged_lines_are_asked_again(net, asked, tmp_path, damage):
 
 
 def test_torn_line_does_not_spoil_what_follows(tmp_path):
-    from cit_workbench.evaluate import _put_down_more
+    from cit_workbench.measure.evaluate import _put_down_more
     keep = {"a": tmp_path/"x"/"a.part"}
     _put_down_more(keep, {("a", 0): {"text": "red"}, ("b", 0): {"text": "other"}})
     with open(keep["a"], "ab") as f: f.write(b"0123456789abcdef [1,{\"te")
@@ -176,9 +176,9 @@ def test_each_process_finds_its_share(tmp_path, fork):
 
 SCRIPT = """
 import sys
-from cit_workbench.backbone import Backbone
-from cit_workbench.method import Net
-from cit_workbench.train import Run
+from cit_workbench.models.backbone import Backbone
+from cit_workbench.contract.method import Net
+from cit_workbench.training.train import Run
 answer, ask = Backbone.answer, Net.ask
 def counted(self, b, *args):
     with open(sys.argv[2], "a") as f: print(len(b), file=f)

@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ARGS, CHAINS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
-from cit_workbench.adapt import Tune, fused, linears
-from cit_workbench.backbone import Backbone, at, get_backbone
-from cit_workbench.checkpoint import read_checkpoint
+from cit_workbench.models.adapt import Tune, fused, linears
+from cit_workbench.models.backbone import Backbone, at, get_backbone
+from cit_workbench.training.checkpoint import read_checkpoint
 from cit_workbench.core import CitError, rng, seed_of
-from cit_workbench.memory import split_tree
-from cit_workbench.method import Method, all_methods, get_method, overrides
-from cit_workbench.stream import get_stream
+from cit_workbench.contract.memory import split_tree
+from cit_workbench.contract.method import Method, all_methods, get_method, overrides
+from cit_workbench.data.stream import get_stream
 
 METHODS = all_methods()
 EVERY = [*METHODS, *CHAINS]

@@ -13,11 +13,11 @@ from test_probes import Keys
 from tiny import TASKS, Held, final, same_tensors, tiny, train
 
 from cit_workbench.core import CitError, canonical, read_json, write_atomic
-from cit_workbench.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
-from cit_workbench.control import Control, _room, command, hold, turn
-from cit_workbench.method import Method, code_of, get_method
-from cit_workbench.record import table
-from cit_workbench.train import resume
+from cit_workbench.live.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
+from cit_workbench.training.control import Control, _room, command, hold, turn
+from cit_workbench.contract.method import Method, code_of, get_method
+from cit_workbench.record.record import table
+from cit_workbench.training.train import resume
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}, "optim": {"steps": 6}}
 SCALE = .5
@@ -346,7 +346,7 @@ def test_replay_joins_where_finetuning_was(tmp_path, parent):
 
 
 def rec_weights(rec, at):
-    from cit_workbench.checkpoint import read_checkpoint
+    from cit_workbench.training.checkpoint import read_checkpoint
     return read_checkpoint(places(rec)[at])["weights"]
 
 

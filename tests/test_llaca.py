@@ -2,7 +2,7 @@
 import torch
 from tiny import TASKS, final, same_files, tiny, train
 
-from cit_workbench.checkpoint import checkpoints
+from cit_workbench.training.checkpoint import checkpoints
 
 PLAIN = {"stream_args": {"tasks": ["col-word", "col-night"], "n_test": 6}}
 

@@ -12,9 +12,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextCo
 from transformers.models.auto import image_processing_auto
 from twin import make_coin, make_twin
 
-from cit_workbench import CitError, Run, get_backbone, loading
+from cit_workbench import CitError, Run, get_backbone
+from cit_workbench.models import loading
 from cit_workbench.core import assets
-from cit_workbench.loading import all_backbones, file_digest, start_hash
+from cit_workbench.models.loading import all_backbones, file_digest, start_hash
 from cit_workbench.protocol import read_lock
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -356,7 +357,7 @@ def test_pillow_prepares_pictures_where_torchvision_is_installed(twin, monkeypat
 
 
 def test_what_prepares_pictures_is_in_the_record(twin, tmp_path, monkeypatch):
-    from cit_workbench import backbone
+    from cit_workbench.models import backbone
     about = {}
     for name in ("pil", "other"):
         if name == "other":

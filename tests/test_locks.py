@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cit_workbench.core import CitError, shared
-from cit_workbench.control import _ahead, _lives, _room, turn
-from cit_workbench.sweep import plan, sweep
+from cit_workbench.training.control import _ahead, _lives, _room, turn
+from cit_workbench.experiments.sweep import plan, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,7 +163,7 @@ with open('ran.txt', 'a') as f: f.write(f'{lam} {os.getppid()}\\n')
 time.sleep(wait)
 if lam > 9: raise ValueError('lam is too large')
 (p/'result.json').write_text(json.dumps({'lam': lam}))"""
-SWEEP = "import sys; from cit_workbench.cli import main; from cit_workbench.sweep import Sweep; Sweep.__str__ = lambda s: 'the table: ' + ' '.join(sorted(f'{c}={c.finished}' for c in s.cells)); main()"
+SWEEP = "import sys; from cit_workbench.cli import main; from cit_workbench.experiments.sweep import Sweep; Sweep.__str__ = lambda s: 'the table: ' + ' '.join(sorted(f'{c}={c.finished}' for c in s.cells)); main()"
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_the_project_has_no_collisions(tool): assert tool.collisions(ROOT)[0] ==
 
 
 def test_a_foreign_lock_is_a_sentence(tmp_path, monkeypatch):
-    import cit_workbench.live as live
+    import cit_workbench.live.live as live
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(live, "shared", lambda path: None)
     with turn("cuda:0", 1, patient=False): pass

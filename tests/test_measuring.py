@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cit_workbench.core import cache_dir
-from cit_workbench.evaluate import Net, collect
-from cit_workbench.measuring import Measuring, log_of, measured_by
-from cit_workbench.similarity_view import collected_for
-from cit_workbench.spectra import read_collected
+from cit_workbench.measure.evaluate import Net, collect
+from cit_workbench.live.measuring import Measuring, log_of, measured_by
+from cit_workbench.views.similarity import collected_for
+from cit_workbench.measure.spectra import read_collected
 
 ARGS = {"tasks": ["col-word", "cap-day"], "n_train": 96, "n_val": 8, "n_test": 8}
 
@@ -103,7 +103,8 @@ def test_what_cannot_be_measured_is_a_sentence(run):
 
 def test_measures_of_an_earlier_version_are_not_taken_for_todays(tmp_path, monkeypatch):
     "Code that reads data or models otherwise measures anew; code that trains otherwise does not."
-    from cit_workbench import behaviour, evaluate
+    from cit_workbench import behaviour
+    from cit_workbench.measure import evaluate
     asked = []
     monkeypatch.setattr(evaluate.Net, "observe", lambda *args: asked.append(1) or {"x": np.zeros(1)})
     again = lambda: evaluate.collect(stream_args=ARGS, folder=tmp_path)

@@ -10,9 +10,9 @@ import torch
 from test_resume import Stop, unplug
 from tiny import CHAINS, SPEC, TASKS, Anchor, Halves, Held, Twins, descend, final, furthest, same_files, tiny, train
 
-from cit_workbench.memory import split_tree
-from cit_workbench.method import Method, all_methods
-from cit_workbench.train import draw
+from cit_workbench.contract.memory import split_tree
+from cit_workbench.contract.method import Method, all_methods
+from cit_workbench.training.train import draw
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}}
 

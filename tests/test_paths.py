@@ -11,10 +11,10 @@ from twin import make_coin, make_twin
 
 from cit_workbench.cli import main
 from cit_workbench.core import CitError, cache_dir, expanded, placed
-from cit_workbench.live import branch, run_of
-from cit_workbench.record import Record, find_runs
-from cit_workbench.train import Run, resume
-from cit_workbench.view import stream_of
+from cit_workbench.live.live import branch, run_of
+from cit_workbench.record.record import Record, find_runs
+from cit_workbench.training.train import Run, resume
+from cit_workbench.views.view import stream_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import sys; from cit_workbench import main; sys.exit(main())"
@@ -51,7 +51,7 @@ def test_home_is_home_for_a_run_and_all_that_reads_it(home, capsys):
 
 def test_home_is_home_for_sweeps_figures_exports_and_the_workbench(home, capsys):
     from cit_workbench.dashboard import Workbench
-    from cit_workbench.sweep import plan
+    from cit_workbench.experiments.sweep import plan
     (home/"s.toml").write_text("[sweep]\npages = ['finetune']\nrecords = '~/kept'\n")
     cell, = plan("~/s.toml", "~/sweeps")
     assert cell.folder == home/"sweeps" and cell.records == home/"kept"
@@ -146,7 +146,7 @@ def test_names_of_the_embedded_stay(tmp_path, monkeypatch):
 
 
 def test_packed_records_hold_no_directory(tmp_path, finished):
-    from cit_workbench.record import pack
+    from cit_workbench.record.record import pack
     run = finished()
     assert run.rec.run["cwd"]
     assert "cwd" not in Record(pack(run.folder, tmp_path/"a.jsonl")).run

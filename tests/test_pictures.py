@@ -15,9 +15,9 @@ from twin import make_coin, make_twin
 
 from cit_workbench import CitError, Run, get_backbone
 from cit_workbench.cli import main
-from cit_workbench.live import _array
-from cit_workbench.pictures import load_image
-from cit_workbench.view import picture
+from cit_workbench.live.live import _array
+from cit_workbench.data.pictures import load_image
+from cit_workbench.views.view import picture
 
 TURNED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
@@ -267,8 +267,8 @@ def test_the_reading_is_in_the_record_only_where_it_is_not_the_usual_one(twin, t
 
 
 def test_answers_of_one_reading_are_not_taken_for_the_other(twin, tmp_path):
-    from cit_workbench.method import Net
-    from cit_workbench.stream import get_stream
+    from cit_workbench.contract.method import Net
+    from cit_workbench.data.stream import get_stream
     stream = get_stream("shapes", n_train=8, n_val=2, n_test=2)
     keys = {r: Net(get_backbone(twin, image_reading=r), stream).state_key() for r in ("seen", "published")}
     assert keys["seen"] != keys["published"]
@@ -315,7 +315,7 @@ def test_an_upload_that_is_no_picture_is_named_in_the_line_of_the_dashboard(cont
 
 
 def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
-    from cit_workbench.answers import Samples
+    from cit_workbench.views.answers import Samples
     (tmp_path/"a.png").write_bytes(png(14_000, 14_000))
     example = SimpleNamespace(image=str(tmp_path/"a.png"))
     stream = SimpleNamespace(task=lambda name: SimpleNamespace(example=lambda split, i: example))
@@ -324,8 +324,8 @@ def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
 
 
 def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkeypatch):
-    from cit_workbench import live
-    from cit_workbench.view import toy_run
+    from cit_workbench.live import live
+    from cit_workbench.views.view import toy_run
     Image.fromarray(letters()).save(tmp_path/"a.png")
     asked = []
     def kept(at):

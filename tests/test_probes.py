@@ -7,11 +7,11 @@ from tiny import (ONE, OTHERS, TASKS, Anchor, Halves, Twins, batch_of, descend, 
                   train)
 from torch import nn
 
-from cit_workbench.adapt import swap_linears
-from cit_workbench.backbone import Backbone, at, current
+from cit_workbench.models.adapt import swap_linears
+from cit_workbench.models.backbone import Backbone, at, current
 from cit_workbench.core import CitError, rng
-from cit_workbench.method import Method, Phase
-from cit_workbench.train import Run, rate
+from cit_workbench.contract.method import Method, Phase
+from cit_workbench.training.train import Run, rate
 
 
 REFS = [(t, i) for i in range(2) for t in [*TASKS, *OTHERS]]

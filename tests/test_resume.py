@@ -14,12 +14,12 @@ from kills import Life, Whole, few, methods
 from test_probes import Keys
 from tiny import TASKS, Held, differing, same_files, tiny, train
 
-import cit_workbench.train as train_module
-from cit_workbench import checkpoint
-from cit_workbench.checkpoint import checkpoints
+import cit_workbench.training.train as train_module
+from cit_workbench.training import checkpoint
+from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core import CitError, assets
-from cit_workbench.method import Method, get_method, method_class
-from cit_workbench.train import resume
+from cit_workbench.contract.method import Method, get_method, method_class
+from cit_workbench.training.train import resume
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5}}
 FULL = "er+ewc"

@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from cit_workbench.answers import Samples
-from cit_workbench.record import Record
-from cit_workbench.view import toy_run
+from cit_workbench.views.answers import Samples
+from cit_workbench.record.record import Record
+from cit_workbench.views.view import toy_run
 
 
 def rewritten(run, change):

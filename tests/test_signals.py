@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from tiny import TASKS, same_files
 
-from cit_workbench.checkpoint import checkpoints
+from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core import Ended, end, heeding
-from cit_workbench.record import Record
-from cit_workbench.train import Run
+from cit_workbench.record.record import Record
+from cit_workbench.training.train import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import sys; from cit_workbench import main; sys.exit(main())"
@@ -109,7 +109,7 @@ def test_before_the_first_step_it_ends_at_once(tmp_path):
 
 SLOW = USUAL + """
 import sys, time
-from cit_workbench.train import Run
+from cit_workbench.training.train import Run
 step = Run.one_step
 def slow(self, *args):
     got = step(self, *args)

@@ -10,19 +10,19 @@ import pytest
 import torch
 from tiny import ARGS, SPEC, TASKS, batch_of, jitter, opened, same_files, tiny, train
 
-from cit_workbench.checkpoint import read_checkpoint
+from cit_workbench.training.checkpoint import read_checkpoint
 from cit_workbench.core import CitError
-from cit_workbench.memory import join_tree
-from cit_workbench.record import Record
-from cit_workbench.similarity import pair_matrices, read_pairs, subspace_overlap
-from cit_workbench.pairs import pairwise
-from cit_workbench.spectra import Moments, crowding, eigen
-from cit_workbench.stream import get_stream
-from cit_workbench.train import Run
+from cit_workbench.contract.memory import join_tree
+from cit_workbench.record.record import Record
+from cit_workbench.measure.similarity import pair_matrices, read_pairs, subspace_overlap
+from cit_workbench.experiments.pairs import pairwise
+from cit_workbench.measure.spectra import Moments, crowding, eigen
+from cit_workbench.data.stream import get_stream
+from cit_workbench.training.train import Run
 
 
 def test_pictures_of_similarity_never_import_torch():
-    code = "from cit_workbench import similarity, spectra; import sys; print('torch' in sys.modules)"
+    code = "from cit_workbench.measure import similarity; from cit_workbench.measure import spectra; import sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cit_workbench import cli, sweep
+from cit_workbench import cli
+from cit_workbench.experiments import sweep
 from cit_workbench.core import CitError, digest
 from cit_workbench.metrics import ap_norm, holm, order_means, paired, t_interval, tost
-from cit_workbench.record import Record, RecordWriter, pack, table
+from cit_workbench.record.record import Record, RecordWriter, pack, table
 
 TASKS = ("a", "b", "c")
 ORDERS = [list(o) for o in itertools.permutations(TASKS)]
@@ -144,12 +145,12 @@ def test_bold_only_if_the_paired_interval_excludes_the_runner_up(tmp_path):
 
 
 def best(t):
-    from cit_workbench.record import _best
+    from cit_workbench.record.record import _best
     return _best(t.rows)
 
 
 def test_forgetting_leads_when_it_is_least():
-    from cit_workbench.record import _best, _table
+    from cit_workbench.record.record import _best, _table
     rows = [{**dict.fromkeys(_table, np.nan), "ranked": True, "forgetting": f, "units": {"forgetting": dict(zip("abc", (f, f + 1, f - 1)))}}
             for f in (20., 5.)]
     rows[1]["units"]["forgetting"]["a"] += .1

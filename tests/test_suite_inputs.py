@@ -13,7 +13,7 @@ from twin import edit, make_coin, make_twin
 from cit_workbench import Run, get_stream
 from cit_workbench.core import CitError
 from cit_workbench.metrics import count_words
-from cit_workbench.stream import all_streams
+from cit_workbench.data.stream import all_streams
 from cit_workbench.suites import coin
 from cit_workbench.protocol import content, read_lock
 
@@ -541,7 +541,7 @@ def test_every_image_is_opened_before_anything_is_trained(own, twin, tmp_path):
 @pytest.mark.parametrize("check, how", [(100, "cut"), (0, "removed")])
 @pytest.mark.parametrize("split", ["train", "test", "val"])
 def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatch, split, check, how):
-    import cit_workbench.method as method
+    import cit_workbench.contract.method as method
 
     monkeypatch.setattr(method, "_room", 0)
     own = make_coin(tmp_path / "CoIN", tasks=("VQAv2",), n_train=10, n_test=4)
@@ -573,8 +573,8 @@ def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatc
 
 
 def test_the_steps_before_a_broken_picture_are_kept_and_all_broken_ones_are_named(tmp_path, twin, monkeypatch):
-    import cit_workbench.method as method
-    from cit_workbench.train import draw
+    import cit_workbench.contract.method as method
+    from cit_workbench.training.train import draw
 
     monkeypatch.setattr(method, "_room", 0)
     own = make_coin(tmp_path / "CoIN", tasks=("VQAv2",), n_train=10, n_test=2)

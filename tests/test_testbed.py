@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cit_workbench.backbone import start_hash
-from cit_workbench.method import all_methods
-from cit_workbench.record import Record
-from cit_workbench.stream import all_streams, get_stream
-from cit_workbench.testbed import gate_runs, judged, methods_index, overview, stale
+from cit_workbench.models.backbone import start_hash
+from cit_workbench.contract.method import all_methods
+from cit_workbench.record.record import Record
+from cit_workbench.data.stream import all_streams, get_stream
+from cit_workbench.experiments.testbed import gate_runs, judged, methods_index, overview, stale
 from cit_workbench.protocol import balanced_orders, content, drawn, lock_of, read_lock, recipe
 
 RECORDS = Path(__file__).parents[1]/"records/testbed"

@@ -11,11 +11,11 @@ from speech import CHATML, LLAMA3, MORE, SPELLS, TEMPLATES, TOKENIZERS, make, th
 from twin import CHAT, make_twin
 
 from cit_workbench import get_backbone, get_stream
-from cit_workbench.backbone import Chat, at
+from cit_workbench.models.backbone import Chat, at
 from cit_workbench.core import CitError
-from cit_workbench.evaluate import content_tokens
-from cit_workbench.method import Net
-from cit_workbench.stream import Example, all_streams
+from cit_workbench.measure.evaluate import content_tokens
+from cit_workbench.contract.method import Net
+from cit_workbench.data.stream import Example, all_streams
 
 QUESTIONS = ["What is the color?\nAnswer with a word.", "red", " blanks around \n", "日本語 {{ x }} <b>?"]
 ANSWERS = ["yes", "[0.12, 0.30]", "red cat", "日本語", "It's \"it\".\nNo"]

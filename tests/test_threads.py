@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from lab import HALF
 
-from cit_workbench.launcher import comments, method_classes
-from cit_workbench.train import Compute, Optim, Spec, Tune
-from cit_workbench.view import toy_run
-from cit_workbench.watch import Watch
+from cit_workbench.views.launcher import comments, method_classes
+from cit_workbench.training.train import Compute, Optim, Spec, Tune
+from cit_workbench.views.view import toy_run
+from cit_workbench.measure.watch import Watch
 
 WATCH = """
 import os, sys, threading, time, traceback
@@ -52,8 +52,8 @@ def script(text, *args, seconds=500):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "A folder of toy runs, one real run with checkpoints, and what was collected for its tasks."
-    from cit_workbench.evaluate import collect
-    from cit_workbench.train import Run
+    from cit_workbench.measure.evaluate import collect
+    from cit_workbench.training.train import Run
     folder = tmp_path_factory.mktemp("threads")/"runs"
     for name in ("ewc", "er"): toy_run(folder/name, name)
     Run("finetune", stream="shapes", stream_args=SMALL, optim={"steps": 3, "batch": 4}, out=str(folder/"real")).train()
@@ -160,12 +160,12 @@ def test_the_first_click_waits_for_what_is_loading(runs, where, loading):
 STRESS = WATCH + """
 import ast, gc, inspect, json
 from concurrent.futures import ThreadPoolExecutor
-import cit_workbench.view
-from cit_workbench.forgetting_view import Forgetting
-from cit_workbench.launcher import Form, method_classes, run_fields
-from cit_workbench.similarity_view import Similarity
-from cit_workbench.spectra_view import Spectra
-from cit_workbench.compare_view import Compare
+import cit_workbench.views.view
+from cit_workbench.views.forgetting import Forgetting
+from cit_workbench.views.launcher import Form, method_classes, run_fields
+from cit_workbench.views.similarity import Similarity
+from cit_workbench.views.spectra import Spectra
+from cit_workbench.views.compare import Compare
 from pathlib import Path
 folder = Path(sys.argv[1])
 [collected] = (folder/"collected").glob("*.npz")
@@ -187,7 +187,7 @@ def guarded(k):
     try: opened(k)
     except BaseException as e: mistakes.append(f"{type(e).__name__}: {e}")
 
-text = inspect.getsource(cit_workbench.view)
+text = inspect.getsource(cit_workbench.views.view)
 with ThreadPoolExecutor(8) as pool:
     jobs = [pool.submit(guarded, k) for k in range(int(sys.argv[2]))]
     while not all(j.done() for j in jobs):

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from jupyter_client.manager import start_new_kernel
 
-from cit_workbench.record import Record
+from cit_workbench.record.record import Record
 
 TRAIN = """from cit_workbench import Run
 tasks = {{"tasks": ["col-word", "col-mcq", "col-night"], "n_val": 16, "n_test": 8}}

@@ -3,11 +3,11 @@ spectra of `shapes` into records/collected, draw figures/. With --figures, only 
 import sys
 from pathlib import Path
 
-from cit_workbench.analysis import figures
-from cit_workbench.evaluate import collect
-from cit_workbench.record import Record, pack
-from cit_workbench.spectra import only, write_collected
-from cit_workbench.sweep import sweep
+from cit_workbench.figures.analysis import figures
+from cit_workbench.measure.evaluate import collect
+from cit_workbench.record.record import Record, pack
+from cit_workbench.measure.spectra import only, write_collected
+from cit_workbench.experiments.sweep import sweep
 
 root = Path(__file__).resolve().parents[1]
 

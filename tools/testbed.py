@@ -1,6 +1,6 @@
 """Run what the gates of the testbed are judged by, and pack each run into records/testbed.
 
-    python tools/testbed.py [--jobs 2] [NAME …]     names as in `cit_workbench.testbed.gate_runs`; finished runs are not run again
+    python tools/testbed.py [--jobs 2] [NAME …]     names as in `cit_workbench.experiments.testbed.gate_runs`; finished runs are not run again
     python tools/testbed.py --lock                  judge the records; where every gate is passed, write testbed.lock
     python tools/testbed.py --starts                the runs of `start_runs`, into records/starts, and the records of the starts themselves;
                                                     first, for S in 0 1 2: python -m cit_workbench.starts starts/S --seed S
@@ -20,8 +20,8 @@ def one(name):
     import time
 
     from cit_workbench import Run
-    from cit_workbench.record import pack
-    from cit_workbench.testbed import gate_runs, start_runs
+    from cit_workbench.record.record import pack
+    from cit_workbench.experiments.testbed import gate_runs, start_runs
     began, gates = time.time(), gate_runs()
     os.chdir(root)
     rec = Run(**(gates | start_runs())[name], out=str(root/"runs/testbed"/name)).train()
@@ -44,10 +44,10 @@ def lock():
     "Judge the records and freeze what they stand on; raises `CitError` where a gate failed."
     import json
 
-    from cit_workbench.backbone import start_hash
+    from cit_workbench.models.backbone import start_hash
     from cit_workbench.core import CitError, assets, write_atomic
-    from cit_workbench.record import Record
-    from cit_workbench.testbed import frozen, gate_runs, judged, stale
+    from cit_workbench.record.record import Record
+    from cit_workbench.experiments.testbed import frozen, gate_runs, judged, stale
     runs = {n: Record(f) for n in gate_runs() if (f := root/f"records/testbed/{n}.jsonl").exists()}
     if old := stale(runs): raise CitError(f"the records {', '.join(old)} are of other data, weights or settings: delete them and run them again")
     gates = judged(runs)
@@ -58,7 +58,7 @@ def lock():
 
 if __name__ == "__main__":
     from cit_workbench.core import progress
-    from cit_workbench.testbed import gate_runs, start_runs
+    from cit_workbench.experiments.testbed import gate_runs, start_runs
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*")
     p.add_argument("--jobs", type=int, default=2)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import inserted, mixed, seeded, swap_linears
-from ..backbone import Batch, current
+from ..models.adapt import inserted, mixed, seeded, swap_linears
+from ..models.backbone import Batch, current
 from ..core import CitError, one_of
-from ..method import Method, Phase
+from ..contract.method import Method, Phase
 
 # %% ../../nbs/methods/continual_llava.ipynb #4ed152ac
 @dataclass

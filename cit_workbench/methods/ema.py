@@ -12,8 +12,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CitError
-from ..method import Method, Net, Step
-from ..stream import Task
+from ..contract.method import Method, Net, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/ema.ipynb #165bd34c
 @dataclass

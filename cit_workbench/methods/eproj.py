@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import inserted, seeded, swap_linears
-from ..backbone import current
+from ..models.adapt import inserted, seeded, swap_linears
+from ..models.backbone import current
 from ..core import CitError, one_of, rng
-from ..method import Method, Phase
+from ..contract.method import Method, Phase
 
 # %% ../../nbs/methods/eproj.ipynb #37cd0726
 @dataclass

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 
-from ..backbone import Batch
+from ..models.backbone import Batch
 from ..core import CitError
-from ..memory import rebalance
-from ..method import Method, Net, Step
-from ..stream import Task
+from ..contract.memory import rebalance
+from ..contract.method import Method, Net, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/er.ipynb #215bfbcf
 @dataclass

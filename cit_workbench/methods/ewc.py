@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..backbone import Batch, Out
+from ..models.backbone import Batch, Out
 from ..core import CitError, one_of
-from ..method import Method, Net
-from ..stream import Task
+from ..contract.method import Method, Net
+from ..data.stream import Task
 
 # %% ../../nbs/methods/ewc.ipynb #3e26c0f3
 @dataclass

@@ -8,7 +8,7 @@ __all__ = ['Finetune']
 # %% ../../nbs/methods/finetune.ipynb #d896fa95
 from dataclasses import dataclass
 
-from ..method import Method
+from ..contract.method import Method
 
 # %% ../../nbs/methods/finetune.ipynb #7c8324b7
 @dataclass

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from torch import nn
 
-from ..backbone import Batch
+from ..models.backbone import Batch
 from ..core import CitError, one_of, rng
-from ..method import Method, Net
+from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/finetune_part.ipynb #3f410c17
 @dataclass

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import seeded
+from ..models.adapt import seeded
 from ..core import CitError, one_of
-from ..method import Method, Phase
+from ..contract.method import Method, Phase
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c831c882
 @dataclass

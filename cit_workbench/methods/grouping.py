@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from ..adapt import SlotLinear, add_slots, inserted, seeded
-from ..backbone import Batch
+from ..models.adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.backbone import Batch
 from ..core import CitError
-from ..method import Method, Net
-from ..stream import Task
+from ..contract.method import Method, Net
+from ..data.stream import Task
 
 # %% ../../nbs/methods/grouping.ipynb #b641ae5f
 @dataclass

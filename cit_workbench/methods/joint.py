@@ -9,8 +9,8 @@ __all__ = ['merged', 'Joint']
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ..method import Method, Phase
-from ..stream import Stream, Task
+from ..contract.method import Method, Phase
+from ..data.stream import Stream, Task
 
 # %% ../../nbs/methods/joint.ipynb #fdf1b484
 def merged(tasks:list, # Tasks to merge

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import seeded
+from ..models.adapt import seeded
 from ..core import CitError
-from ..method import Method, Phase
+from ..contract.method import Method, Phase
 
 # %% ../../nbs/methods/l2p.ipynb #4873651f
 @dataclass

@@ -12,8 +12,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core import CitError, digest, one_of
-from ..method import Method, Net, Step
-from ..stream import Task
+from ..contract.method import Method, Net, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/llaca.ipynb #91e9336c
 @dataclass

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..backbone import Batch, Out
+from ..models.backbone import Batch, Out
 from ..core import CitError
-from ..method import Method, Net, Step
-from ..stream import Task
+from ..contract.method import Method, Net, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/lwf.ipynb #94d9d9e8
 @dataclass

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 
-from ..backbone import Batch, Out
+from ..models.backbone import Batch, Out
 from ..core import CitError, one_of
-from ..method import Method, Net
-from ..stream import Task
+from ..contract.method import Method, Net
+from ..data.stream import Task
 
 # %% ../../nbs/methods/mas.ipynb #7c1bbaf9
 @dataclass

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import inserted, mixed, seeded, swap_linears
-from ..backbone import at
+from ..models.adapt import inserted, mixed, seeded, swap_linears
+from ..models.backbone import at
 from ..core import CitError
-from ..method import Method
+from ..contract.method import Method
 
 # %% ../../nbs/methods/moelora.ipynb #01bc79f7
 @dataclass

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.adapt import SlotLinear, add_slots, inserted, seeded
 from ..core import CitError, one_of
-from ..method import Method
+from ..contract.method import Method
 
 # %% ../../nbs/methods/olora.ipynb #51f644dd
 @dataclass

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..adapt import SlotLinear, add_slots, inserted, seeded
-from ..backbone import Batch
-from ..method import Method, Net
-from ..stream import Task
+from ..models.adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.backbone import Batch
+from ..contract.method import Method, Net
+from ..data.stream import Task
 
 # %% ../../nbs/methods/single.ipynb #86aeec23
 @dataclass

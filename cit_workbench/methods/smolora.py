@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..adapt import inserted, seeded, swap_linears
-from ..backbone import at, current
+from ..models.adapt import inserted, seeded, swap_linears
+from ..models.backbone import at, current
 from ..core import CitError, one_of
-from ..method import Method
+from ..contract.method import Method
 
 # %% ../../nbs/methods/smolora.ipynb #06837b30
 @dataclass

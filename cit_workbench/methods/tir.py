@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch.nn.functional import normalize
 
 from ..core import CitError, one_of
-from ..method import Method, row_nll
+from ..contract.method import Method, row_nll
 from .mas import answer_norm, away, springs
 
 # %% ../../nbs/methods/tir.ipynb #97b6c681
