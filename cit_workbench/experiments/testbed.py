@@ -267,7 +267,7 @@ def step_time(name:str, # A method
 
 # %% ../../nbs/experiments/testbed.ipynb #b42673ea
 def verdict(name:str, # A method
-            records:str|Path="../../../records", # Folder with `testbed`, `zoo`, `mechanisms`, seen from the method's page
+            records:str|Path="../../records", # Folder with `testbed`, `zoo`, `mechanisms`, seen from the method's page
             part:str="", # What it trains: "projector", "o_proj", "prompt"; shows plain tuning of that, too
             stream:str="shapes", # Another one: where its mechanism has something to work on
            ): # `Table`
@@ -479,7 +479,7 @@ class Overview(list):
     def __repr__(self): return f"Overview({len(self)} lines)"
 
 # %% ../../nbs/experiments/testbed.ipynb #682ce663
-def overview(records:str|Path="../../../records", # Folder with `testbed`, `zoo` and `bench.json`
+def overview(records:str|Path="../../records", # Folder with `testbed`, `zoo` and `bench.json`
             ) -> Overview: # One dict per method, in blocks of equal protocol
     "Tell what every method is, receives, keeps and costs, and what has been shown of it so far."
     from cit_workbench.contract.method import all_methods

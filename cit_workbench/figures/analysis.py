@@ -944,7 +944,8 @@ def _draw_spectra(ax, collected, places:list, task:int, named:bool):
         modality = place.rpartition("/")[2]
         start = 1, np.sqrt(energy[place])
         above = -10 if energy[place] == min(energy.values()) else 4
-        ax.annotate(modality, start, xytext=(2, above), textcoords="offset points", fontsize=6.5, color=house_hues[index])
+        ax.annotate(modality, start, xytext=(2, above), textcoords="offset points", fontsize=6.5,
+                    color=house_hues[index])
 
     ax.set(xscale="log", yscale="log")
     ax.set_title(collected.tasks[task], fontsize=7.5)

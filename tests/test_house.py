@@ -1,0 +1,112 @@
+"""The house: the order of its rooms, read from imports alone. The home page lists the rooms in reading order."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/"tools"))
+import style  # noqa: E402
+
+PACKAGE = ROOT/"cit_workbench"
+FILES = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py"))
+         if path.name not in ("__init__.py", "_modidx.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# A module may import late, inside functions, for one of these reasons.
+LATE = {
+    "cli": "a command imports what it needs, so that `cit --help` is there at once",
+    "dashboard": "the workbench opens before torch is loaded",
+    "views/launcher": "the form opens before torch is loaded",
+    "training/control": "whoever follows a run loads no torch",
+    "live/live": "whoever follows a run loads no torch",
+    "live/measuring": "whoever follows a run loads no torch",
+    "experiments/sweep": "plans and tables of sweeps load no torch",
+    "experiments/testbed": "tables of the testbed load no torch",
+    "figures/analysis": "most pictures need no measures",
+    "measure/spectra": "one figure needs a brick of a method, which loads torch",
+    "suites/coin": "reading annotations opens no picture",
+}
+# These two lead to a later room: a run starts the process in which it trains.
+DOWN = {("training/train", "live/live")}
+# Classes that still have methods on other pages; the list only gets shorter.
+SCATTERED = {("measure/evaluate", "Net"), ("training/train", "Net"), ("live/live", "Record")}
+TORCH_FREE = {"core", "metrics", "behaviour", "protocol", "data", "suites", "record", "figures", "views", "dashboard", "cli"}
+
+
+def rooms() -> list:
+    "Read the rooms from the home page, in its order."
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    table = text.split("### The library, in reading order")[1].split("\n\nTo change")[0]
+    return re.findall(r"^\| `(\w+)` \|", table, re.M)
+
+
+def room(module:str) -> str: return module.split("/")[0]
+
+
+def imported() -> list:
+    "List (module, what it imports, names, whether inside a function)."
+    found = []
+    for name, tree in TREES.items():
+        for module, names, late in style.imports(tree, name):
+            inner = [(f"{module}/{part}".strip("/"), [part]) for part in names if f"{module}/{part}".strip("/") in FILES]
+            found += [(name, target, parts, late) for target, parts in inner or [(module, names)] if target in FILES]
+    return found
+
+
+IMPORTED = imported()
+
+
+def test_every_module_is_in_a_room_of_the_home_page():
+    assert {room(name) for name in FILES} == set(rooms())
+    assert len(rooms()) == len(set(rooms()))
+
+
+def test_imports_point_to_earlier_rooms():
+    order = rooms()
+    down = {(name, target) for name, target, _, _ in IMPORTED if order.index(room(target)) > order.index(room(name))}
+    assert down == DOWN
+
+
+def test_modules_form_no_circle():
+    graph = {name: set() for name in FILES}
+    for name, target, _, _ in IMPORTED:
+        if (name, target) not in DOWN: graph[name].add(target)
+    assert style.circles(graph) == []
+
+
+def test_imports_inside_functions_have_a_reason():
+    late = {name for name, target, _, inside in IMPORTED if inside and (name, target) not in DOWN}
+    assert late == set(LATE)
+
+
+def test_no_private_name_crosses_a_module():
+    assert [(name, target, part) for name, target, parts, _ in IMPORTED for part in parts if part.startswith("_")] == []
+
+
+def test_a_class_is_patched_on_its_own_page():
+    own = {name: {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} for name, tree in TREES.items()}
+    away = {(name, cls) for name, tree in TREES.items() for cls in style.patches(tree) if cls not in own[name]}
+    assert away == SCATTERED
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "peft"])
+def test_rooms_of_records_and_pictures_load_no_models(library):
+    "By imports at the top of modules, at any depth."
+    direct = {name for name, tree in TREES.items() for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+              if library in re.findall(r"[\w.]+", ast.unparse(node).split(" import ")[0])}
+    heavy = set(direct)
+    while more := {name for name, target, _, late in IMPORTED if not late and target in heavy} - heavy:
+        heavy |= more
+    assert sorted(name for name in heavy if room(name) in TORCH_FREE) == []
+    assert "training/train" in heavy or library == "peft"
+
+
+def test_no_line_is_too_wide_and_none_holds_two_statements():
+    "But for the list of public names, which is generated."
+    for name, path in FILES.items():
+        text = re.sub(r"^__all__ = \[.*?\]\n", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        wide = [line for line in text.splitlines() if len(line) > style.WIDTH]
+        assert (name, wide, style.density(text, ast.parse(text))[2]) == (name, [], 0)
