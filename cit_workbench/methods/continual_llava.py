@@ -15,14 +15,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.adapt import inserted, mixed, seeded, swap_linears
-from ..models.backbone import Batch, current
+from ..models.backbone import Batch, Out, current
 from ..core import CitError, one_of
-from ..contract.method import Method, Phase
+from ..contract.method import Method, Net, Phase, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/continual_llava.ipynb #4ed152ac
 @dataclass
 class ContinualLLaVA(Method):
-    "Increments of the attention output, mixed per question: some chosen by its words, and the averages of earlier tasks."
+    "Mix increments of the attention output per question: some chosen by its words, and the averages of earlier tasks."
     slots: int = 8 # Increments, and proxies, added for every task
     top: int = 4 # Increments M chosen for a question
     r: int|None = None # Rank R of an increment; None: the run's rank divided by `top`
@@ -31,125 +32,189 @@ class ContinualLLaVA(Method):
     w: float = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
     weights: str = "linear" # "linear": cosines divided by their sum; "softmax"
     context: str = "before" # Averages of which tasks are added: "before" the current one, "through" it, or "none"
-    feature: str = "instruction" # What a question is compared by: "instruction" (hashed words), "embedding", or a sentence encoder's folder or hub id
+    # What a question is compared by: "instruction" (hashed words), "embedding", or a sentence encoder's folder or
+    # hub id
+    feature: str = "instruction"
     called = "continual_llava"
     paper = "arXiv 2411.02564"
     def __post_init__(self):
         super().__post_init__()
         choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none")}
-        for k, allowed in choices.items(): one_of(f"{k} of method 'continual_llava'", getattr(self, k), allowed)
-        allowed = {"top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"), "key_lr": (self.key_lr > 0, "above 0"),
-                   "r": (self.r is None or self.r >= 1, "1 and above, or None"), "w": (0 < self.w < 1, "between 0 and 1"),
-                   "steps": (self.steps is None or self.steps >= 1, "1 and above, or None")}
-        for k, (fine, what) in allowed.items():
-            if not fine: raise CitError(f"method 'continual_llava': {k} is {getattr(self, k)}; allowed: {what}")
+        for name, allowed in choices.items():
+            one_of(f"{name} of method 'continual_llava'", getattr(self, name), allowed)
+        bounds = {
+            "top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"),
+            "key_lr": (self.key_lr > 0, "above 0"),
+            "r": (self.r is None or self.r >= 1, "1 and above, or None"),
+            "w": (0 < self.w < 1, "between 0 and 1"),
+            "steps": (self.steps is None or self.steps >= 1, "1 and above, or None"),
+        }
+        for name, (fine, allowed) in bounds.items():
+            if not fine:
+                raise CitError(f"method 'continual_llava': {name} is {getattr(self, name)}; allowed: {allowed}")
 
 # %% ../../nbs/methods/continual_llava.ipynb #3e48ffb7
 class PoolLinear(nn.Module):
-    "A frozen linear layer and a pool of increments: y = W x + alpha/r · Σ_n w_n B_n A_n x, with weights per row."
+    "Hold a frozen linear layer and a pool of increments: y = W x + alpha/r · Σ_n w_n B_n A_n x, with weights per row."
     local = True # Acts on each position alone
-    def __init__(self, base:nn.Linear, n:int, r:int, alpha:float, dropout:float=0.):
+    def __init__(self,
+                 base:nn.Linear, # Frozen
+                 n:int, # Increments of a block
+                 r:int, # Rank of an increment
+                 alpha:float, # Scale times `r`
+                 dropout:float=0., # On the increments' input
+                ):
         super().__init__()
-        self.base, self.n, self.r, self.scale, self.dropout = base, n, r, alpha/r, dropout
+        self.base, self.n, self.r = base, n, r
+        self.scale, self.dropout = alpha/r, dropout
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
+
     def add(self):
         "Append a block of increments that change nothing yet, and freeze the ones before it."
-        for p in [*self.A, *self.B]: p.requires_grad_(False)
-        on, i, o = self.base.weight.device, self.base.in_features, self.base.out_features
-        self.A.append(nn.Parameter(torch.empty(self.n, self.r, i, device=on).uniform_(-i**-.5, i**-.5)))
-        self.B.append(nn.Parameter(torch.zeros(self.n, o, self.r, device=on)))
-    def forward(self, x): # b t d
-        y, route, A, B = self.base(x), current().route, torch.cat([*self.A]), torch.cat([*self.B])
+        for old in [*self.A, *self.B]: old.requires_grad_(False)
+        device = self.base.weight.device
+        inputs, outputs = self.base.in_features, self.base.out_features
+        spread = inputs**-.5
+        A = torch.empty(self.n, self.r, inputs, device=device).uniform_(-spread, spread)
+        B = torch.zeros(self.n, outputs, self.r, device=device)
+        self.A.append(nn.Parameter(A))
+        self.B.append(nn.Parameter(B))
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # b t d
+        y = self.base(x)
+        route = current().route
+        A, B = torch.cat([*self.A]), torch.cat([*self.B])
         x = F.dropout(x, self.dropout, self.training)
-        d = mixed(x, A, B, route["pool"])
-        if "context" in route: d = d + mixed(x, A.detach(), B.detach(), route["context"])
-        return y + (self.scale*d).to(y.dtype)
+        change = mixed(x, A, B, route["pool"])
+        if "context" in route:
+            change = change + mixed(x, A.detach(), B.detach(), route["context"])
+        return y + (self.scale*change).to(y.dtype)
+
+# %% ../../nbs/methods/continual_llava.ipynb #83312054
+@patch
+def grow(self:ContinualLLaVA, net:Net,
+         number:int, # Of the task, from 0
+        ):
+    "Add a task's block of proxies and increments, and fresh weights for the averages."
+    for layer in inserted(net.model, PoolLinear): layer.add()
+    device = net.backbone.device
+    proxies = torch.empty(self.slots, net.width(self.feature))
+    nn.init.orthogonal_(proxies)
+    net.model.proxies.requires_grad_(False).append(nn.Parameter(proxies.to(device)))
+
+    count = {"before": number, "through": number + 1, "none": 0}[self.context]
+    if count:
+        start = math.log(self.w/(1 - self.w))
+        net.model.mixing = nn.Parameter(torch.full((count,), start, device=device))
 
 # %% ../../nbs/methods/continual_llava.ipynb #af8bee01
 @patch
-def grow(self:ContinualLLaVA, net, t):
-    "Add block number `t` of proxies and increments, and fresh weights for the averages."
-    for l in inserted(net.model, PoolLinear): l.add()
-    on, d = net.backbone.device, net.width(self.feature)
-    net.model.proxies.requires_grad_(False).append(nn.Parameter(nn.init.orthogonal_(torch.empty(self.slots, d)).to(on)))
-    if n := {"before": t, "through": t + 1, "none": 0}[self.context]:
-        net.model.mixing = nn.Parameter(torch.full((n,), math.log(self.w/(1 - self.w)), device=on))
-
-@patch
-def wrap(self:ContinualLLaVA, net):
-    t, outputs = net.tuning, [n for n, m in net.model.named_modules() if isinstance(m, nn.Linear) and n.endswith("self_attn.o_proj")]
-    layers, r = [n for n in outputs if re.fullmatch(t.layers, n)], self.r or max(1, t.r//self.top)
+def wrap(self:ContinualLLaVA, net:Net) -> Net:
+    tune = net.tuning
+    linears = [name for name, module in net.model.named_modules() if isinstance(module, nn.Linear)]
+    outputs = [name for name in linears if name.endswith("self_attn.o_proj")]
+    layers = [name for name in outputs if re.fullmatch(tune.layers, name)]
     if not layers:
         raise CitError("method 'continual_llava' changes only attention outputs (self_attn.o_proj), "
-                       f"and tune: targets {t.layers!r} matches none")
-    swap_linears(net.model, "|".join(map(re.escape, layers)), lambda base: PoolLinear(base, self.slots, r, t.alpha, t.dropout))
+                       f"and tune: targets {tune.layers!r} matches none")
+
+    rank = self.r or max(1, tune.r//self.top)
+    make = lambda base: PoolLinear(base, self.slots, rank, tune.alpha, tune.dropout)
+    swap_linears(net.model, "|".join(map(re.escape, layers)), make)
     net.model.proxies = nn.ParameterList()
-    for k in range(len(self.mem.get("tasks", []))): self.grow(net, k)
+    for number in range(len(self.mem.get("tasks", []))): self.grow(net, number)
     return net
 
 @patch
-def begin(self:ContinualLLaVA, net, task):
-    tasks = self.mem["tasks"] = [*self.mem.get("tasks", []), task.name]
-    self.mem["used"] = [*self.mem.get("used", []), torch.zeros(self.slots, device=net.backbone.device)]
+def begin(self:ContinualLLaVA, net:Net, task:Task):
+    tasks = [*self.mem.get("tasks", []), task.name]
+    unused = torch.zeros(self.slots, device=net.backbone.device)
+    self.mem["tasks"] = tasks
+    self.mem["used"] = [*self.mem.get("used", []), unused]
     seeded((net.seed, task.name, "block"), lambda: self.grow(net, len(tasks) - 1))
 
 # %% ../../nbs/methods/continual_llava.ipynb #21cbef44
 @patch
-def select(self:ContinualLLaVA, net, batch) -> tuple: # [B, N], [B, M]
-    "Cosines of questions and proxies, and the places of the largest; a row whose task is known looks at its own block."
-    x, keys, tasks = net.features(batch, self.feature), torch.cat([*net.model.proxies]), self.mem["tasks"]
-    cos = F.normalize(x, dim=-1) @ F.normalize(keys, dim=-1).T
-    own = torch.tensor([tasks.index(t) if t in tasks else -1 for t in batch.task], device=x.device)[:, None]
-    block = torch.arange(len(keys), device=x.device)//self.slots
-    return cos, cos.masked_fill((own >= 0) & (block != own), -torch.inf).topk(self.top, -1).indices
+def select(self:ContinualLLaVA, net:Net, batch:Batch) -> tuple: # [B, N], [B, M]
+    "Return cosines of questions and proxies, and the places of the largest; a row of a known task looks at its block."
+    features = net.features(batch, self.feature)
+    keys = torch.cat([*net.model.proxies])
+    tasks = self.mem["tasks"]
+    cosines = F.normalize(features, dim=-1) @ F.normalize(keys, dim=-1).T
+
+    blocks = [tasks.index(task) if task in tasks else -1 for task in batch.task]
+    own = torch.tensor(blocks, device=features.device)[:, None]
+    block = torch.arange(len(keys), device=features.device)//self.slots
+    others = (own >= 0) & (block != own)
+    allowed = cosines.masked_fill(others, -torch.inf)
+    return cosines, allowed.topk(self.top, -1).indices
 
 # %% ../../nbs/methods/continual_llava.ipynb #39a4631a
 @patch
-def averages(self:ContinualLLaVA, net) -> torch.Tensor: # [N]
-    "Weight of every increment in the weighted sum of the tasks' averages."
-    used, w = torch.stack(self.mem["used"]), net.model.mixing.sigmoid()
-    return (F.normalize(used, p=1, dim=-1)*F.pad(w, (0, len(used) - len(w)))[:, None]).flatten()
+def averages(self:ContinualLLaVA, net:Net) -> torch.Tensor: # [N]
+    "Return the weight of every increment in the weighted sum of the tasks' averages."
+    used = torch.stack(self.mem["used"])
+    weights = net.model.mixing.sigmoid()
+    missing = len(used) - len(weights)
+    shares = F.normalize(used, p=1, dim=-1)
+    return (shares*F.pad(weights, (0, missing))[:, None]).flatten()
 
 @patch
-def route(self:ContinualLLaVA, net, batch):
+def route(self:ContinualLLaVA, net:Net, batch:Batch) -> Batch:
     with torch.no_grad():
-        cos, top = self.select(net, batch); c = cos.gather(1, top)
-        c = c.softmax(-1) if self.weights == "softmax" else F.normalize(c.clamp(min=0), p=1, dim=-1)
-    route = {"pool": torch.zeros_like(cos).scatter(1, top, c)}
-    if hasattr(net.model, "mixing"): route["context"] = self.averages(net).expand(len(batch), -1)
+        cosines, top = self.select(net, batch)
+        weights = cosines.gather(1, top)
+        if self.weights == "softmax":
+            weights = weights.softmax(-1)
+        else:
+            weights = F.normalize(weights.clamp(min=0), p=1, dim=-1)
+    route = {"pool": torch.zeros_like(cosines).scatter(1, top, weights)}
+    if hasattr(net.model, "mixing"):
+        route["context"] = self.averages(net).expand(len(batch), -1)
     return replace(batch, route={**batch.route, **route})
 
 @patch
-def used(self:ContinualLLaVA, net, batch):
-    return {"block": batch.route["pool"].unflatten(-1, (-1, self.slots)).sum(-1)[:, None]}
+def used(self:ContinualLLaVA, net:Net, batch:Batch) -> dict:
+    blocks = batch.route["pool"].unflatten(-1, (-1, self.slots))
+    return {"block": blocks.sum(-1)[:, None]}
 
 # %% ../../nbs/methods/continual_llava.ipynb #3ce88d1b
 @patch
-def phases(self:ContinualLLaVA, task):
-    return [Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.key_lr}}),
-            Phase("tune", train={r"(?!proxies\.).*": {}})]
+def phases(self:ContinualLLaVA, task:Task) -> list:
+    align = Phase("align", self.steps, lm=False, train={r"proxies\.\d+": {"lr": self.key_lr}})
+    tune = Phase("tune", train={r"(?!proxies\.).*": {}})
+    return [align, tune]
 
 @patch
-def loss(self:ContinualLLaVA, net, batch, out):
+def loss(self:ContinualLLaVA, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if net.clock[1] == "align":
-        cos, top = self.select(net, batch)
-        return -cos.gather(1, top).mean()
-    out.keep["used"] = batch.route["pool"][:, -self.slots:].sum(0)
+        cosines, top = self.select(net, batch)
+        return -cosines.gather(1, top).mean()
+    newest = batch.route["pool"][:, -self.slots:]
+    out.keep["used"] = newest.sum(0)
     return 0.
 
 @patch
-def step(self:ContinualLLaVA, net, s):
-    if net.clock[1] == "tune": self.mem["used"][-1] = self.mem["used"][-1] + net.reduce(sum(k["used"] for k in s.kept))
+def step(self:ContinualLLaVA, net:Net, step:Step):
+    if net.clock[1] != "tune": return
+    weights = sum(kept["used"] for kept in step.kept)
+    used = self.mem["used"]
+    used[-1] = used[-1] + net.reduce(weights)
 
 # %% ../../nbs/methods/continual_llava.ipynb #cb682e33
 @patch
 @torch.no_grad()
-def stats(self:ContinualLLaVA, net):
+def stats(self:ContinualLLaVA, net:Net) -> dict:
     task = net.find(net.task)
-    ex = [net.example(task.name, "train", i) for i in range(min(32, len(task)))]
-    cos, top = self.select(net, Batch([], None, None, None, task=[None]*len(ex), examples=ex))
-    p = F.normalize(self.mem["used"][-1], p=1, dim=-1)
-    own = (top//self.slots == len(self.mem["tasks"]) - 1).float().mean()
-    out = {"cosine": cos.gather(1, top).mean(), "own": own, "entropy": torch.special.entr(p).sum()}
-    if hasattr(net.model, "mixing"): out["w"] = net.model.mixing.sigmoid().mean()
-    return {k: float(v) for k, v in out.items()}
+    count = min(32, len(task))
+    examples = [net.example(task.name, "train", index) for index in range(count)]
+    batch = Batch([], None, None, None, task=[None]*count, examples=examples)
+    cosines, top = self.select(net, batch)
+
+    newest = len(self.mem["tasks"]) - 1
+    own = (top//self.slots == newest).float().mean()
+    shares = F.normalize(self.mem["used"][-1], p=1, dim=-1)
+    found = {"cosine": cosines.gather(1, top).mean(), "own": own}
+    found["entropy"] = torch.special.entr(shares).sum()
+    if hasattr(net.model, "mixing"): found["w"] = net.model.mixing.sigmoid().mean()
+    return {name: float(value) for name, value in found.items()}

@@ -15,16 +15,20 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.adapt import inserted, seeded, swap_linears
-from ..models.backbone import current
+from ..models.backbone import Batch, Out, current
 from ..core import CitError, one_of, rng
-from ..contract.method import Method, Phase
+from ..contract.method import Method, Net, Phase, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/eproj.ipynb #37cd0726
 @dataclass
 class EProj(Method):
-    "A projector and two keys per task; the nearest keys choose the projector."
-    variant: str = "trained" # How keys are found: "trained": by descent on the pull loss; "closed": as the mean of unit queries
-    encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding": the start's own token embeddings; or a sentence encoder's folder or hub id
+    "Give every task a projector and two keys; the nearest keys choose the projector."
+    # How keys are found: "trained": by descent on the pull loss; "closed": as the mean of unit queries
+    variant: str = "trained"
+    # Of instructions: "instruction": hashed n-grams; "embedding": the start's own token embeddings;
+    # or a sentence encoder's folder or hub id
+    encoder: str = "instruction"
     routing: str = "nearest" # At test: "nearest": by keys; "random": any task's, as a control
     held_in: bool = True # Give keys to the tasks that the start model already knew
     lr: float|None = None # Learning rate of projectors; None: the run's
@@ -33,139 +37,202 @@ class EProj(Method):
     n: int = 500 # Training rows in the mean of queries
     paper, called = "arXiv 2311.16206", "eproj"
     @property
-    def leaks(self): return {"pretrain_data"} if self.held_in else set()
+    def leaks(self) -> set: return {"pretrain_data"} if self.held_in else set()
     def __post_init__(self):
         super().__post_init__()
-        for f, allowed in dict(variant=("trained", "closed"), routing=("nearest", "random")).items():
-            one_of(f"{f} of method 'eproj'", getattr(self, f), allowed)
-        for f, low in dict(key_steps=1, n=1).items():
-            if getattr(self, f) < low: raise CitError(f"method 'eproj': {f} is {getattr(self, f)}; allowed: {low} and above")
-        for f in ("lr", "key_lr"):
-            if (v := getattr(self, f)) is not None and v <= 0: raise CitError(f"method 'eproj': {f} is {v}; allowed: above 0")
+        one_of("variant of method 'eproj'", self.variant, ("trained", "closed"))
+        one_of("routing of method 'eproj'", self.routing, ("nearest", "random"))
+        for name in ("key_steps", "n"):
+            value = getattr(self, name)
+            if value < 1: raise CitError(f"method 'eproj': {name} is {value}; allowed: 1 and above")
+        for name in ("lr", "key_lr"):
+            value = getattr(self, name)
+            if value is None: continue
+            if value <= 0: raise CitError(f"method 'eproj': {name} is {value}; allowed: above 0")
 
 # %% ../../nbs/methods/eproj.ipynb #4fece2f5
 class ExpertLinear(nn.Module):
-    "A frozen linear layer and whole copies of it, one per task, chosen per row by `route['expert']`."
+    "Hold a frozen linear layer and whole copies of it, one per task, chosen per row by `route['expert']`."
     local = True # Acts on each position alone
     def __init__(self, base:nn.Linear):
         super().__init__()
-        self.base, self.in_features, self.W, self.b = base, base.in_features, nn.ParameterList(), nn.ParameterList()
+        self.base, self.in_features = base, base.in_features
+        self.W, self.b = nn.ParameterList(), nn.ParameterList()
+
     @property
-    def weight(self): return self.base.weight
+    def weight(self) -> nn.Parameter: return self.base.weight
+
     def add(self):
         "Append a copy of the frozen layer, and freeze the copies before it."
-        for p in (*self.W, *self.b): p.requires_grad_(False)
-        for ps, p in ((self.W, self.base.weight), (self.b, self.base.bias)):
-            if p is not None: ps.append(nn.Parameter(p.detach().float().clone()))
-    def forward(self, x): # n p d
-        b, y = current(), None
-        expert = b.route["expert"][torch.tensor([e.image is not None for e in b.examples], device=x.device)]
-        for e in expert.unique().tolist():
-            rows = (expert == e).nonzero()[:, 0]
-            W, bias = (self.base.weight, self.base.bias) if e < 0 else (self.W[e], self.b[e] if self.b else None)
-            part = F.linear(x[rows].to(W.dtype), W, bias).to(x.dtype)
-            y = part if len(rows) == len(x) else (part.new_zeros(len(x), *part.shape[1:]) if y is None else y).index_copy(0, rows, part)
+        for old in (*self.W, *self.b): old.requires_grad_(False)
+        for copies, start in ((self.W, self.base.weight), (self.b, self.base.bias)):
+            if start is None: continue
+            copies.append(nn.Parameter(start.detach().float().clone()))
+
+    def _expert(self, number:int) -> tuple: # (weight, bias)
+        "Look up one expert; those below 0 are the frozen layer."
+        if number < 0: return self.base.weight, self.base.bias
+        return self.W[number], self.b[number] if self.b else None
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # n p d
+        batch = current()
+        has_image = [example.image is not None for example in batch.examples]
+        experts = batch.route["expert"][torch.tensor(has_image, device=x.device)]
+        y = None
+        for number in experts.unique().tolist():
+            rows = (experts == number).nonzero()[:, 0]
+            weight, bias = self._expert(number)
+            inputs = x[rows].to(weight.dtype)
+            part = F.linear(inputs, weight, bias).to(x.dtype)
+            if len(rows) == len(x): return part
+            if y is None: y = part.new_zeros(len(x), *part.shape[1:])
+            y = y.index_copy(0, rows, part)
         return y
 
 # %% ../../nbs/methods/eproj.ipynb #53c5e22e
 @patch
-def grow(self:EProj, net, keys:dict):
+def grow(self:EProj, net:Net,
+         keys:dict, # {modality: [d]}
+        ):
     "Append one key per modality and freeze those before."
-    for m, ps in net.backbone.projector.task_keys.items():
-        for p in ps: p.requires_grad_(False)
-        ps.append(nn.Parameter(keys[m].to(net.backbone.device), requires_grad=self.variant == "trained"))
+    for modality, old in net.backbone.projector.task_keys.items():
+        for key in old: key.requires_grad_(False)
+        key = keys[modality].to(net.backbone.device)
+        old.append(nn.Parameter(key, requires_grad=self.variant == "trained"))
 
 @patch
-def sizes(self:EProj, net) -> dict:
-    "Length of the queries of each modality."
+def sizes(self:EProj, net:Net) -> dict: # {modality: d}
+    "Return the length of the queries of each modality."
     return {"image": net.width("image"), "text": net.width(self.encoder)}
 
 @patch
-def wrap(self:EProj, net):
+def wrap(self:EProj, net:Net) -> Net:
     swap_linears(net.model, r".*multi_modal_projector\..*", ExpertLinear)
-    net.backbone.projector.task_keys = nn.ModuleDict({m: nn.ParameterList() for m in self.sizes(net)})
-    for _ in (*self.mem.get("held", []), *self.mem.get("tasks", [])): self.grow(net, {m: torch.zeros(d) for m, d in self.sizes(net).items()})
-    for _ in self.mem.get("tasks", []):
+    lists = {modality: nn.ParameterList() for modality in self.sizes(net)}
+    net.backbone.projector.task_keys = nn.ModuleDict(lists)
+
+    held, tasks = self.mem.get("held", []), self.mem.get("tasks", [])
+    for _ in (*held, *tasks):
+        zeros = {modality: torch.zeros(size) for modality, size in self.sizes(net).items()}
+        self.grow(net, zeros)
+    for _ in tasks:
         for layer in inserted(net.model, ExpertLinear): layer.add()
     return net
 
 # %% ../../nbs/methods/eproj.ipynb #9a4f476a
 @patch
-def queries(self:EProj, net, batch) -> dict: # {modality: [B, d]}
-    "What no training changes about each row."
+def queries(self:EProj, net:Net, batch:Batch) -> dict: # {modality: [B, d]}
+    "Return what no training changes about each row."
     return {"image": net.features(batch, "image"), "text": net.features(batch, self.encoder)}
 
 @patch
-def mean_query(self:EProj, net, task) -> dict: # {modality: [d]}
-    "Direction of the mean unit query over evenly spaced training rows."
-    rows, total = np.unique(np.linspace(0, task.n["train"] - 1, min(self.n, task.n["train"])).astype(int)).tolist(), {}
-    for i in range(0, len(rows), 64):
-        for m, q in self.queries(net, net.rows([(task.name, j) for j in rows[i:i+64]])).items(): total[m] = total.get(m, 0) + F.normalize(q, dim=1).sum(0)
-    return {m: F.normalize(q, dim=0) for m, q in total.items()}
+def mean_query(self:EProj, net:Net, task:Task) -> dict: # {modality: [d]}
+    "Return the direction of the mean unit query over evenly spaced training rows."
+    size = task.n["train"]
+    spaced = np.linspace(0, size - 1, min(self.n, size)).astype(int)
+    rows = np.unique(spaced).tolist()
+    total = {}
+    for low in range(0, len(rows), 64):
+        batch = net.rows([(task.name, index) for index in rows[low:low+64]])
+        for modality, query in self.queries(net, batch).items():
+            total[modality] = total.get(modality, 0) + F.normalize(query, dim=1).sum(0)
+    return {modality: F.normalize(query, dim=0) for modality, query in total.items()}
 
 # %% ../../nbs/methods/eproj.ipynb #43293b83
 @patch
-def begin(self:EProj, net, task):
+def begin(self:EProj, net:Net, task:Task):
     if net.first and self.held_in and net.stream.held_in:
-        known = [t for t in net.held_in if t.n["train"]]
-        self.mem["held"] = [t.name for t in known]
-        for t in known: self.grow(net, self.mean_query(net, t))
+        known = [held for held in net.held_in if held.n["train"]]
+        self.mem["held"] = [held.name for held in known]
+        for held in known: self.grow(net, self.mean_query(net, held))
+
     self.mem["tasks"] = [*self.mem.get("tasks", []), task.name]
     for layer in inserted(net.model, ExpertLinear): layer.add()
-    if self.variant == "closed": self.grow(net, self.mean_query(net, task))
-    else:
-        keys = seeded((net.seed, task.name, "keys"), lambda: {m: torch.rand(d) for m, d in self.sizes(net).items()})
-        seen = any(net.example(task.name, "train", i).image is not None for i in range(task.n["train"]))
-        self.grow(net, keys if seen else {**keys, "image": torch.zeros_like(keys["image"])})
+    if self.variant == "closed":
+        self.grow(net, self.mean_query(net, task))
+        return
+
+    def draw():
+        sizes = self.sizes(net)
+        return {modality: torch.rand(size) for modality, size in sizes.items()}
+    keys = seeded((net.seed, task.name, "keys"), draw)
+    rows = range(task.n["train"])
+    seen = any(net.example(task.name, "train", index).image is not None for index in rows)
+    if not seen: keys["image"] = torch.zeros_like(keys["image"])
+    self.grow(net, keys)
 
 # %% ../../nbs/methods/eproj.ipynb #96a4e2dc
 @patch
-def phases(self:EProj, task):
-    tune = Phase(train={r".*multi_modal_projector\.linear_\d\.[Wb]\.\d+": {} if self.lr is None else {"lr": self.lr}})
+def phases(self:EProj, task:Task) -> list:
+    rate = {} if self.lr is None else {"lr": self.lr}
+    tune = Phase(train={r".*multi_modal_projector\.linear_\d\.[Wb]\.\d+": rate})
     if self.variant == "closed": return [tune]
-    return [Phase("keys", steps=self.key_steps, lm=False, train={r".*\.task_keys\..*": {"lr": self.key_lr, "weight_decay": 0.}}), tune]
+    pulled = {r".*\.task_keys\..*": {"lr": self.key_lr, "weight_decay": 0.}}
+    return [Phase("keys", steps=self.key_steps, lm=False, train=pulled), tune]
 
 # %% ../../nbs/methods/eproj.ipynb #30c3c21e
 @patch
-def nearness(self:EProj, net, batch) -> torch.Tensor: # [B, keys], from −2 to 2
-    "Cosine to each task's image key plus cosine to its instruction key."
+def nearness(self:EProj, net:Net, batch:Batch) -> torch.Tensor: # [B, keys], from −2 to 2
+    "Add up the cosines to each task's image key and to its instruction key."
     keys = net.backbone.projector.task_keys
-    return sum(F.cosine_similarity(q[:, None], torch.stack([*keys[m]])[None], dim=-1) for m, q in self.queries(net, batch).items())
+    total = 0
+    for modality, query in self.queries(net, batch).items():
+        key = torch.stack([*keys[modality]])
+        total = total + F.cosine_similarity(query[:, None], key[None], dim=-1)
+    return total
 
 @patch
-def loss(self:EProj, net, batch, out):
-    near, first = self.nearness(net, batch), len(self.mem.get("held", []))
-    own = torch.tensor([first + self.mem["tasks"].index(t) for t in batch.task], device=near.device)[:, None]
+def loss(self:EProj, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
+    near = self.nearness(net, batch)
+    first = len(self.mem.get("held", []))
+    places = [first + self.mem["tasks"].index(name) for name in batch.task]
+    own = torch.tensor(places, device=near.device)[:, None]
     mine, seen = near.gather(1, own), near.detach()
-    out.keep["near"] = torch.stack([(seen.argmax(1, keepdim=True) == own).float().mean(), seen.gather(1, own).mean()/2, seen.scatter(1, own, -2.).amax(1).mean()/2])
+
+    retrieved = (seen.argmax(1, keepdim=True) == own).float().mean()
+    own_key = seen.gather(1, own).mean()/2
+    other_key = seen.scatter(1, own, -2.).amax(1).mean()/2
+    out.keep["near"] = torch.stack([retrieved, own_key, other_key])
     return (2 - mine).mean() if out.logits is None else 0.
 
 # %% ../../nbs/methods/eproj.ipynb #b5c56990
 @patch
 @torch.no_grad()
-def retrieve(self:EProj, net, batch) -> torch.Tensor: # [B]
-    "The chosen task of every row, as its place among those with keys."
+def retrieve(self:EProj, net:Net, batch:Batch) -> torch.Tensor: # [B]
+    "Choose a task for every row; return its place among those with keys."
     if self.routing == "nearest": return self.nearness(net, batch).argmax(1)
-    n = len(net.backbone.projector.task_keys["image"])
-    return torch.tensor([int(rng(net.seed, "eproj", *ref).integers(n)) for ref in batch.refs], device=batch.ids.device)
+    count = len(net.backbone.projector.task_keys["image"])
+    drawn = [int(rng(net.seed, "eproj", *ref).integers(count)) for ref in batch.refs]
+    return torch.tensor(drawn, device=batch.ids.device)
 
 @patch
-def route(self:EProj, net, batch):
-    tasks, found = self.mem.get("tasks", []), [-1]*len(batch)
-    if tasks and None in batch.task: found = (self.retrieve(net, batch) - len(self.mem.get("held", []))).clamp(min=-1).tolist()
-    expert = [f if t is None else tasks.index(t) if t in tasks else -1 for t, f in zip(batch.task, found)]
-    return replace(batch, route={**batch.route, "expert": torch.tensor(expert, device=batch.ids.device)})
+def route(self:EProj, net:Net, batch:Batch) -> Batch:
+    tasks = self.mem.get("tasks", [])
+    found = [-1]*len(batch)
+    if tasks and None in batch.task:
+        held = len(self.mem.get("held", []))
+        found = (self.retrieve(net, batch) - held).clamp(min=-1).tolist()
+    experts = []
+    for name, place in zip(batch.task, found):
+        if name is not None: place = tasks.index(name) if name in tasks else -1
+        experts.append(place)
+    expert = torch.tensor(experts, device=batch.ids.device)
+    return replace(batch, route={**batch.route, "expert": expert})
 
 # %% ../../nbs/methods/eproj.ipynb #be35184c
 @patch
-def used(self:EProj, net, batch):
+def used(self:EProj, net:Net, batch:Batch) -> dict:
     chosen = batch.route["expert"] + 1 # 0: the start's
-    return {"projector": F.one_hot(chosen, len(self.mem.get("tasks", [])) + 1)[:, None]}
+    count = len(self.mem.get("tasks", [])) + 1
+    return {"projector": F.one_hot(chosen, count)[:, None]}
 
 # %% ../../nbs/methods/eproj.ipynb #20a9415b
 @patch
-def step(self:EProj, net, s):
-    self.mem["near"] = (net.reduce(torch.stack([k["near"] for k in s.kept]).mean(0))/net.world).tolist()
+def step(self:EProj, net:Net, step:Step):
+    near = torch.stack([kept["near"] for kept in step.kept]).mean(0)
+    self.mem["near"] = (net.reduce(near)/net.world).tolist()
 
 @patch
-def stats(self:EProj, net): return dict(zip(("retrieved", "own_key", "other_key"), self.mem.get("near", [])))
+def stats(self:EProj, net:Net) -> dict:
+    shown = ("retrieved", "own_key", "other_key")
+    return dict(zip(shown, self.mem.get("near", [])))

@@ -14,8 +14,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.adapt import seeded
+from ..models.backbone import Batch, Out
 from ..core import CitError, one_of
-from ..contract.method import Method, Phase
+from ..contract.method import Method, Net, Phase, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c831c882
 @dataclass
@@ -29,154 +31,259 @@ class FwdPrompt(Method):
     eps_old: float = .8 # Share of a task's energy that the old space must hold
     eps_pre: float = .99 # Share of the held-in data's energy that the pre-trained space must hold
     n: int = 200 # Rows of a task that the spaces are measured on
-    variant: str = "ordered" # "ordered": into the pre-trained space, then out of the old; "intersection"; "additive"; controls "residual", "random", "none"
+    # "ordered": into the pre-trained space, then out of the old; "intersection"; "additive";
+    # controls "residual", "random", "none"
+    variant: str = "ordered"
     start: str = "copy" # A new slice's prompts: "copy" of the nearest old slice's; "zeros"
-    leaks = {"pretrain_data"}; needs = {"old"}
+    leaks = {"pretrain_data"}
+    needs = {"old"}
     paper = "arXiv 2401.09181 (reconstruction)"
     def __post_init__(self):
         super().__post_init__()
-        one_of("variant of method 'fwd_prompt'", self.variant, ("ordered", "intersection", "additive", "residual", "random", "none"))
+        variants = ("ordered", "intersection", "additive", "residual", "random", "none")
+        one_of("variant of method 'fwd_prompt'", self.variant, variants)
         one_of("start of method 'fwd_prompt'", self.start, ("copy", "zeros"))
-        for k, ok, say in (("top", 1 <= self.top <= self.size, "from 1 to size"), ("length", self.length >= 1, "from 1"), ("n", self.n >= 1, "from 1"), ("pull", self.pull >= 0, "from 0"),
-                           ("lr", self.lr > 0, "above 0"), ("eps_old", 0 < self.eps_old <= 1, "above 0, up to 1"), ("eps_pre", 0 < self.eps_pre <= 1, "above 0, up to 1")):
-            if not ok: raise CitError(f"method 'fwd_prompt': {k} is {getattr(self, k)}; allowed: {say}")
+        bounds = {
+            "top": (1 <= self.top <= self.size, "from 1 to size"),
+            "length": (self.length >= 1, "from 1"),
+            "n": (self.n >= 1, "from 1"),
+            "pull": (self.pull >= 0, "from 0"),
+            "lr": (self.lr > 0, "above 0"),
+            "eps_old": (0 < self.eps_old <= 1, "above 0, up to 1"),
+            "eps_pre": (0 < self.eps_pre <= 1, "above 0, up to 1"),
+        }
+        for name, (fine, allowed) in bounds.items():
+            if not fine:
+                raise CitError(f"method 'fwd_prompt': {name} is {getattr(self, name)}; allowed: {allowed}")
         if self.variant in ("residual", "none"): self.leaks = set()
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #0e9953cd
-def extend(V:torch.Tensor, G:torch.Tensor, eps:float) -> torch.Tensor:
-    "The smallest extension of the space V [d, k] that holds a share of the energy of rows, given their mean outer product."
-    d, need, held = len(G), eps*(1 - 1e-12)*G.trace(), (V.T @ G @ V).trace()
-    out = torch.eye(d).to(G) - V @ V.T
-    values, vectors = torch.linalg.eigh(out @ G @ out)
-    more = held + torch.cat([held.new_zeros(1), values.flip(0).clamp(min=0).cumsum(0)])
-    return torch.linalg.qr(torch.cat([V, vectors.flip(1)[:, :min(int((more < need).sum()), d - V.shape[1])]], 1))[0]
+def extend(V:torch.Tensor, # Orthonormal columns of a space [d, k]
+           G:torch.Tensor, # Mean outer product of rows [d, d]
+           eps:float, # Share of the rows' energy
+          ) -> torch.Tensor: # Orthonormal columns [d, k and more]
+    "Add the fewest directions to a space with which it holds a share of the energy of rows."
+    d = len(G)
+    need = eps*(1 - 1e-12)*G.trace()
+    held = (V.T @ G @ V).trace()
+
+    outside = torch.eye(d).to(G) - V @ V.T
+    values, vectors = torch.linalg.eigh(outside @ G @ outside)
+    gained = values.flip(0).clamp(min=0).cumsum(0)
+    reached = held + torch.cat([held.new_zeros(1), gained])
+    count = min(int((reached < need).sum()), d - V.shape[1])
+
+    leading = vectors.flip(1)[:, :count]
+    return torch.linalg.qr(torch.cat([V, leading], 1))[0]
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #00b12506
-def project(u:torch.Tensor, pre:torch.Tensor, old:torch.Tensor, variant:str) -> torch.Tensor:
-    "The part of a step [..., d] that may be taken, given the pre-trained and the old space [d, k]."
+def project(u:torch.Tensor, # A step [..., d]
+            pre:torch.Tensor, # Columns of the pre-trained space [d, k]
+            old:torch.Tensor, # Columns of the old space [d, k]
+            variant:str, # As the method's field
+           ) -> torch.Tensor: # [..., d]
+    "Return the part of a step that may be taken."
     if variant == "none": return u
     along = (u @ pre) @ pre.T
     u = {"residual": u, "additive": u + along}.get(variant, along)
     return u - (u @ old) @ old.T
 
-def common(pre:torch.Tensor, old:torch.Tensor) -> torch.Tensor:
-    "Directions of the pre-trained space that are orthogonal to the old space; there may be none."
-    _, s, W = torch.linalg.svd(old.T @ pre, full_matrices=True)
-    return pre @ W[int((s > 1e-7).sum()):].T
+def common(pre:torch.Tensor, # Columns of the pre-trained space [d, k]
+           old:torch.Tensor, # Columns of the old space [d, k]
+          ) -> torch.Tensor: # Columns, perhaps none
+    "Find the directions of the pre-trained space that are orthogonal to the old space."
+    _, cosines, turn = torch.linalg.svd(old.T @ pre, full_matrices=True)
+    met = int((cosines > 1e-7).sum())
+    return pre @ turn[met:].T
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #144c2e84
 @patch(as_prop=True)
-def soft(self:FwdPrompt): return self.top*self.length
+def soft(self:FwdPrompt) -> int: return self.top*self.length
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c4f0636f
 @patch
-def grow(self:FwdPrompt, net, *values):
-    emb, pool = net.backbone.lm.embed_tokens.weight, net.model.fwd
-    shapes = [(self.size, net.backbone.projector.linear_1.in_features), (self.size, 256), (self.size, self.length, emb.shape[1])]
-    for p in pool.parameters(): p.requires_grad_(False)
-    for part, v in zip(pool.children(), values or map(torch.zeros, shapes)): part.append(nn.Parameter(v.to(emb.device, torch.float32)))
+def grow(self:FwdPrompt, net:Net,
+         *values:torch.Tensor, # Image keys, text keys and prompts; none: zeros
+        ):
+    "Append a slice and freeze those before it."
+    tokens = net.backbone.lm.embed_tokens.weight
+    pool = net.model.fwd
+    shapes = [
+        (self.size, net.backbone.projector.linear_1.in_features),
+        (self.size, 256),
+        (self.size, self.length, tokens.shape[1]),
+    ]
+    for old in pool.parameters(): old.requires_grad_(False)
+    for part, value in zip(pool.children(), values or map(torch.zeros, shapes)):
+        value = value.to(tokens.device, torch.float32)
+        part.append(nn.Parameter(value))
 
 @patch
-def wrap(self:FwdPrompt, net):
-    net.model.fwd = nn.ModuleDict({part: nn.ParameterList() for part in ("image", "text", "prompt")})
+def wrap(self:FwdPrompt, net:Net) -> Net:
+    lists = {part: nn.ParameterList() for part in ("image", "text", "prompt")}
+    net.model.fwd = nn.ModuleDict(lists)
     for _ in self.mem.get("tasks", []): self.grow(net)
     return net
 
 @patch
-def phases(self:FwdPrompt, task): return [Phase(train={r"fwd\..*": {"lr": self.lr}})]
+def phases(self:FwdPrompt, task:Task) -> list:
+    return [Phase(train={r"fwd\..*": {"lr": self.lr}})]
+
+# %% ../../nbs/methods/fwd_prompt.ipynb #b7dfc54c
+@patch
+def score(self:FwdPrompt, net:Net, batch:Batch,
+          first:int=0, # Slices before this one are left out
+         ) -> torch.Tensor: # [B, entries]
+    "Add up the cosines of a row's image and instruction with the keys of every entry."
+    keys = {"image": net.model.fwd.image, "instruction": net.model.fwd.text}
+    total = 0
+    for what, slices in keys.items():
+        query = net.features(batch, what)
+        key = torch.cat([*slices[first:]])
+        directions = F.normalize(key, dim=1, eps=.1)
+        total = total + F.normalize(query.to(key), dim=1) @ directions.T
+    return total
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #eae1287a
 @patch
-def score(self:FwdPrompt, net, batch, first:int=0):
-    keys = {"image": net.model.fwd.image, "instruction": net.model.fwd.text}
-    cos = lambda q, k: F.normalize(q.to(k), dim=1) @ F.normalize(k, dim=1, eps=.1).T
-    return sum(cos(net.features(batch, what), torch.cat([*k[first:]])) for what, k in keys.items())
-
-@patch
-def route(self:FwdPrompt, net, batch):
+def route(self:FwdPrompt, net:Net, batch:Batch) -> Batch:
     slices = net.model.fwd.prompt
     if not len(slices): return batch
     first = len(slices) - 1 if net.model.training else 0
-    chosen = self.score(net, batch, first).detach().topk(self.top, 1).indices
-    return replace(batch, prefix=torch.cat([*slices[first:]])[chosen].flatten(1, 2), route={**batch.route, "chosen": chosen, "slice": chosen//self.size + first})
+    scores = self.score(net, batch, first).detach()
+    chosen = scores.topk(self.top, 1).indices
+    prompts = torch.cat([*slices[first:]])[chosen]
+    places = {"chosen": chosen, "slice": chosen//self.size + first}
+    return replace(batch, prefix=prompts.flatten(1, 2), route={**batch.route, **places})
 
 @patch
-def used(self:FwdPrompt, net, batch):
+def used(self:FwdPrompt, net:Net, batch:Batch) -> dict:
     if "slice" not in batch.route: return {}
     slices = F.one_hot(batch.route["slice"], len(net.model.fwd.prompt))
     return {"slice": slices.sum(1, keepdim=True)/self.top}
 
 @patch
-def loss(self:FwdPrompt, net, batch, out):
+def loss(self:FwdPrompt, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.pull: return 0.
-    return -self.pull*self.score(net, batch, len(net.model.fwd.prompt) - 1).gather(1, batch.route["chosen"]).mean()
+    newest = len(net.model.fwd.prompt) - 1
+    scores = self.score(net, batch, newest)
+    return -self.pull*scores.gather(1, batch.route["chosen"]).mean()
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c907ff32
 @patch
 @torch.no_grad()
-def gram(self:FwdPrompt, net, names):
-    G, m = 0., 0
+def gram(self:FwdPrompt, net:Net,
+         names:list, # Of tasks
+        ) -> torch.Tensor: # [d, d]
+    "Average the outer products of some tasks' input embeddings, each scaled to length one."
+    total, count = 0., 0
     for name in names:
-        pick = net.rng(f"fwd_prompt {name}").permutation(net.find(name).n["train"])[:self.n]
-        for lo in range(0, len(pick), 32):
-            e, mask, _ = net.backbone.embed(net.rows([(name, int(i)) for i in pick[lo:lo+32]], answers=False))
-            rows = F.normalize(e[mask == 1].double(), dim=1)
-            G, m = G + rows.T @ rows, m + len(rows)
-    return G/m
+        size = net.find(name).n["train"]
+        order = net.rng(f"fwd_prompt {name}").permutation(size)
+        picked = order[:self.n]
+        for low in range(0, len(picked), 32):
+            refs = [(name, int(index)) for index in picked[low:low+32]]
+            embeddings, mask, _ = net.backbone.embed(net.rows(refs, answers=False))
+            rows = F.normalize(embeddings[mask == 1].double(), dim=1)
+            total = total + rows.T @ rows
+            count = count + len(rows)
+    return total/count
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c9563735
 @patch
-def opening(self:FwdPrompt, net, batch):
-    emb, slices = net.backbone.lm.embed_tokens.weight, net.model.fwd.prompt; shape = self.size, self.length, emb.shape[1]
+def opening(self:FwdPrompt, net:Net,
+            batch:Batch, # Rows of the new task
+           ) -> torch.Tensor: # [entries, tokens, d]
+    "Return the prompts that a new slice starts from."
+    tokens, slices = net.backbone.lm.embed_tokens.weight, net.model.fwd.prompt
+    shape = self.size, self.length, tokens.shape[1]
     if self.start == "zeros": return torch.zeros(shape)
-    if not len(slices): return seeded((net.seed, "fwd_prompt"), lambda: torch.randn(shape)*emb.float().std().item())
-    return slices[int(self.score(net, batch).unflatten(1, (-1, self.size)).mean((0, 2)).argmax())].detach().clone()
+    if not len(slices):
+        spread = tokens.float().std().item()
+        return seeded((net.seed, "fwd_prompt"), lambda: torch.randn(shape)*spread)
+    scores = self.score(net, batch).unflatten(1, (-1, self.size))
+    nearest = int(scores.mean((0, 2)).argmax())
+    return slices[nearest].detach().clone()
 
 @patch
-def begin(self:FwdPrompt, net, task):
-    m, w = self.mem, net.backbone.lm.embed_tokens.weight
-    none = torch.zeros(w.shape[1], 0, dtype=torch.double, device=w.device)
-    if "old" not in m: m.update(tasks=[], old=none, pre=self.known(net, none))
-    b = net.rows([(task.name, int(i)) for i in net.rng("fwd_prompt keys").permutation(task.n["train"])[:self.n]])
-    keys = [F.normalize(net.features(b, what), dim=1)[torch.arange(self.size) % len(b)] for what in ("image", "instruction")]
-    self.grow(net, *keys, self.opening(net, b))
-    m.update(tasks=[*m["tasks"], task.name], now=self.spaces(net, task), residual=float(w.shape[1] - m["old"].shape[1]))
-    m["conflict"] = float((m["old"].T @ m["pre"]).square().sum()/max(1, min(m["old"].shape[1], m["pre"].shape[1])))
+def begin(self:FwdPrompt, net:Net, task:Task):
+    tokens, memory = net.backbone.lm.embed_tokens.weight, self.mem
+    width = tokens.shape[1]
+    none = torch.zeros(width, 0, dtype=torch.double, device=tokens.device)
+    if "old" not in memory: memory.update(tasks=[], old=none, pre=self.known(net, none))
 
+    order = net.rng("fwd_prompt keys").permutation(task.n["train"])
+    batch = net.rows([(task.name, int(index)) for index in order[:self.n]])
+    queries = [F.normalize(net.features(batch, what), dim=1) for what in ("image", "instruction")]
+    rows = torch.arange(self.size) % len(batch)
+    keys = [query[rows] for query in queries]
+    self.grow(net, *keys, self.opening(net, batch))
 
+    old, pre = memory["old"], memory["pre"]
+    memory.update(tasks=[*memory["tasks"], task.name], now=self.spaces(net, task))
+    memory["residual"] = float(width - old.shape[1])
+    shared = (old.T @ pre).square().sum()
+    smaller = min(old.shape[1], pre.shape[1])
+    memory["conflict"] = float(shared/max(1, smaller))
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #12906286
 @patch
-def known(self:FwdPrompt, net, none):
+def known(self:FwdPrompt, net:Net,
+          none:torch.Tensor, # A space of no direction [d, 0]
+         ) -> torch.Tensor: # [d, k]
+    "Measure the pre-trained space on the stream's held-in tasks."
     if self.variant in ("residual", "none"): return none
-    if not (names := [t.name for t in net.held_in if t.n["train"]]): raise CitError(f"method 'fwd_prompt': stream {net.stream.name!r} has no held-in tasks to measure the pre-trained space on; set variant='residual'")
+    names = [task.name for task in net.held_in if task.n["train"]]
+    if not names:
+        raise CitError(f"method 'fwd_prompt': stream {net.stream.name!r} has no held-in tasks "
+                       "to measure the pre-trained space on; set variant='residual'")
     return extend(none, self.gram(net, names), self.eps_pre)
 
+def _random_space(like:torch.Tensor) -> torch.Tensor: # [d, k]
+    "Draw a space of the same rank."
+    rows = torch.randn(like.shape, dtype=like.dtype)
+    return torch.linalg.qr(rows)[0].to(like.device)
+
 @patch
-def spaces(self:FwdPrompt, net, task):
+def spaces(self:FwdPrompt, net:Net, task:Task) -> dict: # {"pre": [d, k], "old": [d, k]}
+    "Return the two spaces that a task's steps are projected by."
     pre, old = self.mem["pre"], self.mem["old"]
-    if self.variant == "intersection" and (W := common(pre, old)).shape[1]: pre = W
-    draw = lambda V: torch.linalg.qr(torch.randn(V.shape, dtype=V.dtype))[0].to(V.device)
-    if self.variant == "random": pre, old = seeded((net.seed, task.name, "fwd_prompt"), lambda: (draw(pre), draw(old)))
+    if self.variant == "intersection":
+        shared = common(pre, old)
+        if shared.shape[1]: pre = shared
+    if self.variant == "random":
+        key = net.seed, task.name, "fwd_prompt"
+        pre, old = seeded(key, lambda: (_random_space(pre), _random_space(old)))
     return {"pre": pre, "old": old}
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #aab62aea
 @patch
-def end(self:FwdPrompt, net, task):
-    P = F.normalize(net.model.fwd.prompt[-1].detach().flatten(0, 1).double(), dim=1)
-    for G in (self.gram(net, [task.name]), P.T @ P/len(P)): self.mem["old"] = extend(self.mem["old"], G, self.eps_old)
+def end(self:FwdPrompt, net:Net, task:Task):
+    tokens = net.model.fwd.prompt[-1].detach().flatten(0, 1)
+    prompts = F.normalize(tokens.double(), dim=1)
+    inputs = self.gram(net, [task.name])
+    for G in (inputs, prompts.T @ prompts/len(prompts)):
+        self.mem["old"] = extend(self.mem["old"], G, self.eps_old)
     self.mem.pop("now")
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #24c9ffb7
 @patch
 @torch.no_grad()
-def update(self:FwdPrompt, net, s):
-    p, before = net.model.fwd.prompt[-1], s.old[f"fwd.prompt.{len(net.model.fwd.prompt) - 1}"].double()
-    u = p.double() - before
-    v = project(u, **self.mem["now"], variant=self.variant)
-    if self.variant != "none": p.copy_(before + v)
-    d = p.double() - before # What the weights really did, rounded as they are
-    self.mem.update(kept=float(v.norm()/u.norm().clamp(min=1e-30)), leak=float((d @ self.mem["old"]).norm()/d.norm().clamp(min=1e-30)))
+def update(self:FwdPrompt, net:Net, step:Step):
+    newest = len(net.model.fwd.prompt) - 1
+    prompt = net.model.fwd.prompt[-1]
+    before = step.old[f"fwd.prompt.{newest}"].double()
+    wanted = prompt.double() - before
+    taken = project(wanted, **self.mem["now"], variant=self.variant)
+    if self.variant != "none": prompt.copy_(before + taken)
+
+    moved = prompt.double() - before # What the weights really did, rounded as they are
+    leaked = moved @ self.mem["old"]
+    kept = taken.norm()/wanted.norm().clamp(min=1e-30)
+    leak = leaked.norm()/moved.norm().clamp(min=1e-30)
+    self.mem.update(kept=float(kept), leak=float(leak))
 
 @patch
-def stats(self:FwdPrompt, net): return {k: self.mem[k] for k in ("kept", "leak", "residual", "conflict") if k in self.mem}
+def stats(self:FwdPrompt, net:Net) -> dict:
+    shown = ("kept", "leak", "residual", "conflict")
+    return {name: self.mem[name] for name in shown if name in self.mem}

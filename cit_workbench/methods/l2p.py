@@ -14,13 +14,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.adapt import seeded
+from ..models.backbone import Batch, Out
 from ..core import CitError
-from ..contract.method import Method, Phase
+from ..contract.method import Method, Net, Phase, Step
+from ..data.stream import Task
 
 # %% ../../nbs/methods/l2p.ipynb #4873651f
 @dataclass
 class L2P(Method):
-    "A pool of soft prompts, chosen per row by the similarity of a frozen query to their keys."
+    "Choose soft prompts from a pool for every row, by the similarity of a frozen query to their keys."
     size: int = 10 # Prompts in the pool
     length: int = 5 # Tokens of a prompt
     top: int = 5 # Prompts put before each row
@@ -31,64 +33,85 @@ class L2P(Method):
     paper = "arXiv 2112.08654"
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.top <= self.size: raise CitError(f"method 'l2p': top is {self.top} and size is {self.size}; allowed: top from 1 to size")
+        if not 1 <= self.top <= self.size:
+            raise CitError(f"method 'l2p': top is {self.top} and size is {self.size}; allowed: top from 1 to size")
         if self.length < 1: raise CitError(f"method 'l2p': length is {self.length}; allowed: 1 and above")
         if self.pull < 0: raise CitError(f"method 'l2p': pull is {self.pull}; allowed: 0 and above")
         if not self.lr > 0: raise CitError(f"method 'l2p': lr is {self.lr}; allowed: above 0")
 
 # %% ../../nbs/methods/l2p.ipynb #49ecc801
 @patch(as_prop=True)
-def soft(self:L2P): return self.top*self.length
+def soft(self:L2P) -> int: return self.top*self.length
 
 # %% ../../nbs/methods/l2p.ipynb #8cd1678c
 @patch
-def wrap(self:L2P, net):
-    emb, tower = net.backbone.lm.embed_tokens.weight, net.backbone.projector.linear_1.in_features
-    pool, new = nn.Module(), lambda *s: torch.empty(s, device=emb.device)
+def wrap(self:L2P, net:Net) -> Net:
+    tokens = net.backbone.lm.embed_tokens.weight
+    tower = net.backbone.projector.linear_1.in_features
+    pool = nn.Module()
+    new = lambda *shape: torch.empty(shape, device=tokens.device)
     def fill():
-        pool.key = nn.Parameter(new(self.size, tower + net.width("instruction")).uniform_(-1, 1))
-        pool.prompt = nn.Parameter(new(self.size, self.length, emb.shape[1]).normal_(0, emb.float().std().item()))
+        keys = new(self.size, tower + net.width("instruction"))
+        pool.key = nn.Parameter(keys.uniform_(-1, 1))
+        prompts = new(self.size, self.length, tokens.shape[1])
+        spread = tokens.float().std().item()
+        pool.prompt = nn.Parameter(prompts.normal_(0, spread))
+
     seeded((net.seed, "l2p"), fill)
     net.model.l2p = pool
     return net
 
 # %% ../../nbs/methods/l2p.ipynb #280feebd
 @patch
-def phases(self:L2P, task): return [Phase(train={r"l2p\..*": {"lr": self.lr}})]
+def phases(self:L2P, task:Task) -> list:
+    return [Phase(train={r"l2p\..*": {"lr": self.lr}})]
 
 # %% ../../nbs/methods/l2p.ipynb #00f8f77a
 @patch
-def query(self:L2P, net, batch):
+def query(self:L2P, net:Net, batch:Batch) -> torch.Tensor: # [B, d]
+    "Join the unit features of image and instruction."
     both = [F.normalize(net.features(batch, what), dim=1) for what in ("image", "instruction")]
     return F.normalize(torch.cat(both, 1), dim=1).to(net.model.l2p.key)
 
 @patch
-def similarity(self:L2P, net, query): return query @ F.normalize(net.model.l2p.key, dim=1).T
+def similarity(self:L2P, net:Net,
+               query:torch.Tensor, # [B, d]
+              ) -> torch.Tensor: # [B, prompts]
+    "Return the cosines of queries and keys."
+    return query @ F.normalize(net.model.l2p.key, dim=1).T
 
 # %% ../../nbs/methods/l2p.ipynb #dc375bdc
 @patch
-def route(self:L2P, net, batch):
-    q = self.query(net, batch)
-    chosen = self.similarity(net, q.detach()).topk(self.top, 1).indices
-    return replace(batch, prefix=net.model.l2p.prompt[chosen].flatten(1, 2), route={**batch.route, "query": q, "chosen": chosen})
+def route(self:L2P, net:Net, batch:Batch) -> Batch:
+    query = self.query(net, batch)
+    cosines = self.similarity(net, query.detach())
+    chosen = cosines.topk(self.top, 1).indices
+    prompts = net.model.l2p.prompt[chosen]
+    found = {"query": query, "chosen": chosen}
+    return replace(batch, prefix=prompts.flatten(1, 2), route={**batch.route, **found})
 
 @patch
-def used(self:L2P, net, batch):
-    return {"prompts": F.one_hot(batch.route["chosen"], self.size).sum(1, keepdim=True)/self.top}
+def used(self:L2P, net:Net, batch:Batch) -> dict:
+    chosen = F.one_hot(batch.route["chosen"], self.size)
+    return {"prompts": chosen.sum(1, keepdim=True)/self.top}
 
 # %% ../../nbs/methods/l2p.ipynb #0b3d0770
 @patch
-def loss(self:L2P, net, batch, out):
+def loss(self:L2P, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.pull: return 0.
-    return -self.pull*self.similarity(net, batch.route["query"]).gather(1, batch.route["chosen"]).mean()
+    cosines = self.similarity(net, batch.route["query"])
+    return -self.pull*cosines.gather(1, batch.route["chosen"]).mean()
 
 # %% ../../nbs/methods/l2p.ipynb #dcfd0f91
 @patch
 @torch.no_grad()
-def step(self:L2P, net, s):
-    sims = torch.cat([self.similarity(net, self.query(net, b)) for b in s.batches]).topk(self.top, 1)
-    used = net.reduce(F.one_hot(sims.indices, self.size).sum((0, 1))) > 0
-    self.mem = {"used": float(used.sum()), "similarity": float(net.reduce(sims.values.mean())/net.world)}
+def step(self:L2P, net:Net, step:Step):
+    cosines = [self.similarity(net, self.query(net, batch)) for batch in step.batches]
+    top = torch.cat(cosines).topk(self.top, 1)
+    counts = F.one_hot(top.indices, self.size).sum((0, 1))
+    used = net.reduce(counts) > 0
+    similarity = net.reduce(top.values.mean())/net.world
+    self.mem = {"used": float(used.sum()), "similarity": float(similarity)}
 
 @patch
-def stats(self:L2P, net): return dict(self.mem)
+def stats(self:L2P, net:Net) -> dict: return dict(self.mem)

@@ -14,14 +14,14 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.adapt import inserted, mixed, seeded, swap_linears
-from ..models.backbone import at
+from ..models.backbone import Batch, at
 from ..core import CitError
-from ..contract.method import Method
+from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/moelora.ipynb #01bc79f7
 @dataclass
 class MoELoRA(Method):
-    "Experts of low rank in every layer, mixed for every token by a learned router."
+    "Put experts of low rank into every layer, mixed for every token by a learned router."
     experts: int = 8 # Experts per layer; they share the run's rank
     called = "moelora"
     paper = "arXiv 2403.08350"
@@ -31,52 +31,78 @@ class MoELoRA(Method):
 
 # %% ../../nbs/methods/moelora.ipynb #8896fe57
 class MoELinear(nn.Module):
-    "A frozen linear layer plus a mixture of low-rank experts, weighted anew at every position."
+    "Hold a frozen linear layer plus a mixture of low-rank experts, weighted anew at every position."
     local = True # Acts on each position alone
-    def __init__(self, base, experts, r, scale, dropout=0.):
+    def __init__(self,
+                 base:nn.Linear, # Frozen
+                 experts:int, # How many
+                 r:int, # Rank of each
+                 scale:float, # Of their sum
+                 dropout:float=0., # On their input
+                ):
         super().__init__()
-        i, o = base.in_features, base.out_features
-        new = lambda *s: nn.Parameter(torch.zeros(*s, device=base.weight.device))
+        inputs, outputs = base.in_features, base.out_features
+        new = lambda *shape: nn.Parameter(torch.zeros(*shape, device=base.weight.device))
         self.base, self.scale, self.dropout, self.seen = base, scale, dropout, None
-        self.A, self.B, self.R = new(experts, r, i), new(experts, o, r), new(experts, i)
-        nn.init.normal_(self.A, std=.01); nn.init.kaiming_uniform_(self.R, a=5**.5)
-    def weights(self, x): return (x.to(self.R.dtype) @ self.R.T).softmax(-1)
-    def forward(self, x):
-        w = self.weights(x)
-        if self.training: self.seen = w.detach()
-        d = mixed(F.dropout(x, self.dropout, self.training), self.A, self.B, w)
-        return self.base(x) + (self.scale*d).to(x.dtype)
+        self.A = new(experts, r, inputs)
+        self.B = new(experts, outputs, r)
+        self.R = new(experts, inputs)
+        nn.init.normal_(self.A, std=.01)
+        nn.init.kaiming_uniform_(self.R, a=5**.5)
+
+    def weights(self, x:torch.Tensor) -> torch.Tensor: # [B, T, E]
+        "Weigh the experts at every position."
+        return (x.to(self.R.dtype) @ self.R.T).softmax(-1)
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # [B, T, o]
+        weights = self.weights(x)
+        if self.training: self.seen = weights.detach()
+        dropped = F.dropout(x, self.dropout, self.training)
+        change = mixed(dropped, self.A, self.B, weights)
+        return self.base(x) + (self.scale*change).to(x.dtype)
 
 # %% ../../nbs/methods/moelora.ipynb #6212d2cf
 @patch
-def wrap(self:MoELoRA, net):
-    t, E = net.tuning, self.experts
-    if t.r % E: raise CitError(f"method 'moelora': rank {t.r} of `tune` cannot be split evenly over {E} experts")
-    make = lambda base: MoELinear(base, E, t.r//E, t.alpha/t.r, t.dropout)
-    seeded((net.seed, "moelora"), lambda: swap_linears(net.model, t.layers, make))
+def wrap(self:MoELoRA, net:Net) -> Net:
+    tune, experts = net.tuning, self.experts
+    if tune.r % experts:
+        raise CitError(f"method 'moelora': rank {tune.r} of `tune` cannot be split evenly over {experts} experts")
+    rank, scale = tune.r//experts, tune.alpha/tune.r
+    make = lambda base: MoELinear(base, experts, rank, scale, tune.dropout)
+    seeded((net.seed, "moelora"), lambda: swap_linears(net.model, tune.layers, make))
     return net
 
 # %% ../../nbs/methods/moelora.ipynb #7a385a23
 @patch
-def used(self:MoELoRA, net, batch):
+def used(self:MoELoRA, net:Net, batch:Batch) -> dict:
     found = []
-    def note(layer, x):
-        "The expert with most weight over the prompt's tokens, of a layer of the language model."
+    def note(layer, inputs):
+        "Note the expert with most weight over the prompt's tokens, of a layer of the language model."
         if batch.prompt is None: return
-        w = (layer.weights(x[0])*batch.prompt[..., None]).sum(1)
-        found.append(F.one_hot(w.argmax(-1), w.shape[-1]))
-    hooks = [l.register_forward_pre_hook(note) for l in inserted(net.model, MoELinear)]
+        weights = layer.weights(inputs[0])*batch.prompt[..., None]
+        total = weights.sum(1)
+        found.append(F.one_hot(total.argmax(-1), total.shape[-1]))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in inserted(net.model, MoELinear)]
     try:
-        with torch.no_grad(), at(batch), net.backbone.cast(): net.backbone.hidden(batch)
+        with torch.no_grad(), at(batch), net.backbone.cast():
+            net.backbone.hidden(batch)
     finally:
-        for h in hooks: h.remove()
+        for hook in hooks: hook.remove()
     return {"experts": torch.stack(found, 1)} if found else {}
 
 # %% ../../nbs/methods/moelora.ipynb #6b11f1d5
 @patch
 @torch.no_grad()
-def stats(self:MoELoRA, net):
-    ws = [l.seen.flatten(0, -2) for l in inserted(net.model, MoELinear) if l.seen is not None]
-    if not ws: return {}
-    each = [(torch.special.entr(w).sum(-1).mean(), torch.special.entr(w.mean(0)).sum(), w.mean(0).max()) for w in ws]
-    return dict(zip(("token_entropy", "usage_entropy", "most"), torch.tensor(each).mean(0).tolist()))
+def stats(self:MoELoRA, net:Net) -> dict:
+    seen = [layer.seen for layer in inserted(net.model, MoELinear) if layer.seen is not None]
+    if not seen: return {}
+    each = []
+    for weights in seen:
+        weights = weights.flatten(0, -2)
+        mean = weights.mean(0)
+        token = torch.special.entr(weights).sum(-1).mean()
+        usage = torch.special.entr(mean).sum()
+        each.append((token, usage, mean.max()))
+    shown = ("token_entropy", "usage_entropy", "most")
+    return dict(zip(shown, torch.tensor(each).mean(0).tolist()))

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..models.adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.backbone import Batch, Out
 from ..core import CitError, one_of
-from ..contract.method import Method
+from ..contract.method import Method, Net
+from ..data.stream import Task
 
 # %% ../../nbs/methods/olora.ipynb #51f644dd
 @dataclass
 class OLoRA(Method):
-    "A new adapter per task; the earlier ones stay in the sum, and the new rows are pushed to be orthogonal to theirs."
+    "Add an adapter per task to the sum of all, and push its rows to be orthogonal to earlier ones."
     lam: float = .5 # Strength λ of the penalty
     variant: str = "entrywise" # "entrywise": absolute values, as released; "squared": squares, as in the paper
     lam2: float|list = 0. # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
@@ -31,58 +33,79 @@ class OLoRA(Method):
         super().__post_init__()
         one_of("variant of method 'olora'", self.variant, ("entrywise", "squared"))
         if self.lam < 0: raise CitError(f"method 'olora': lam is {self.lam}; allowed: 0 and above")
-        for x in self.lam2 if isinstance(self.lam2, list) else [self.lam2]:
-            if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < float("inf"):
+        for value in self.lam2 if isinstance(self.lam2, list) else [self.lam2]:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf"):
                 raise CitError(f"method 'olora': lam2 is {self.lam2}; allowed: 0 and above, or a list of such numbers")
 
 # %% ../../nbs/methods/olora.ipynb #744439b4
 class SumLinear(SlotLinear):
-    "A frozen linear layer and all of its slots at once: y = W x + alpha/r · Σ_s B_s A_s x."
+    "Hold a frozen linear layer and all of its slots at once: y = W x + alpha/r · Σ_s B_s A_s x."
     local = True # Acts on each position alone
-    def forward(self, x): # b t d
-        y, d = self.base(x).flatten(0, -2), F.dropout(x, self.dropout, self.training).flatten(0, -2)
+    def forward(self, x:torch.Tensor) -> torch.Tensor: # b t d
+        y = self.base(x).flatten(0, -2)
+        dropped = F.dropout(x, self.dropout, self.training).flatten(0, -2)
         for A, B in zip(self.A, self.B):
-            y = torch.addmm(y, (self.scale*(d.to(A.dtype) @ A.T)).to(y.dtype), B.T.to(y.dtype))
+            read = self.scale*(dropped.to(A.dtype) @ A.T)
+            y = torch.addmm(y, read.to(y.dtype), B.T.to(y.dtype))
         return y.unflatten(0, x.shape[:-1])
 
 # %% ../../nbs/methods/olora.ipynb #bbbe6658
 @patch
-def wrap(self:OLoRA, net):
+def wrap(self:OLoRA, net:Net) -> Net:
     tasks = len(net.plan.tasks)
     if isinstance(self.lam2, list) and len(self.lam2) != tasks:
-        raise CitError(f"method 'olora': lam2 has {len(self.lam2)} numbers, but the stream has {tasks} tasks; give one for each")
+        raise CitError(f"method 'olora': lam2 has {len(self.lam2)} numbers, but the stream has {tasks} tasks; "
+                       "give one for each")
     add_slots(net.model, net.tuning, self.mem.get("slots", 0), SumLinear)
     return net
 
 @patch
-def begin(self:OLoRA, net, task):
+def begin(self:OLoRA, net:Net, task:Task):
     self.mem["slots"] = self.mem.get("slots", 0) + 1
-    seeded((net.seed, task.name, "slot"), lambda: [l.add() for l in inserted(net.model, SumLinear)])
+    def add():
+        for layer in inserted(net.model, SumLinear): layer.add()
+    seeded((net.seed, task.name, "slot"), add)
 
 # %% ../../nbs/methods/olora.ipynb #b742ea2c
 @patch
-def overlaps(self:OLoRA, net) -> list:
-    "Per layer, the inner products of all earlier rows with the new ones."
-    return [torch.cat([*l.A][:-1]) @ l.A[-1].T for l in inserted(net.model, SumLinear) if len(l.A) > 1]
+def overlaps(self:OLoRA, net:Net) -> list:
+    "Return, per layer, the inner products of all earlier rows with the new ones."
+    layers = [layer for layer in inserted(net.model, SumLinear) if len(layer.A) > 1]
+    found = []
+    for layer in layers:
+        *earlier, newest = layer.A
+        found.append(torch.cat(earlier) @ newest.T)
+    return found
 
 @patch
-def loss(self:OLoRA, net, batch, out):
+def loss(self:OLoRA, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     held = self.smallness(net)
-    if not self.lam or not (shared := self.overlaps(net)): return held
-    return self.lam*sum((o.abs() if self.variant == "entrywise" else o.square()).sum() for o in shared) + held
+    if not self.lam: return held
+    shared = self.overlaps(net)
+    if not shared: return held
+    total = 0
+    for products in shared:
+        sizes = products.abs() if self.variant == "entrywise" else products.square()
+        total = total + sizes.sum()
+    return self.lam*total + held
 
 @patch
-def smallness(self:OLoRA, net): # Scalar; 0. where λ₂ is 0
-    "λ₂ times the norms of the new pairs, not squared, summed over layers."
-    here = self.lam2[self.mem.get("slots", 1) - 1] if isinstance(self.lam2, list) else self.lam2
+def smallness(self:OLoRA, net:Net) -> torch.Tensor|float: # Scalar; 0. where λ₂ is 0
+    "Sum the norms of the new pairs over layers, not squared, times λ₂."
+    here = self.lam2
+    if isinstance(here, list): here = here[self.mem.get("slots", 1) - 1]
     if not here: return 0.
-    return here*sum(p.norm() for l in inserted(net.model, SumLinear) for p in (l.A[-1], l.B[-1]))
+    pairs = [(layer.A[-1], layer.B[-1]) for layer in inserted(net.model, SumLinear)]
+    return here*sum(matrix.norm() for pair in pairs for matrix in pair)
 
 # %% ../../nbs/methods/olora.ipynb #36b1e3e8
 @patch
 @torch.no_grad()
-def stats(self:OLoRA, net):
-    shared, out = self.overlaps(net), {}
-    if shared or self.lam2: out["penalty"] = float(self.loss(net, None, None))
-    if shared: out["overlap"] = max(float(o.abs().max()) for o in shared)
-    return out
+def stats(self:OLoRA, net:Net) -> dict:
+    shared, found = self.overlaps(net), {}
+    if shared or self.lam2:
+        found["penalty"] = float(self.loss(net, None, None))
+    if shared:
+        found["overlap"] = max(float(products.abs().max()) for products in shared)
+    return found

@@ -8,38 +8,52 @@ __all__ = ['SMoLoRA', 'SMoLinear']
 # %% ../../nbs/methods/smolora.ipynb #2717e39d
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import inserted, seeded, swap_linears
-from ..models.backbone import at, current
+from ..models.adapt import Tune, inserted, seeded, swap_linears
+from ..models.backbone import Batch, at, current
 from ..core import CitError, one_of
-from ..contract.method import Method
+from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/smolora.ipynb #06837b30
 @dataclass
 class SMoLoRA(Method):
-    "Experts for what is seen and experts for what is asked, fused token by token."
+    "Mix experts for what is seen and experts for what is asked, fused token by token."
     experts: int = 8 # Experts per layer, of both kinds together; they share the run's rank
     k: int = 2 # Experts of a kind that a row takes; "soft_topk" only
-    variant: str = "hard_frozen" # "hard_frozen": the best one, routers stay random; "soft_topk": the best k; "straight_through": the best one, softmax gradients
-    use: str = "both" # "both"; controls: "vu" or "if" alone, "hash": the IF expert by a hash of the question's last line
-    pool: str = "prompt" # "prompt": mean over prompt positions, kept while answering; "released": over all there are, anew for each token
-    encoder: str = "instruction" # Of instructions: "instruction": hashed n-grams; "embedding"; or a sentence encoder's folder or hub id
-    layers: str = "run" # "run": as `tune` says; "paper" and "released", which agree: of these the FFN, and the projector
-    version = 2 # layers="released" leaves the attention's output out; pool="released" routes each choice by its own tokens
+    # "hard_frozen": the best one, routers stay random; "soft_topk": the best k;
+    # "straight_through": the best one, softmax gradients
+    variant: str = "hard_frozen"
+    use: str = "both" # "both"; controls: "vu" or "if" alone, "hash": the IF expert by hashing the question's last line
+    # "prompt": mean over prompt positions, kept while answering;
+    # "released": over all there are, anew for each token
+    pool: str = "prompt"
+    # Of instructions: "instruction": hashed n-grams; "embedding"; or a sentence encoder's folder or hub id
+    encoder: str = "instruction"
+    layers: str = "run" # "run": as `tune` says; "paper" and "released", the same: of these the FFN, and the projector
+    version = 2
+    # 2: layers="released" leaves the attention's output out; pool="released" routes each choice by its own tokens
     called = "smolora"
     paper = "arXiv 2411.13949"
-    kinds = property(lambda self: {"vu": ["vu"], "if": ["if"]}.get(self.use, ["vu", "if"]))
-    n = property(lambda self: self.experts//len(self.kinds)) # Experts of a kind
+    @property
+    def kinds(self) -> list: return {"vu": ["vu"], "if": ["if"]}.get(self.use, ["vu", "if"]) # Of experts
+    @property
+    def n(self) -> int: return self.experts//len(self.kinds) # Experts of a kind
     def __post_init__(self):
         super().__post_init__()
-        allowed = {"variant": ("hard_frozen", "soft_topk", "straight_through"), "use": ("both", "vu", "if", "hash"),
-                   "pool": ("prompt", "released"), "layers": ("run", "paper", "released")}
-        for f, names in allowed.items(): one_of(f"{f} of method 'smolora'", getattr(self, f), names)
+        choices = {
+            "variant": ("hard_frozen", "soft_topk", "straight_through"),
+            "use": ("both", "vu", "if", "hash"),
+            "pool": ("prompt", "released"),
+            "layers": ("run", "paper", "released"),
+        }
+        for name, allowed in choices.items():
+            one_of(f"{name} of method 'smolora'", getattr(self, name), allowed)
         if self.experts < 1 or self.experts % len(self.kinds):
             raise CitError(f"method 'smolora': experts is {self.experts}; allowed: {len(self.kinds)} and its multiples")
         if self.variant == "soft_topk" and not 2 <= self.k <= self.n:
@@ -47,107 +61,173 @@ class SMoLoRA(Method):
 
 # %% ../../nbs/methods/smolora.ipynb #d677ed49
 class SMoLinear(nn.Module):
-    "A frozen linear layer with experts of one or two kinds, chosen per row and fused per token."
-    weight, in_features = property(lambda self: self.base.weight), property(lambda self: self.base.in_features)
-    def __init__(self, base, key, how, tune, image=False, asked=256):
+    "Hold a frozen linear layer with experts of one or two kinds, chosen per row and fused per token."
+    def __init__(self,
+                 base:nn.Linear, # Frozen
+                 key:str, # Of the layer in a batch's `ctx`
+                 how:SMoLoRA, # The method
+                 tune:Tune, # Rank, scale and dropout
+                 image:bool=False, # Sees rows with an image only, and image tokens only
+                 asked:int=256, # Length of the instruction's features
+                ):
         super().__init__()
-        i, o, r, E = base.in_features, base.out_features, tune.r//how.experts, how.experts
-        new = lambda *s: nn.Parameter(torch.zeros(*s, device=base.weight.device))
+        inputs, outputs = base.in_features, base.out_features
+        experts, rank = how.experts, tune.r//how.experts
+        new = lambda *shape: nn.Parameter(torch.zeros(*shape, device=base.weight.device))
         self.base, self.key, self.how, self.image, self.seen = base, key, how, image, None
         self.scale, self.dropout = tune.alpha/tune.r, tune.dropout
-        self.A, self.B, self.u = new(E, r, i), new(E, o, r), new(len(how.kinds), o)
-        width = {"vu": i, "if": asked}
-        self.R = nn.ParameterDict({k: new(how.n, width[k]) for k in how.kinds if (k, how.use) != ("if", "hash")})
+        self.A, self.B = new(experts, rank, inputs), new(experts, outputs, rank)
+        self.u = new(len(how.kinds), outputs)
+
+        width = {"vu": inputs, "if": asked}
+        routed = [kind for kind in how.kinds if (kind, how.use) != ("if", "hash")]
+        self.R = nn.ParameterDict({kind: new(how.n, width[kind]) for kind in routed})
         nn.init.normal_(self.A, std=.01)
-        for p in [*self.R.values(), self.u]: nn.init.kaiming_uniform_(p, a=5**.5)
+        for drawn in [*self.R.values(), self.u]: nn.init.kaiming_uniform_(drawn, a=5**.5)
         if how.variant == "hard_frozen": self.R.requires_grad_(False)
-    def forward(self, x):
-        ws, A, B = self.routes(x, current()), self.A.flatten(0, 1), self.B.transpose(1, 2) # E r o
-        d = F.dropout(x, self.dropout, self.training).to(A.dtype)
-        each = torch.broadcast_tensors(*(w if w.ndim == 3 else w[:, None] for w in ws)) # [b, 1 or t, n] of each kind
-        z = self.scale*(d @ A.T).unflatten(-1, (len(ws), -1, B.shape[1]))*torch.stack(each, 2)[..., None] # b t k n r
-        scores = z.flatten(-2)*torch.einsum("kzo,ko->kz", B.unflatten(0, (len(ws), -1)).flatten(1, 2), self.u) # b t k (n r)
-        a = scores.sum(-1).softmax(-1)
-        if self.training: self.seen = [w.detach() for w in ws], a.detach()[..., 0].mean()
-        return self.base(x) + ((z*a[..., None, None]).flatten(-3) @ B.flatten(0, 1)).to(x.dtype)
+
+    @property
+    def weight(self) -> nn.Parameter: return self.base.weight
+    @property
+    def in_features(self) -> int: return self.base.in_features
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        routes = self.routes(x, current())
+        A, B = self.A.flatten(0, 1), self.B.transpose(1, 2) # E r o
+        kinds, rank = len(routes), B.shape[1]
+        dropped = F.dropout(x, self.dropout, self.training).to(A.dtype)
+        whole = [route if route.ndim == 3 else route[:, None] for route in routes]
+        each = torch.broadcast_tensors(*whole) # [b, 1 or t, n] of each kind
+        z = self.scale*(dropped @ A.T).unflatten(-1, (kinds, -1, rank))
+        z = z*torch.stack(each, 2)[..., None] # b t k n r
+
+        flat = z.flatten(-2) # b t k (n r)
+        of_kind = B.unflatten(0, (kinds, -1)).flatten(1, 2)
+        scores = flat*torch.einsum("kzo,ko->kz", of_kind, self.u)
+        share = scores.sum(-1).softmax(-1)
+        if self.training:
+            self.seen = [route.detach() for route in routes], share.detach()[..., 0].mean()
+        y = self.base(x)
+        fused = (z*share[..., None, None]).flatten(-3)
+        change = fused @ B.flatten(0, 1)
+        return y + change.to(x.dtype)
 
 # %% ../../nbs/methods/smolora.ipynb #44e5eedd
 @patch
-def gate(self:SMoLinear, score):
+def gate(self:SMoLinear,
+         score:torch.Tensor, # Of a router [..., n]
+        ) -> torch.Tensor: # [..., n]
+    "Turn scores into weights of experts."
     score = score.float() # Under autocast softmax would be of another type than what it is scattered into
     hard = F.one_hot(score.argmax(-1), score.shape[-1]).to(score.dtype)
     if self.how.variant == "hard_frozen": return hard
-    if self.how.variant == "straight_through": return hard + (soft := score.softmax(-1)) - soft.detach()
+    if self.how.variant == "straight_through":
+        soft = score.softmax(-1)
+        return hard + soft - soft.detach()
     top = score.topk(self.how.k, -1)
     return torch.zeros_like(score).scatter(-1, top.indices, top.values.softmax(-1))
 
-# %% ../../nbs/methods/smolora.ipynb #0a4d817a
+# %% ../../nbs/methods/smolora.ipynb #2f494c34
 @patch
-def pooled(self:SMoLinear, x, b):
+def pooled(self:SMoLinear,
+           x:torch.Tensor, # Inputs of the layer [B, T, i]
+           batch:Batch, # The current one
+          ) -> torch.Tensor: # [B, i]; [B, T, i] where each token is a mean of its own
+    "Average the layer's inputs over each row's prompt, once per batch."
     if self.how.pool == "released":
-        choices = b.prompt is None and not self.image # A pass over the tokens of several choices
+        choices = batch.prompt is None and not self.image # A pass over the tokens of several choices
         return x if choices else x.mean(1)
     live = self.how.variant != "hard_frozen" and torch.is_grad_enabled()
-    if self.key in b.ctx and not live: return b.ctx[self.key]
-    real = x.new_ones(x.shape[:2], dtype=torch.bool) if self.image else b.prompt
-    share = (real/real.sum(1, keepdim=True)).to(self.A.dtype)[:, None]
-    z = (share @ (x if live else x.detach()).to(self.A.dtype))[:, 0]
-    return b.ctx.setdefault(self.key, z.detach()) + (z - z.detach())
+    if self.key in batch.ctx and not live: return batch.ctx[self.key]
 
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if self.image else batch.prompt
+    share = (real/real.sum(1, keepdim=True)).to(self.A.dtype)
+    source = x if live else x.detach()
+    mean = (share[:, None] @ source.to(self.A.dtype))[:, 0]
+    return batch.ctx.setdefault(self.key, mean.detach()) + (mean - mean.detach())
+
+# %% ../../nbs/methods/smolora.ipynb #0a4d817a
 @patch
-def routes(self:SMoLinear, x, b):
-    said, out = b.route.get("instruction"), []
-    if self.image and said is not None: said = said[[e.image is not None for e in b.examples]]
+def routes(self:SMoLinear,
+           x:torch.Tensor, # Inputs of the layer [B, T, i]
+           batch:Batch, # The current one
+          ) -> list: # For each kind [B, n] or [B, T, n]
+    "Return the weights of the experts of each kind."
+    said = batch.route.get("instruction")
+    if self.image and said is not None:
+        said = said[[example.image is not None for example in batch.examples]]
+    found = []
     for kind in self.how.kinds:
-        if kind == "if" and self.how.use == "hash": out.append(said.to(self.A.dtype)); continue
-        z = self.pooled(x, b) if kind == "vu" else said
-        out.append(self.gate(z.to(self.A.dtype) @ self.R[kind].T))
-    return out
+        if kind == "if" and self.how.use == "hash":
+            found.append(said.to(self.A.dtype))
+            continue
+        features = self.pooled(x, batch) if kind == "vu" else said
+        scores = features.to(self.A.dtype) @ self.R[kind].T
+        found.append(self.gate(scores))
+    return found
 
 # %% ../../nbs/methods/smolora.ipynb #21ca575e
 @patch
-def wrap(self:SMoLoRA, net):
-    t, number = net.tuning, iter(range(10**6))
-    if t.r % self.experts:
-        raise CitError(f"method 'smolora': rank {t.r} of `tune` cannot be split evenly over {self.experts} experts")
-    make = lambda image: lambda base: SMoLinear(base, f"smolora {next(number)}", self, t, image, net.width(self.encoder))
+def wrap(self:SMoLoRA, net:Net) -> Net:
+    tune, numbers = net.tuning, iter(range(10**6))
+    if tune.r % self.experts:
+        raise CitError(f"method 'smolora': rank {tune.r} of `tune` cannot be split evenly over {self.experts} experts")
+
+    def make(base, image):
+        key = f"smolora {next(numbers)}"
+        return SMoLinear(base, key, self, tune, image, net.width(self.encoder))
     only = "" if self.layers == "run" else r"(?=.*(gate|up|down)_proj$)"
     def swap():
-        swap_linears(net.model, f"{only}({t.layers})", make(False))
-        if only: swap_linears(net.model, r".*multi_modal_projector\.linear_[12]", make(True))
+        swap_linears(net.model, f"{only}({tune.layers})", partial(make, image=False))
+        if only: swap_linears(net.model, r".*multi_modal_projector\.linear_[12]", partial(make, image=True))
     seeded((net.seed, "smolora"), swap)
     return net
 
 # %% ../../nbs/methods/smolora.ipynb #9de764e6
 @patch
-def route(self:SMoLoRA, net, batch):
+def _hashed(self:SMoLoRA, batch:Batch) -> torch.Tensor: # [B, n]
+    "Send every row to an expert by a hash of its question's last line."
+    lines = [example.question.rsplit("\n", 1)[-1] for example in batch.examples]
+    hashes = [hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines]
+    places = [int.from_bytes(value, "little") % self.n for value in hashes]
+    return F.one_hot(torch.tensor(places, device=batch.ids.device), self.n).float()
+
+@patch
+def route(self:SMoLoRA, net:Net, batch:Batch) -> Batch:
     if self.use == "vu": return batch
-    if self.use == "hash":
-        last = [e.question.rsplit("\n", 1)[-1].encode() for e in batch.examples]
-        slot = [int.from_bytes(hashlib.blake2b(s, digest_size=8).digest(), "little") % self.n for s in last]
-        z = F.one_hot(torch.tensor(slot, device=batch.ids.device), self.n).float()
-    else: z = net.features(batch, self.encoder)
-    return replace(batch, route={**batch.route, "instruction": z})
+    if self.use == "hash": asked = self._hashed(batch)
+    else: asked = net.features(batch, self.encoder)
+    return replace(batch, route={**batch.route, "instruction": asked})
 
 # %% ../../nbs/methods/smolora.ipynb #5e35891d
 @patch
 @torch.no_grad()
-def stats(self:SMoLoRA, net):
-    seen = [l.seen for l in inserted(net.model, SMoLinear) if l.seen is not None]
+def stats(self:SMoLoRA, net:Net) -> dict:
+    seen = [layer.seen for layer in inserted(net.model, SMoLinear) if layer.seen is not None]
     if not seen: return {}
-    out = {}
-    for j, kind in enumerate(self.kinds):
-        use = torch.stack([ws[j].mean(0) for ws, _ in seen])
-        out |= {f"{kind}_entropy": float(torch.special.entr(use).sum(-1).mean()), f"{kind}_most": float(use.amax(-1).mean())}
-    return {**out, "fusion": float(torch.stack([a for _, a in seen]).mean())}
+    found = {}
+    for place, kind in enumerate(self.kinds):
+        use = torch.stack([routes[place].mean(0) for routes, _ in seen])
+        entropy, most = torch.special.entr(use).sum(-1), use.amax(-1)
+        found[f"{kind}_entropy"] = float(entropy.mean())
+        found[f"{kind}_most"] = float(most.mean())
+    shares = torch.stack([share for _, share in seen])
+    return {**found, "fusion": float(shares.mean())}
 
 # %% ../../nbs/methods/smolora.ipynb #da9e16a7
 @patch
-def used(self:SMoLoRA, net, batch):
-    layers, found = [l for l in inserted(net.model, SMoLinear) if not l.image], []
-    hooks = [l.register_forward_pre_hook(lambda l, x: found.append(l.routes(x[0], batch))) for l in layers]
+def used(self:SMoLoRA, net:Net, batch:Batch) -> dict:
+    layers = [layer for layer in inserted(net.model, SMoLinear) if not layer.image]
+    found = []
+    def note(layer, inputs):
+        "Note a layer's routes."
+        found.append(layer.routes(inputs[0], batch))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
-        with torch.no_grad(), at(batch), net.backbone.cast(): net.backbone.hidden(batch)
+        with torch.no_grad(), at(batch), net.backbone.cast():
+            net.backbone.hidden(batch)
     finally:
-        for h in hooks: h.remove()
-    return {kind: torch.stack([ws[j] for ws in found], 1) for j, kind in enumerate(self.kinds)} if found else {}
+        for hook in hooks: hook.remove()
+    if not found: return {}
+    return {kind: torch.stack(routes, 1) for kind, routes in zip(self.kinds, zip(*found))}

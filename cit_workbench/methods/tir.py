@@ -13,22 +13,27 @@ import torch
 from fastcore.basics import patch
 from torch.nn.functional import normalize
 
+from ..models.backbone import Batch, Out
 from ..core import CitError, one_of
-from ..contract.method import Method, row_nll
+from ..contract.method import Method, Net, row_nll
 from .mas import answer_norm, away, springs
+from ..data.stream import Task
 
 # %% ../../nbs/methods/tir.ipynb #97b6c681
 @dataclass
 class TIR(Method):
-    "Springs that are looser where the new task resembles the one that a weight belongs to."
+    "Hold weights by a quadratic penalty, weaker where the new task resembles the one that a weight belongs to."
     lam: float = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
     n: int = 200 # Examples of a task from which its importance and its embeddings are measured
-    importance: str = "ewc" # "ewc": squared gradients of log-likelihood; "mas": absolute gradients of the answer logits' length
-    variant: str = "similarity" # or "compound": discounts last; "released": as public code; controls: "shuffled", "inverted", "constant", "none"
+    # "ewc": squared gradients of log-likelihood; "mas": absolute gradients of the answer logits' length
+    importance: str = "ewc"
+    # or "compound": discounts last; "released": as public code;
+    # controls: "shuffled", "inverted", "constant", "none"
+    variant: str = "similarity"
     strength = "lam"
     paper = "He et al., arXiv 2311.16206"
     @property
-    def leaks(self): return {"pretrain_data"} if self.variant == "released" else set()
+    def leaks(self) -> set: return {"pretrain_data"} if self.variant == "released" else set()
     def __post_init__(self):
         super().__post_init__()
         one_of("importance of method 'tir'", self.importance, ("ewc", "mas"))
@@ -38,102 +43,142 @@ class TIR(Method):
         if self.n < 1: raise CitError(f"method 'tir': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/tir.ipynb #f6499660
-def embedding(net, task, n:int) -> dict: # {modality: unit vector}
-    "Mean features of n evenly spaced training examples of a task, brought to length 1 after averaging."
-    N = task.n["train"]; n = min(n, N); refs = [(task.name, i*N//n) for i in range(n)]
-    rows = [net.rows(refs[i:i + 32]) for i in range(0, n, 32)]
-    mean = lambda k: torch.cat([net.features(b, k) for b in rows]).mean(0)
-    return {k: normalize(mean(k), dim=0) for k in ("answer", "image", "instruction")}
+def embedding(net:Net,
+              task:Task,
+              n:int, # Examples, evenly spaced
+             ) -> dict: # {modality: unit vector}
+    "Average the features of some training examples of a task, and bring the means to length 1."
+    total = task.n["train"]
+    count = min(n, total)
+    refs = [(task.name, index*total//count) for index in range(count)]
+    rows = [net.rows(refs[low:low + 32]) for low in range(0, count, 32)]
+    found = {}
+    for modality in ("answer", "image", "instruction"):
+        features = torch.cat([net.features(batch, modality) for batch in rows])
+        found[modality] = normalize(features.mean(0), dim=0)
+    return found
 
 # %% ../../nbs/methods/tir.ipynb #15a285fb
 def relative(v:torch.Tensor, # Unit vectors of the tasks [t+1, d]
              raw:bool=False, # Leave the cosine of a single pair as it is
             ) -> torch.Tensor: # [t]
-    "Similarity of the last task to each earlier one in one modality, between 0 and 1 unless `raw`."
-    C = v @ v.T
-    now, pairs = C[-1, :-1], C[torch.ones_like(C).triu(1) == 1]
+    "Measure the similarity of the last task to each earlier one in one modality, between 0 and 1 unless `raw`."
+    cosines = v @ v.T
+    now = cosines[-1, :-1]
+    pairs = cosines[torch.ones_like(cosines).triu(1) == 1]
     if len(now) == 1: return now if raw else now.clamp(0, 1)
     spread = pairs.std()
-    return ((now - pairs.mean())/spread).sigmoid() if spread > 1e-6 else torch.full_like(now, .5)
+    if not spread > 1e-6: return torch.full_like(now, .5)
+    return ((now - pairs.mean())/spread).sigmoid()
 
 def similarity(tasks:list, # `embedding` of every task
                raw:bool=False, # Leave the cosines of a single pair as they are
               ) -> torch.Tensor: # [t]
-    "Similarity of the last task to each earlier one: the product over modalities."
-    return torch.stack([relative(torch.stack([e[k] for e in tasks]), raw) for k in sorted(tasks[0])]).prod(0)
+    "Measure the similarity of the last task to each earlier one: the product over modalities."
+    found = []
+    for modality in sorted(tasks[0]):
+        vectors = torch.stack([task[modality] for task in tasks])
+        found.append(relative(vectors, raw))
+    return torch.stack(found).prod(0)
 
 # %% ../../nbs/methods/tir.ipynb #2920f48d
 @patch
-def kept(self:TIR, s, rng) -> torch.Tensor: # Similarity of each old task [t] → [t]
-    "What is left of the stiffness of each old task's springs."
-    k = int(rng.integers(1, len(s))) if len(s) > 1 else 0
-    controls = {"shuffled": 1 - s.roll(k), "inverted": s, "constant": (1 - s.mean()).expand_as(s), "none": torch.ones_like(s)}
+def kept(self:TIR,
+         s:torch.Tensor, # Similarity of each old task [t]
+         rng, # NumPy's generator; draws for "shuffled"
+        ) -> torch.Tensor: # [t]
+    "Return the share of each old task's stiffness that is left."
+    places = int(rng.integers(1, len(s))) if len(s) > 1 else 0
+    controls = {
+        "shuffled": 1 - s.roll(places),
+        "inverted": s,
+        "constant": (1 - s.mean()).expand_as(s),
+        "none": torch.ones_like(s),
+    }
     return controls.get(self.variant, 1 - s)
 
 # %% ../../nbs/methods/tir.ipynb #10923174
 @patch
-def samples(self:TIR, task) -> int:
-    "How many examples of a task are measured."
+def samples(self:TIR, task:Task) -> int:
+    "Count the examples of a task that are measured."
     total = task.n["train"]
-    return len(range(0, total, max(1, total//self.n))) if self.variant == "released" else min(self.n, total)
+    if self.variant != "released": return min(self.n, total)
+    return len(range(0, total, max(1, total//self.n)))
 
-def per_position(fn): # Of `Out`, summed over a row's answer positions [B]
-    "The same, averaged over them."
+def per_position(fn, # Of `Out`, summed over a row's answer positions [B]
+                ): # Of `Out`, averaged over them [B]
+    "Divide what a function gives for a row by the number of its answer positions."
     return lambda out: fn(out)/out.row.bincount()
 
 @patch
-def importance_of(self:TIR, net, task) -> dict: # {parameter: importance}, 1 in sum; as "released" divided by the iterations
-    "What a task's examples say of each weight."
-    fn, how = (row_nll, torch.square) if self.importance == "ewc" else (answer_norm, torch.abs)
-    released, n = self.variant == "released", self.samples(task)
-    if released: fn = per_position(row_nll if self.importance == "ewc" else partial(answer_norm, centred=False))
-    found = net.sample_grads(task.name, fn, n, how)
-    total = sum(w.sum() for w in found.values()).clamp(min=1e-30)
-    return {k: w/total/n if released else w/total for k, w in found.items()}
+def importance_of(self:TIR, net:Net,
+                  task:Task,
+                 ) -> dict: # {parameter: importance}, 1 in sum; as "released" divided by the iterations
+    "Measure what a task's examples say of each weight."
+    released, count = self.variant == "released", self.samples(task)
+    norm = partial(answer_norm, centred=False) if released else answer_norm
+    fn, how = (row_nll, torch.square) if self.importance == "ewc" else (norm, torch.abs)
+    if released: fn = per_position(fn)
+    found = net.sample_grads(task.name, fn, count, how)
+    total = sum(weights.sum() for weights in found.values()).clamp(min=1e-30)
+    shares = {name: weights/total for name, weights in found.items()}
+    if not released: return shares
+    return {name: share/count for name, share in shares.items()}
 
 # %% ../../nbs/methods/tir.ipynb #4690ec23
 @patch
-def end(self:TIR, net, task):
-    m, t = self.mem, len(self.mem["tasks"]) - 1
-    base = "now" if self.variant in ("compound", "released") and "now" in m else "omega"
-    omega, ids, anchor = (dict(m.get(k, {})) for k in (base, "id", "anchor"))
-    for k, w in self.importance_of(net, task).items():
-        old = omega.get(k, torch.zeros_like(w))
-        ids[k] = torch.where(w > old, t, ids.get(k, 0)).to(torch.int16)
-        omega[k], anchor[k] = torch.maximum(old, w), net.params[k].detach().clone()
-    self.mem = {"tasks": m["tasks"], "omega": omega, "id": ids, "anchor": anchor}
+def end(self:TIR, net:Net, task:Task):
+    mem = self.mem
+    number = len(mem["tasks"]) - 1
+    lasting = self.variant in ("compound", "released") and "now" in mem
+    base = "now" if lasting else "omega"
+    omega, ids, anchor = (dict(mem.get(key, {})) for key in (base, "id", "anchor"))
+    for name, new in self.importance_of(net, task).items():
+        old = omega.get(name, torch.zeros_like(new))
+        owner = torch.where(new > old, number, ids.get(name, 0))
+        ids[name] = owner.to(torch.int16)
+        omega[name] = torch.maximum(old, new)
+        anchor[name] = net.params[name].detach().clone()
+    self.mem = {"tasks": mem["tasks"], "omega": omega, "id": ids, "anchor": anchor}
 
 # %% ../../nbs/methods/tir.ipynb #35e2a4cd
 @patch
-def begin(self:TIR, net, task):
+def begin(self:TIR, net:Net, task:Task):
     released = self.variant == "released"
     if released and net.first and net.stream.held_in:
-        for t in [t for t in net.held_in if t.n["train"]]:
-            self.meet(net, t)
-            self.end(net, t) # As if it had been trained, without training
+        for held in [held for held in net.held_in if held.n["train"]]:
+            self.meet(net, held)
+            self.end(net, held) # As if it had been trained, without training
     tasks = self.meet(net, task)
     if "omega" not in self.mem: return
-    s = similarity(tasks, raw=released)
-    w = self.kept(s, net.rng(self.name))
-    self.mem |= {"s": s, "now": {k: w[self.mem["id"][k].long()]*o for k, o in self.mem["omega"].items()}}
+
+    like = similarity(tasks, raw=released)
+    left = self.kept(like, net.rng(self.name))
+    ids, omega = self.mem["id"], self.mem["omega"]
+    now = {name: left[ids[name].long()]*stiffness for name, stiffness in omega.items()}
+    self.mem |= {"s": like, "now": now}
 
 @patch
-def meet(self:TIR, net, task) -> list: # Of every task so far
-    "Embed a task."
-    self.mem["tasks"] = [*self.mem.get("tasks", []), embedding(net, task, self.samples(task))]
+def meet(self:TIR, net:Net, task:Task) -> list: # Of every task so far
+    "Add a task's embedding to the memory."
+    known = self.mem.get("tasks", [])
+    self.mem["tasks"] = [*known, embedding(net, task, self.samples(task))]
     return self.mem["tasks"]
 
 # %% ../../nbs/methods/tir.ipynb #972787dd
 @patch
-def loss(self:TIR, net, batch, out):
+def loss(self:TIR, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.lam or "now" not in self.mem: return 0.
     return self.lam/2*springs(self.mem["now"], self.mem["anchor"], net.params)
 
 # %% ../../nbs/methods/tir.ipynb #d281296b
 @patch
 @torch.no_grad()
-def stats(self:TIR, net):
-    if "now" not in self.mem: return {}
-    m, (now, omega) = self.mem, (sum(o.sum() for o in self.mem[k].values()) for k in ("now", "omega"))
-    acts = {"penalty": self.loss(net, None, None), "similarity": m["s"].mean(), "kept": now/omega}
-    return {"drift": away(m["anchor"], net.params)} | {k: float(v) for k, v in acts.items()}
+def stats(self:TIR, net:Net) -> dict:
+    mem = self.mem
+    if "now" not in mem: return {}
+    now, omega = (sum(stiffness.sum() for stiffness in mem[key].values()) for key in ("now", "omega"))
+    found = {"penalty": self.loss(net, None, None)}
+    found |= {"similarity": mem["s"].mean(), "kept": now/omega}
+    drift = away(mem["anchor"], net.params)
+    return {"drift": drift} | {name: float(value) for name, value in found.items()}
