@@ -41,18 +41,32 @@ def choices(cls:type, # A method's dataclass
 
 # %% ../../nbs/views/launcher.ipynb #22b89538
 def comments(cls:type) -> dict: # {field: comment}
-    "Read the comment on the line of each field of a class; one without a file has none."
-    names, said, depth, before = {}, {}, 0, None
+    "Read the comment of each field of a class, on its line or above it; a class without a file has none."
+    names, said, alone, depth, before = {}, {}, set(), 0, None
     for token in tokenize.generate_tokens(io.StringIO(_source(cls)).readline):
         depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
         if token.type == tokenize.DEDENT and depth == 0: break
         line = token.start[0]
-        if token.type == tokenize.COMMENT: said[line] = token.string.lstrip("#").strip()
+        if token.type == tokenize.COMMENT:
+            said[line] = token.string.lstrip("#").strip()
+            if token.line.lstrip().startswith("#"): alone.add(line)
         if token.string == ":":
             left = before.line[:before.start[1]]
             if not left.strip(): names[before.string] = line
         before = token
-    return {name: said[line] for name, line in names.items() if line in said}
+    found = {name: said.get(line) or _above(line, said, alone) for name, line in names.items()}
+    return {name: text for name, text in found.items() if text}
+
+def _above(line:int, # Of a field
+           said:dict, # {line: comment}
+           alone:set, # Lines that hold nothing else
+          ) -> str:
+    "Read the comment on the lines above a field."
+    texts = []
+    while line - 1 in alone:
+        line -= 1
+        texts.insert(0, said[line])
+    return "\n".join(texts)
 
 def _source(cls:type) -> str:
     "Read the file of a class, from its first line on."
