@@ -360,7 +360,7 @@ def methods_index(pages:str="methods", # Where the method pages are
         said = about(name)
         told, paper = ", ".join(said["told"]) or "–", linked(said["paper"]) or "–"
         rows.append((f"[`{name}`]({pages}/{name}.ipynb)", said["idea"], told, paper))
-    return markdown_table(["method", "idea", "what it is told", "paper"], rows, left=4)
+    return markdown_table(["method", "idea", "what it receives", "paper"], rows, left=4)
 
 # %% ../../nbs/experiments/testbed.ipynb #db2a0156
 def usual(records:list) -> dict: # {(protocol, method): records of one setting}
