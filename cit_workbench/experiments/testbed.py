@@ -421,7 +421,7 @@ class Overview(list):
     "Hold the lines of `overview` and show them as a table."
     pages = "../methods" # Where the method pages are
     heads = ["method", "verdict so far", "orders", "over plain tuning", "AP norm", "forgetting", "learning"]
-    costs = ["method", "trains", "extra forwards", "step time", "is told", "keeps between tasks", "settings", "paper"]
+    costs = ["method", "trains", "extra forwards", "step time", "receives", "keeps between tasks", "settings", "paper"]
     def _score(self, line:dict, key:str, digits:int=0) -> str:
         "Write a mean, with its interval where there is one."
         found = [round(line.get(f"{key}{end}", np.nan), digits) for end in ("", "_low", "_high")]
