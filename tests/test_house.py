@@ -1,5 +1,6 @@
 """The house: the order of its rooms, read from imports alone. The home page lists the rooms in reading order."""
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ LATE = {
 DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
 SCATTERED = {("measure/evaluate", "Net"), ("training/train", "Net"), ("live/live", "Record")}
+# Words that made sentences hard to read; pages say it in the field's words.
+RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
+                     r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)
 TORCH_FREE = {"core", "metrics", "behaviour", "protocol", "data", "suites", "record", "figures", "views", "dashboard", "cli"}
 
 
@@ -110,3 +114,15 @@ def test_no_line_is_too_wide_and_none_holds_two_statements():
         text = re.sub(r"^__all__ = \[.*?\]\n", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
         wide = [line for line in text.splitlines() if len(line) > style.WIDTH]
         assert (name, wide, style.density(text, ast.parse(text))[2]) == (name, [], 0)
+
+
+def test_pages_are_in_plain_words():
+    "In text, code and paths left out."
+    found = []
+    for page in sorted(ROOT.glob("nbs/**/*.ipynb")):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        for text in texts:
+            plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+            found += [(page.name, match.group()) for match in RETIRED.finditer(plain)]
+    assert found == []
