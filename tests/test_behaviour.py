@@ -238,7 +238,9 @@ def test_the_class_of_a_page_is_that_of_the_package(name):
     made = {"__name__": "a_page"}
     sources = [source for source, _, flags in code_cells(pages_dir()/f"{name}.ipynb") if "export" in flags]
     sys.modules["a_page"] = type(sys)("a_page")
-    try: exec(compile("\n".join(sources), name, "exec"), made)
+    try:
+        for place, source in enumerate(sources): # As a notebook does: byte code depends on what is compiled together
+            exec(compile(source, f"{name}, cell {place}", "exec"), made)
     finally: del sys.modules["a_page"]
     cls = made[method_class(name).__name__]
     assert cls is not method_class(name) and code_of(cls()) == {}

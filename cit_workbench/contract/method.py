@@ -231,22 +231,38 @@ def fresh(method:Method) -> Method:
     return replace(method)
 
 # %% ../../nbs/contract/method.ipynb #a6627eaa
-def _code(value) -> list|str:
+def _code(value, # A function, byte code or a plain value
+          byte_code:Callable|None = None, # Spells out byte code; None: as it is stored
+         ) -> list|str:
     "Spell out what a function or a plain value does, as JSON; two spellings of the same byte code are equal."
+    if inspect.iscode(value) and byte_code:
+        return byte_code(value)
     if inspect.iscode(value):
         return [value.co_code.hex(), list(value.co_names), [_code(part) for part in value.co_consts]]
     if isinstance(value, (staticmethod, classmethod)):
-        return _code(value.__func__)
+        return _code(value.__func__, byte_code)
     if isinstance(value, property):
-        return [_code(function) for function in (value.fget, value.fset) if function]
+        return [_code(function, byte_code) for function in (value.fget, value.fset) if function]
     if inspect.isfunction(value):
-        return [_code(value.__code__), _code(value.__defaults__), _code(value.__kwdefaults__)]
+        return [_code(part, byte_code) for part in (value.__code__, value.__defaults__, value.__kwdefaults__)]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     if isinstance(value, (list, tuple)):
         return [_code(part) for part in value]
     plain = value is None or isinstance(value, (bool, int, float, str, bytes, dict))
     return repr(value) if plain else type(value).__name__
+
+def _steps(code) -> list: # Names of instructions, with what they act on
+    "Spell out byte code as it is wherever it was compiled: next to `import torch`, `torch.cat` is loaded otherwise."
+    lines = [line for line in dis.get_instructions(code) if line.opname not in ("EXTENDED_ARG", "PUSH_NULL")]
+    offsets = np.array([line.offset for line in lines])
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    steps = []
+    for line in lines:
+        name = "LOAD_ATTR" if line.opname == "LOAD_METHOD" else line.opname
+        target = int(np.searchsorted(offsets, line.argval)) if line.opcode in jumps else None
+        steps.append([name, _code(line.argval, _steps) if target is None else target])
+    return steps
 
 def _globals(code) -> set: # Names
     "List the global names that code reads, in what is nested in it, too."
@@ -303,15 +319,17 @@ def _counts(name:str, member) -> bool:
         return False
     return inspect.isroutine(member) or isinstance(member, property) or not name.startswith("__")
 
-def _spelled(found:dict) -> dict: # {name: what it does, as JSON}
+def _spelled(found:dict, # Classes, functions and constants by name
+             byte_code:Callable|None = None, # Spells out byte code; None: as it is stored
+            ) -> dict: # {name: what it does, as JSON}
     "Spell out classes, functions and constants."
     spelled = {}
     for name, value in sorted(found.items()):
         if isinstance(value, type):
             members = [item for item in sorted(vars(value).items()) if _counts(*item)]
-            spelled[name] = [(key, _code(member)) for key, member in members]
+            spelled[name] = [(key, _code(member, byte_code)) for key, member in members]
         else:
-            spelled[name] = _code(value)
+            spelled[name] = _code(value, byte_code)
     return spelled
 
 def _released(method:Method, # No chain, and defined elsewhere than in the package
@@ -320,8 +338,9 @@ def _released(method:Method, # No chain, and defined elsewhere than in the packa
     name = type(method).__name__
     pages = [importlib.import_module(f"cit_workbench.methods.{page}") for page in all_methods()]
     named = [vars(page)[name] for page in pages if name in vars(page)]
-    own = _spelled(own_code(method))
-    return any(own == _spelled(_reached([cls])) for cls in named if cls.__module__.startswith("cit_workbench.methods."))
+    own = _spelled(own_code(method), _steps)
+    released = [cls for cls in named if cls.__module__.startswith("cit_workbench.methods.")]
+    return any(own == _spelled(_reached([cls]), _steps) for cls in released)
 
 # %% ../../nbs/contract/method.ipynb #8e31d25e
 def code_of(method:Method) -> dict: # {} for methods of the package
