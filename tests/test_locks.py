@@ -319,8 +319,8 @@ def test_the_project_has_no_collisions(tool): assert tool.collisions(ROOT)[0] ==
 
 
 def test_a_foreign_lock_is_a_sentence(tmp_path, monkeypatch):
-    import cit_workbench.live.live as live
+    import cit_workbench.training.control as control
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(live, "shared", lambda path: None)
+    monkeypatch.setattr(control, "shared", lambda path: None)
     with turn("cuda:0", 1, patient=False): pass
     with pytest.raises(CitError, match="cannot be opened"), turn("cuda:0", 1): pass
