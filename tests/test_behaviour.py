@@ -1,5 +1,4 @@
 "Results are known by versions: what must raise one, what a raised one makes older, and what never counts."
-import ast
 import json
 import shutil
 import subprocess
@@ -20,6 +19,10 @@ from cit_workbench.data.stream import get_stream, scorer_versions, scorers
 from cit_workbench.experiments.sweep import code_cells, data_digest, pages_dir, plan
 
 RECORDS = Path(__file__).parents[1]/"records"
+sys.path.insert(0, str(RECORDS.parent/"tools"))
+import style  # noqa: E402
+
+IMPORTS = {row["name"]: row["imports"] for row in style.survey(RECORDS.parent)}
 # A run passes through these, and its bits depend on none of them: they write, read, watch or steer.
 PASSED = {"behaviour", "training/checkpoint", "training/control", "record/record", "measure/similarity", "measure/spectra",
           "measure/watch"}
@@ -72,10 +75,8 @@ def imported(name:str, seen:set) -> set:
     "Modules of the package that a module imports at its top, at any depth."
     if name in seen: return seen
     seen.add(name)
-    for node in ast.parse((package()/f"{name}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            room = name.split("/")[:-node.level]
-            imported("/".join([*room, *node.module.split(".")]), seen)
+    for target, _, late in IMPORTS[name]:
+        if not late: imported(target, seen)
     return seen
 
 

@@ -11,10 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import style  # noqa: E402
 
-PACKAGE = ROOT/"cit_workbench"
-FILES = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py"))
-         if path.name not in ("__init__.py", "_modidx.py")}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+ROWS = {row["name"]: row for row in style.survey(ROOT)}
 
 # A module may import late, inside functions, for one of these reasons.
 LATE = {
@@ -28,7 +25,6 @@ LATE = {
     "experiments/testbed": "tables of the testbed load no torch",
     "figures/analysis": "most pictures need no measures",
     "measure/spectra": "one figure needs a brick of a method, which loads torch",
-    "suites/coin": "reading annotations opens no picture",
 }
 # These two lead to a later room: a run starts the process in which it trains.
 DOWN = {("training/train", "live/live")}
@@ -50,21 +46,12 @@ def rooms() -> list:
 def room(module:str) -> str: return module.split("/")[0]
 
 
-def imported() -> list:
-    "List (module, what it imports, names, whether inside a function)."
-    found = []
-    for name, tree in TREES.items():
-        for module, names, late in style.imports(tree, name):
-            inner = [(f"{module}/{part}".strip("/"), [part]) for part in names if f"{module}/{part}".strip("/") in FILES]
-            found += [(name, target, parts, late) for target, parts in inner or [(module, names)] if target in FILES]
-    return found
-
-
-IMPORTED = imported()
+# (module, what it imports, names, whether inside a function)
+IMPORTED = [(name, *found) for name, row in ROWS.items() for found in row["imports"]]
 
 
 def test_every_module_is_in_a_room_of_the_home_page():
-    assert {room(name) for name in FILES} == set(rooms())
+    assert {room(name) for name in ROWS} == set(rooms())
     assert len(rooms()) == len(set(rooms()))
 
 
@@ -75,7 +62,7 @@ def test_imports_point_to_earlier_rooms():
 
 
 def test_modules_form_no_circle():
-    graph = {name: set() for name in FILES}
+    graph = {name: set() for name in ROWS}
     for name, target, _, _ in IMPORTED:
         if (name, target) not in DOWN: graph[name].add(target)
     assert style.circles(graph) == []
@@ -91,15 +78,14 @@ def test_no_private_name_crosses_a_module():
 
 
 def test_a_class_is_patched_on_its_own_page():
-    own = {name: {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} for name, tree in TREES.items()}
-    away = {(name, cls) for name, tree in TREES.items() for cls in style.patches(tree) if cls not in own[name]}
+    away = {(name, cls) for name, row in ROWS.items() for cls in row["patches"] if cls not in row["classes"]}
     assert away == SCATTERED
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "peft"])
 def test_rooms_of_records_and_pictures_load_no_models(library):
     "By imports at the top of modules, at any depth."
-    direct = {name for name, tree in TREES.items() for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+    direct = {name for name, row in ROWS.items() for node in row["tree"].body if isinstance(node, (ast.Import, ast.ImportFrom))
               if library in re.findall(r"[\w.]+", ast.unparse(node).split(" import ")[0])}
     heavy = set(direct)
     while more := {name for name, target, _, late in IMPORTED if not late and target in heavy} - heavy:
@@ -110,10 +96,7 @@ def test_rooms_of_records_and_pictures_load_no_models(library):
 
 def test_no_line_is_too_wide_and_none_holds_two_statements():
     "But for the list of public names, which is generated."
-    for name, path in FILES.items():
-        text = re.sub(r"^__all__ = \[.*?\]\n", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
-        wide = [line for line in text.splitlines() if len(line) > style.WIDTH]
-        assert (name, wide, style.density(text, ast.parse(text))[2]) == (name, [], 0)
+    assert [(name, row["wide"], row["semicolons"]) for name, row in ROWS.items() if row["wide"] or row["semicolons"]] == []
 
 
 def test_pages_are_in_plain_words():

@@ -75,26 +75,24 @@ def public_names(tree: ast.Module) -> list[str]:
     return []
 
 
-def imports(tree: ast.Module, own: str) -> list[tuple[str, list[str], bool]]:
-    "List imports from the package: (module, names, whether inside a function)."
+def imports(tree: ast.Module, own: str, modules: set[str]) -> list[tuple[str, list[str], bool]]:
+    "List what a module imports from the package: (module, names, whether inside a function)."
     inside = {id(node) for function in functions(tree) for node in ast.walk(function)}
     found = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("cit_workbench")):
+        if not isinstance(node, ast.ImportFrom):
             continue
-        above = own.split("/")[:-node.level] if node.level else []
-        module = "/".join(above + (node.module or "").replace("cit_workbench", "", 1 if not node.level else 0).strip(".").split("."))
-        found.append((module.strip("/"), [name.name for name in node.names], id(node) in inside))
+        words = (node.module or "").split(".")
+        if node.level:
+            words = [*own.split("/")[:-node.level], *words]
+        elif words[0] == "cit_workbench":
+            words = words[1:]
+        else:
+            continue
+        module, names = "/".join(filter(None, words)), [name.name for name in node.names]
+        inner = [(f"{module}/{name}".strip("/"), [name]) for name in names if f"{module}/{name}".strip("/") in modules]
+        found += [(*target, id(node) in inside) for target in inner or [(module, names)] if target[0] in modules]
     return found
-
-
-def edges(name: str, tree: ast.Module, modules: set[str]) -> set[str]:
-    "Find the modules that a module imports, those imported late included."
-    found = set()
-    for module, names, _ in imports(tree, name):
-        inner = {f"{module}/{part}".strip("/") for part in names} & modules
-        found |= inner or ({module} & modules)
-    return found - {name}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -118,21 +116,29 @@ def patches(tree: ast.Module) -> list[str]:
     return [ast.unparse(f.args.args[0].annotation) for f in marked if f.args.args and f.args.args[0].annotation]
 
 
-def measure(path: Path, name: str) -> dict:
+def measure(path: Path, name: str, modules: set[str]) -> dict:
     "Measure one module."
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    written = re.sub(r"^__all__ = \[.*?\]\n", "", source, flags=re.M | re.S)  # this list is generated
+    written = re.sub(r"^__all__ = \[.*?\]\n", "", source, flags=re.M | re.S)  # nbdev writes this list
     nodes, lines, semicolons = density(source, tree)
     names = bound_names(tree)
     documented = [(f.name, ast.get_docstring(f)) for f in functions(tree) if ast.get_docstring(f)]
-    return dict(name=name, tree=tree, nodes=nodes, code=lines, lines=sum(bool(line.strip()) for line in source.splitlines()),
-                semicolons=semicolons, wide=sum(len(line) > WIDTH for line in written.splitlines()), names=names,
+    return dict(name=name, path=path, tree=tree, nodes=nodes, code=lines, lines=sum(bool(line.strip()) for line in source.splitlines()),
+                semicolons=semicolons, wide=[line for line in written.splitlines() if len(line) > WIDTH], names=names,
                 short=[n for n in names if len(n) == 1], functions=len(functions(tree)),
                 long=[(f.name, length(f)) for f in functions(tree) if length(f) > LONG_FUNCTION],
                 documented=documented, nouns=[f"{n}: {text.splitlines()[0]}" for n, text in documented if not begins_with_verb(text)],
-                public=public_names(tree), late=sum(late for *_, late in imports(tree, name)), patches=patches(tree),
+                public=public_names(tree), imports=imports(tree, name, modules), patches=patches(tree),
                 classes={node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)})
+
+
+def survey(tree: Path) -> list[dict]:
+    "Measure every module of a checkout."
+    package = tree / "cit_workbench"
+    paths = {str(path.relative_to(package).with_suffix("")): path for path in sorted(package.rglob("*.py"))
+             if path.name not in ("_modidx.py", "__init__.py")}
+    return [measure(path, name, set(paths)) for name, path in paths.items()]
 
 
 def lessons(tree: Path) -> tuple[int, int]:
@@ -154,31 +160,30 @@ def totals(rows: list[dict], tree: Path) -> dict:
     total = lambda key: sum(row[key] for row in rows)
     methods = [row for row in rows if row["name"].startswith("methods/")]
     names = [name for row in rows for name in row["names"]]
-    known = {row["name"] for row in rows}
     away = [cls for row in rows for cls in row["patches"] if cls not in row["classes"]]
     documented = sum(len(row["documented"]) for row in rows)
     shown, exported = lessons(tree)
     return {"modules": len(rows), "lines that are not blank": total("lines"),
             "nodes a line": round(total("nodes") / total("code"), 2),
             "nodes a line, methods": round(sum(r["nodes"] for r in methods) / max(1, sum(r["code"] for r in methods)), 2),
-            f"lines over {WIDTH} columns": total("wide"), "semicolons": total("semicolons"),
+            f"lines over {WIDTH} columns": sum(len(row["wide"]) for row in rows), "semicolons": total("semicolons"),
             "names of one letter": f"{sum(len(n) == 1 for n in names) / len(names):.1%}",
             f"functions over {LONG_FUNCTION} lines": f"{sum(len(r['long']) for r in rows)} of {total('functions')}"
                                                      f" ({sum(len(r['long']) for r in rows) / total('functions'):.1%})",
             f"modules over {LONG_MODULE} lines": sum(row["lines"] > LONG_MODULE for row in rows),
             "longest module": max((row["lines"], row["name"]) for row in rows),
             "most public names": max((len(row["public"]), row["name"]) for row in rows),
-            "circles of modules": circles({row["name"]: edges(row["name"], row["tree"], known) for row in rows}),
-            "imports inside functions": total("late"), "@patch": sum(len(r["patches"]) for r in rows), "@patch on another page's class": len(away),
+            "circles of modules": circles({row["name"]: {target for target, *_ in row["imports"]} - {row["name"]} for row in rows}),
+            "imports inside functions": sum(late for row in rows for *_, late in row["imports"]), "@patch": sum(len(r["patches"]) for r in rows), "@patch on another page's class": len(away),
             "docstrings that begin with a verb": f"{1 - sum(len(r['nouns']) for r in rows) / documented:.1%} of {documented}",
             "lesson cells per export cell": round(shown / exported, 2)}
 
 
 def show(row: dict) -> None:
     "Print one module's line."
-    print(f"{row['name']:<28} {row['lines']:>4} lines  nodes {row['nodes'] / max(1, row['code']):>5.1f}  wide {row['wide']:>2}  ; {row['semicolons']:>2}"
+    print(f"{row['name']:<28} {row['lines']:>4} lines  nodes {row['nodes'] / max(1, row['code']):>5.1f}  wide {len(row['wide']):>2}  ; {row['semicolons']:>2}"
           f"  one letter {len(row['short']) / max(1, len(row['names'])):>4.0%}  long {len(row['long'])}  public {len(row['public']):>2}"
-          f"  late {row['late']:>2}  nouns {len(row['nouns'])}")
+          f"  late {sum(late for *_, late in row['imports']):>2}  nouns {len(row['nouns'])}")
 
 
 def explain(row: dict) -> None:
@@ -196,9 +201,7 @@ def main() -> int:
     parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="the checkout to measure")
     parser.add_argument("--totals", action="store_true", help="print the totals alone")
     args = parser.parse_args()
-    package = args.tree / "cit_workbench"
-    paths = {str(path.relative_to(package).with_suffix("")): path for path in sorted(package.rglob("*.py"))}
-    rows = [measure(path, name) for name, path in paths.items() if path.name not in ("_modidx.py", "__init__.py")]
+    rows = survey(args.tree)
     unknown = set(args.modules) - {row["name"] for row in rows}
     if unknown:
         sys.exit(f"unknown module {sorted(unknown)[0]!r}; allowed: {', '.join(row['name'] for row in rows)}")

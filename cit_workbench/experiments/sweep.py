@@ -21,8 +21,8 @@ from pathlib import Path
 from IPython import get_ipython
 
 from ..behaviour import admitted, as_before, behaviour, class_facts, normalised, raised
-from ..core import (CitError, assets, canonical, check_args, digest, disk_error, expanded, leaves, locked,
-                                one_of, plain, progress, read_json, shared, write_atomic)
+from ..core import (CitError, assets, cache_dir, canonical, check_args, digest, disk_error, expanded, leaves,
+                                locked, one_of, plain, progress, read_json, shared, write_atomic)
 from ..data.stream import get_stream, scorers_of
 from ..protocol import recipe
 
@@ -850,7 +850,6 @@ def run_once(method:str, # A method of the package
             ): # Record
     "Train a run to put next to others, or find it finished where the same code did so before."
     import torch
-    from cit_workbench.core import cache_dir
     from cit_workbench.contract.method import versions_of
     from cit_workbench.training.train import Run
     run = Run(method, method_args=method_args or {}, **fields)

@@ -18,7 +18,7 @@ import numpy as np
 from ..core import CitError, canonical, read_json
 from ..metrics import average_accuracy, forgetting, order_means, paired
 from ..protocol import balanced_orders, content, drawn, recipe
-from ..record.record import amount
+from ..record.record import Record, amount, markdown_table, table, tuned_where
 from ..data.stream import all_streams, get_stream
 
 # %% ../../nbs/experiments/testbed.ipynb #56d4f9bf
@@ -220,7 +220,6 @@ def ran(folder:Path, # Packed runs
         stream:str="shapes",
        ) -> list: # Records
     "Read the runs of some methods on a stream."
-    from cit_workbench.record.record import Record
     def wanted(config:dict) -> bool:
         of_part = part and config["method"] == "finetune_part" and config["method_args"]["part"] == part
         return config["stream"] == stream and (of_part or {*names} & {*config["method"].split("+")})
@@ -272,7 +271,6 @@ def verdict(name:str, # A method
             stream:str="shapes", # Another one: where its mechanism has something to work on
            ): # `Table`
     "Compare a method on the locked testbed with the reference runs that judge it."
-    from cit_workbench.record.record import table
     references, here = judges(records), stream == "shapes"
     if here:
         own = [record.path for record in ran(Path(records)/"zoo", [name], part)]
@@ -354,7 +352,6 @@ def methods_index(pages:str="methods", # Where the method pages are
                  ) -> str: # Markdown
     "List all methods in a table without numbers: the idea, what a method receives, the paper."
     from cit_workbench.contract.method import all_methods
-    from cit_workbench.record.record import markdown_table
     rows = []
     for name in all_methods():
         said = about(name)
@@ -466,7 +463,6 @@ class Overview(list):
         ]
         return shown, costs
     def _repr_markdown_(self) -> str:
-        from cit_workbench.record.record import markdown_table
         parts = []
         for block in dict.fromkeys(line["block"] for line in self):
             cells = [self._cells(line) for line in self if line["block"] == block]
@@ -483,7 +479,6 @@ def overview(records:str|Path="../../records", # Folder with `testbed`, `zoo` an
             ) -> Overview: # One dict per method, in blocks of equal protocol
     "Tell what every method is, receives, keeps and costs, and what has been shown of it so far."
     from cit_workbench.contract.method import all_methods
-    from cit_workbench.record.record import tuned_where, table
     runs = _runs_of(records)
     kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
     ran = {(method, tuned_where(same[0])): same for (_, method), same in kept.items()}
@@ -521,7 +516,6 @@ def _told(line:dict, own:dict, base:dict, share:float) -> dict:
 
 def _runs_of(records:str|Path) -> list: # Records
     "Read all finished runs, of `finetune` those at the recipe's rate, as in `verdict`."
-    from cit_workbench.record.record import Record
     zoo = sorted(Path(records).glob("zoo/*.jsonl"))
     runs = []
     for path in dict.fromkeys([*judges(records), *zoo]):

@@ -25,6 +25,7 @@ from PIL import Image
 from ..core import (CitError, cache_dir, check_args, digest, disk_error, one_of, progress, rng,
                                 write_atomic)
 from ..metrics import caption_words, count_words
+from ..data.pictures import load_image
 from ..data.stream import Example, Format, Stream, Task, box_in, iou, scorer, scorers
 
 # %% ../../nbs/suites/coin.ipynb #0a74d667
@@ -909,7 +910,6 @@ def _bytes_of(path:str) -> str:
 
 def _seen_in(path:str) -> str:
     "Return the digest of the pixels that a model gets; raises `CitError` naming a file that cannot be opened."
-    from cit_workbench.data.pictures import load_image
     return digest(np.asarray(load_image(path)))
 
 def _stored(file:Path) -> dict: # {path: [stamp, digest]}
