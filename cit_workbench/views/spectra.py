@@ -35,7 +35,9 @@ class Spectra(View):
         for place in self.c.places("raw/values"):
             level, _, modality = place.rpartition("/")
             self.levels[level].append(modality)
-        if not self.levels: raise CitError("the collected file holds no spectra; `collect` writes them")
+        drawn = ("raw/values", "centred/values", "centred/energy", "centred/basis")
+        if not all(self.c.places(what) for what in drawn):
+            raise CitError("the collected file holds no spectra with their directions; `collect` writes them")
         self._menus()
         self.frame = framed(self._make())
         menus = [self.level, self.modality, self.variant, self.task, self.k, self.share, self.layer, self.measure]
