@@ -12,8 +12,11 @@ from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 from fastcore.basics import camel2snake
 
+import style
+
 root = Path(__file__).resolve().parents[1]
 mark = "<!-- The methods: written by `make sync`, from their classes. -->"
+rooms_mark = "| room | what is in it | pages |"
 
 
 def generated(path):
@@ -40,6 +43,41 @@ def list_methods(at):
     if len(cells) != 1: sys.exit(f"nbs/index.ipynb must hold one cell that begins with {mark}; there are {len(cells)}")
     if cells[0].source == (text := f"{mark}\n\n{table.strip()}"): return
     cells[0].source = text
+    write_nb(nb, at/"nbs/index.ipynb")
+
+
+def module_of(path):
+    "Name the module that a page exports, or None where it exports none."
+    cells, module = exported(read_nb(path))
+    return module.replace(".", "/") if cells and module else None
+
+
+def in_order(modules, imported):
+    "Sort modules so that each comes after those it imports; ties by name."
+    left, done = sorted(modules), []
+    while left:
+        free = [name for name in left if not (imported.get(name, set()) & set(left) - {name})] or left[:1]
+        done.append(free[0])
+        left.remove(free[0])
+    return done
+
+
+def list_rooms(at):
+    "Write the pages of each room into the table of rooms in nbs/index.ipynb, in the order of their imports."
+    imported = {row["name"]: {target for target, _, late in row["imports"] if not late} for row in style.survey(at)}
+    linked = {name: path.relative_to(at/"nbs") for path in pages(at) if (name := module_of(path))}
+    nb = read_nb(at/"nbs/index.ipynb")
+    cell, = [c for c in nb.cells if rooms_mark in c.source]
+
+    def row(match):
+        room, text = match[1], match[2]
+        if room == "methods": return match[0]
+        names = in_order([name for name in linked if name.split("/")[0] == room], imported)
+        links = ", ".join(f"[{name.split('/')[-1]}]({linked[name]})" for name in names)
+        return f"| `{room}` | {text} | {links} |"
+    text = re.sub(r"^\| `(\w+)` \| (.*?) \| .* \|$", row, cell.source, flags=re.M)
+    if text == cell.source: return
+    cell.source = text
     write_nb(nb, at/"nbs/index.ipynb")
 
 
@@ -120,6 +158,7 @@ def sync(at):
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True, env=env)
     list_methods(at)
+    list_rooms(at)
     text = readme(read_nb(at/"nbs/index.ipynb"))
     (at/"README.md").write_text(text, encoding="utf-8")
 
