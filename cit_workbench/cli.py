@@ -15,7 +15,7 @@ from fastcore.docments import docments
 
 from .core import (CitError, Ended, assets, digest, disk_error, end, expanded, heeding, leaves, one_of,
                                 write_atomic)
-from .experiments.sweep import nested
+from .experiments.search import nested
 
 # %% ../nbs/cli.ipynb #eb601ddd
 def pair(text:str, # "lam=100"
@@ -208,7 +208,7 @@ def tune(method:str, # Method, or a chain such as er+ewc
          out:str="runs/tune", # Folder of the trials and of the result
         ) -> None:
     "Choose the learning rate and strength of a method on shapes-tune; finished trials never run again."
-    from cit_workbench.experiments.sweep import tune as search
+    from cit_workbench.experiments.search import tune as search
     tables = dict(stream_args=nested(stream_args), optim=nested(optim), tune=nested(tune), compute=nested(compute))
     grid = {name: values.split(",") if isinstance(values, str) else values for name, values in grid.items()}
     found = search(method, grid, stream, trials, out, method_args=nested(set), backbone=backbone, seed=seed, **tables)
@@ -307,7 +307,8 @@ def demo(out:str="runs/demo", # Where pictures go
     "Draw recorded results, train the same four methods here, draw those."
     from cit_workbench.figures.analysis import figures, report
     from cit_workbench.record.record import find_runs
-    from cit_workbench.experiments.sweep import pages_dir, sweep
+    from cit_workbench.experiments.sweep import sweep
+    from cit_workbench.experiments.pages import pages_dir
     root = pages_dir().parents[1]
     def draw(runs, to) -> None:
         for path in figures(runs, to, formats=["png"], reports=False):

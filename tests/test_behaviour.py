@@ -16,7 +16,9 @@ from cit_workbench.core import CitError, digest
 from cit_workbench.contract.method import Net, all_methods, code_of, method_class
 from cit_workbench.record.record import Record, table
 from cit_workbench.data.stream import get_stream, scorer_versions, scorers
-from cit_workbench.experiments.sweep import code_cells, data_digest, pages_dir, plan
+from cit_workbench.experiments.cells import plan
+from cit_workbench.experiments.keys import data_digest
+from cit_workbench.experiments.pages import code_cells, pages_dir
 
 RECORDS = Path(__file__).parents[1]/"records"
 sys.path.insert(0, str(RECORDS.parent/"tools"))

@@ -203,7 +203,7 @@ def test_the_command_line_refuses_them(tmp_path, capsys, word):
 
 @pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
 def test_a_sweep_file_is_refused_before_it_starts(tmp_path, word):
-    from cit_workbench.experiments.sweep import plan
+    from cit_workbench.experiments.cells import plan
     (tmp_path/"s.toml").write_text(f"[sweep]\npages = ['finetune']\n[set]\noptim = {{lr = {word}}}\n")
     with pytest.raises(CitError, match="page 'finetune': field 'optim.lr' is -?(nan|inf), but must be a finite"):
         plan(tmp_path/"s.toml", tmp_path/"out")

@@ -13,7 +13,8 @@ import pytest
 
 from cit_workbench.core import CitError, shared
 from cit_workbench.training.control import _ahead, _lives, _room, turn
-from cit_workbench.experiments.sweep import plan, sweep
+from cit_workbench.experiments.sweep import sweep
+from cit_workbench.experiments.cells import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from cit_workbench.experiments.sweep import code_cells, trimmed
+from cit_workbench.experiments.pages import code_cells, trimmed
 
 PAGES = sorted(p for p in (Path(__file__).parents[1]/"nbs").glob("**/*.ipynb")
                if any("parameters" in tags for _, tags, _ in code_cells(p)))

@@ -6,7 +6,9 @@ import pytest
 
 from cit_workbench.cli import main
 from cit_workbench.core import CitError
-from cit_workbench.experiments.sweep import code_cells, find_page, page_parameters, pages_dir, plan, sweep
+from cit_workbench.experiments.sweep import sweep
+from cit_workbench.experiments.cells import plan
+from cit_workbench.experiments.pages import code_cells, find_page, page_parameters, pages_dir
 
 COMMON = {"stream", "stream_args", "backbone", "tune", "optim", "compute", "order", "seed", "tuned_on", "plus", "out"}
 pages = sorted(p.stem for p in pages_dir().glob("*.ipynb"))

@@ -9,7 +9,8 @@ from cit_workbench.models.backbone import start_hash
 from cit_workbench.contract.method import all_methods
 from cit_workbench.record.record import Record
 from cit_workbench.data.stream import all_streams, get_stream
-from cit_workbench.experiments.testbed import gate_runs, judged, methods_index, overview, stale
+from cit_workbench.experiments.gates import gate_runs, judged, stale
+from cit_workbench.experiments.overview import methods_index, overview
 from cit_workbench.protocol import balanced_orders, content, drawn, lock_of, read_lock, recipe
 
 RECORDS = Path(__file__).parents[1]/"records/testbed"

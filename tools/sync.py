@@ -35,7 +35,7 @@ def readme(nb):
 
 def list_methods(at):
     "Write the table of all methods into the cell of nbs/index.ipynb that begins with the mark."
-    code = "from cit_workbench.experiments.testbed import methods_index; print(methods_index())"
+    code = "from cit_workbench.experiments.overview import methods_index; print(methods_index())"
     env = {**os.environ, "PYTHONPATH": str(at)}
     table = subprocess.run([sys.executable, "-c", code], cwd=at, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     nb = read_nb(at/"nbs/index.ipynb")

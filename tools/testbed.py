@@ -21,7 +21,7 @@ def one(name):
 
     from cit_workbench import Run
     from cit_workbench.record.record import pack
-    from cit_workbench.experiments.testbed import gate_runs, start_runs
+    from cit_workbench.experiments.gates import gate_runs, start_runs
     began, gates = time.time(), gate_runs()
     os.chdir(root)
     rec = Run(**(gates | start_runs())[name], out=str(root/"runs/testbed"/name)).train()
@@ -47,7 +47,8 @@ def lock():
     from cit_workbench.models.backbone import start_hash
     from cit_workbench.core import CitError, assets, write_atomic
     from cit_workbench.record.record import Record
-    from cit_workbench.experiments.testbed import frozen, gate_runs, judged, stale
+    from cit_workbench.experiments.testbed import frozen
+    from cit_workbench.experiments.gates import gate_runs, judged, stale
     runs = {n: Record(f) for n in gate_runs() if (f := root/f"records/testbed/{n}.jsonl").exists()}
     if old := stale(runs): raise CitError(f"the records {', '.join(old)} are of other data, weights or settings: delete them and run them again")
     gates = judged(runs)
@@ -58,7 +59,7 @@ def lock():
 
 if __name__ == "__main__":
     from cit_workbench.core import progress
-    from cit_workbench.experiments.testbed import gate_runs, start_runs
+    from cit_workbench.experiments.gates import gate_runs, start_runs
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*")
     p.add_argument("--jobs", type=int, default=2)

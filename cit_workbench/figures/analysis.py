@@ -705,7 +705,7 @@ def _one_setting(records) -> dict: # {method: [records]}
     for record in records:
         by[record.config.get("method")].append(record)
     if any(len({*labels_of(group)}) > 1 for group in by.values()): # Controls, trials of another rate
-        from cit_workbench.experiments.testbed import usual
+        from cit_workbench.experiments.orders import usual
         by = {group[0].config["method"]: group for group in usual(records).values()}
     return by
 
