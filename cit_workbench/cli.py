@@ -305,7 +305,8 @@ def bench(names:str="", # Comparisons, with commas; all if left out
 def demo(out:str="runs/demo", # Where pictures go
         ) -> None:
     "Draw recorded results, train the same four methods here, draw those."
-    from cit_workbench.figures.analysis import figures, report
+    from cit_workbench.figures.analysis import figures
+    from cit_workbench.figures.runs import report
     from cit_workbench.record.record import find_runs
     from cit_workbench.experiments.sweep import sweep
     from cit_workbench.experiments.pages import pages_dir

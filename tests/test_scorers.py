@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from twin import make_coin
 
 from cit_workbench import get_stream
-from cit_workbench.figures import analysis
+from cit_workbench.figures import style
 from cit_workbench.core import CitError
 from cit_workbench.measure.evaluate import column_scores, score_line
 from cit_workbench.metrics import caption_words, cider, cider_scores
@@ -310,7 +310,7 @@ def drawn(name):
     "A picture with a task's name at its axis, its files, and the warnings."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        picture = analysis.Picture(2, 1.5)
+        picture = style.Picture(2, 1.5)
         picture.figure.add_subplot().set_xticks([0, 1], [name, "cat"])
         files = [picture.data(f) for f in ("png", "pdf", "svg")]
     return picture, files, [str(w.message) for w in said]
@@ -319,7 +319,7 @@ def drawn(name):
 @pytest.fixture
 def no_font_known():
     "Nothing is remembered about fonts, before and after."
-    forget = lambda: (analysis._fonts_for.cache_clear(), analysis._told.clear())
+    forget = lambda: (style._fonts_for.cache_clear(), style._told.clear())
     forget()
     yield
     forget()

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import traitlets
 from fastcore.basics import patch
 
-from ..figures.analysis import front
+from ..figures.methods import front
 from ..core import CitError
 from ..metrics import order_means, t_interval
 from ..record.record import labels_of, scale_of, find_runs, table

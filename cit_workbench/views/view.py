@@ -24,7 +24,7 @@ import traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
 
-from ..figures.analysis import house_hues
+from ..figures.style import house_hues
 import cit_workbench.live.live # noqa: F401 (gives a record its state)
 from ..core import CitError, leaves, placed
 from ..data.pictures import load_image
