@@ -3,7 +3,7 @@ __version__ = "0.0.1"
 
 _home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.method", all_methods="contract.method", Record="live.live",
              branch="live.live", get_stream="data.stream", all_streams="data.stream", get_backbone="models.backbone", all_backbones="models.backbone",
-             CitError="core")
+             CitError="core.errors")
 __all__ = list(_home)
 
 

@@ -12,15 +12,20 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from .core import CitError, assets, digest, read_json
+from .core.digests import digest
+from .core.errors import CitError
+from .core.files import read_json
+from .core.paths import assets
 
 # %% ../nbs/behaviour.ipynb #96c439d4
 VERSIONS = {"data": 1, "models": 1, "contract": 1, "training": 1, "scoring": 1}
 COLUMNS = {"content": 2} # 2: where a choice begins another, the end of each counts
 
 ROOMS = {
-    "data": ["core", "data/stream", "suites/*"],
-    "models": ["data/pictures", "models/loading", "models/backbone", "models/adapt"],
+    "data": ["core/errors", "core/fields", "core/digests", "core/files", "core/paths", "core/signals",
+             "data/stream", "suites/*"],
+    "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
+               "models/slots"],
     "contract": ["contract/method", "contract/memory"],
     "training": ["training/train", "protocol"],
     "scoring": ["measure/evaluate", "metrics"],

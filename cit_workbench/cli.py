@@ -13,8 +13,11 @@ from collections.abc import Callable
 
 from fastcore.docments import docments
 
-from .core import (CitError, Ended, assets, digest, disk_error, end, expanded, heeding, leaves, one_of,
-                                write_atomic)
+from .core.digests import digest
+from .core.errors import CitError, leaves, one_of
+from .core.files import disk_error, write_atomic
+from .core.paths import assets, expanded
+from .core.signals import Ended, end, heeding
 from .experiments.search import nested
 
 # %% ../nbs/cli.ipynb #eb601ddd

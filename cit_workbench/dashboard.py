@@ -17,7 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .views.compare import Compare
-from .core import CitError, cache_dir, expanded
+from .core.errors import CitError
+from .core.paths import cache_dir, expanded
 from .views.forgetting import Forgetting
 from .views.launcher import Form, method_classes, run_fields
 from .live.live import branch, places

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import CitError, one_of
+from .core.errors import CitError, one_of
 
 # %% ../nbs/metrics.ipynb #5aefae8e
 def _matrix(R) -> np.ndarray: # [T, T] or [1, T], float

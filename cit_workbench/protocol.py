@@ -10,7 +10,9 @@ import json
 
 import numpy as np
 
-from .core import CitError, assets, digest
+from .core.digests import digest
+from .core.errors import CitError
+from .core.paths import assets
 
 # %% ../nbs/protocol.ipynb #c96db4f5
 def balanced_orders(names:list) -> list: # As many orders as names, an even number

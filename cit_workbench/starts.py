@@ -24,7 +24,7 @@ from transformers import (AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
 import cit_workbench.data.stream as cs
-from .core import write_atomic
+from .core.files import write_atomic
 
 # %% ../nbs/starts/tiny.ipynb #431d4107
 _more = """zero four five six seven eight nine ten no yes left right above below of on with and or not the a an is

@@ -19,7 +19,7 @@ import torch
 from tiny import CHAINS, MORE, TASKS, train
 
 from cit_workbench.behaviour import COLUMNS, VERSIONS
-from cit_workbench.core import canonical, digest
+from cit_workbench.core.digests import canonical, digest
 from cit_workbench.views.launcher import fields_of
 from cit_workbench.contract.method import all_methods, method_class
 from cit_workbench.data.stream import Example, all_scorers, get_stream, scorers

@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 import cit_workbench.training.checkpoint as checkpoint_module  # noqa: E402
 import cit_workbench.record.record as record_module  # noqa: E402
 from cit_workbench.training.checkpoint import checkpoints, read_checkpoint  # noqa: E402
-from cit_workbench.core import rng  # noqa: E402
+from cit_workbench.core.digests import rng  # noqa: E402
 from cit_workbench.contract.method import Net, all_methods, parts  # noqa: E402
 from cit_workbench.record.record import RecordWriter  # noqa: E402
 from cit_workbench.training.train import Run, git_state  # noqa: E402

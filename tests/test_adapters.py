@@ -16,8 +16,9 @@ from transformers import LlavaForConditionalGeneration
 from twin import make_twin
 
 from cit_workbench import CitError, get_backbone
-from cit_workbench.models.adapt import Tune, adapter_card, block_linears, every_linear, left_out, linears
-from cit_workbench.core import assets
+from cit_workbench.models.saved import adapter_card
+from cit_workbench.models.tune import Tune, block_linears, every_linear, left_out, linears
+from cit_workbench.core.paths import assets
 from cit_workbench.contract.method import Method
 from cit_workbench.protocol import recipe as toy
 from cit_workbench.training.train import Optim, recipe

@@ -10,9 +10,10 @@ import golden
 import pytest
 
 from cit_workbench import behaviour as module
-from cit_workbench.experiments import sweep
+from cit_workbench.experiments import keys
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
-from cit_workbench.core import CitError, digest
+from cit_workbench.core.digests import digest
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.method import Net, all_methods, code_of, method_class
 from cit_workbench.record.record import Record, table
 from cit_workbench.data.stream import get_stream, scorer_versions, scorers
@@ -89,7 +90,7 @@ def test_every_module_that_a_run_imports_has_a_room():
 
 def test_a_module_that_is_named_and_missing_is_an_error(tmp_path):
     (tmp_path/"stream.py").write_text("")
-    with pytest.raises(CitError, match="room 'data' names the module 'core', which the package does not have"):
+    with pytest.raises(CitError, match="room 'data' names the module 'core/errors', which the package does not have"):
         modules_of("data", tmp_path)
 
 
@@ -128,11 +129,11 @@ def test_every_room_is_in_the_key_of_a_cell(cell, monkeypatch, room):
 
 
 def test_the_recipe_is_in_the_key_where_a_cell_leaves_it_open(cell, monkeypatch):
-    from cit_workbench.experiments import sweep
+    from cit_workbench.protocol import recipe
     optim = {"lr": 1e-3, "steps": 2}
     complete = {"optim": optim, "tune": {"targets": ".*q_proj"}}
     before = [cell().key, data_digest(complete), data_digest({"optim": {**optim, "lr": None}})]
-    monkeypatch.setitem(sweep.recipe, "optim", {**sweep.recipe["optim"], "lr": .5})
+    monkeypatch.setitem(recipe, "optim", {**recipe["optim"], "lr": .5})
     after = [cell().key, data_digest(complete), data_digest({"optim": {**optim, "lr": None}})]
     assert [a == b for a, b in zip(before, after)] == [False, True, False]
 
@@ -221,12 +222,12 @@ def test_tables_name_runs_of_an_earlier_version(finished, monkeypatch):
 
 def test_a_start_outside_the_package_is_known_as_a_run_knows_it(tmp_path):
     "By its weights and configurations: notes in its folder are no part of it."
-    from cit_workbench.core import assets
+    from cit_workbench.core.paths import assets
     from cit_workbench.models.loading import start_hash
     shutil.copytree(assets("tiny-instruct"), tmp_path/"start")
     before = data_digest({"backbone": str(tmp_path/"start")})
     assert before == digest(start_hash(str(tmp_path/"start")))
-    sweep._start_digest.cache_clear()
+    keys._start_digest.cache_clear()
     (tmp_path/"start/notes.md").write_text("trained on Tuesday")
     assert data_digest({"backbone": str(tmp_path/"start")}) == before
 

@@ -128,7 +128,7 @@ def test_the_machine_says_no(error, code, sentence, capsys, monkeypatch):
 
 
 def test_a_full_disk_is_recognised_in_the_words_of_safetensors():
-    from cit_workbench.core import disk_error
+    from cit_workbench.core.files import disk_error
     assert "no space is left" in str(disk_error("x", Exception("Error while serializing: I/O error: … (os error 28)")))
 
 

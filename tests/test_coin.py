@@ -14,7 +14,8 @@ from twin import edit, make_coin, make_twin, old_name
 from cit_workbench import Run, all_methods, get_backbone, get_stream
 from cit_workbench.models.backbone import at, load_image
 from cit_workbench.cli import main
-from cit_workbench.core import CitError, digest
+from cit_workbench.core.digests import digest
+from cit_workbench.core.errors import CitError
 from cit_workbench.data.stream import Example, Stream, Task, formats, iou, scorers
 from cit_workbench.suites import coin
 

@@ -8,7 +8,8 @@ from tiny import TASKS, Held, Twins, tiny, train
 
 from cit_workbench.training.checkpoint import checkpoints, read_checkpoint
 from cit_workbench.cli import main
-from cit_workbench.core import CitError, check_finite
+from cit_workbench.core.errors import CitError
+from cit_workbench.core.fields import check_finite
 from cit_workbench.contract.method import Method
 from cit_workbench.methods.ewc import EWC
 from cit_workbench.record.record import Record

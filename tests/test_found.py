@@ -5,7 +5,7 @@ import torch
 from tiny import ARGS, MORE, TASKS, final, same_files, same_tensors, tiny, train
 
 from cit_workbench.training.checkpoint import checkpoints
-from cit_workbench.core import CitError
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import split_tree
 from cit_workbench.contract.method import Method, Net, all_methods, get_method, overrides
 from cit_workbench.record.record import pack, Record, table

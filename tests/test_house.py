@@ -21,9 +21,16 @@ LATE = {
     "training/control": "whoever follows a run loads no torch",
     "live/live": "whoever follows a run loads no torch",
     "live/measuring": "whoever follows a run loads no torch",
+    "experiments/keys": "plans and tables of sweeps load no torch",
+    "experiments/cells": "plans and tables of sweeps load no torch",
+    "experiments/execute": "plans and tables of sweeps load no torch",
     "experiments/sweep": "plans and tables of sweeps load no torch",
-    "experiments/testbed": "tables of the testbed load no torch",
+    "experiments/search": "plans and tables of sweeps load no torch",
+    "experiments/orders": "tables of the testbed load no torch",
+    "experiments/gates": "tables of the testbed load no torch",
+    "experiments/overview": "tables of the testbed load no torch",
     "figures/analysis": "most pictures need no measures",
+    "figures/relations": "most pictures need no measures",
     "measure/spectra": "one figure needs a brick of a method, which loads torch",
 }
 # These two lead to a later room: a run starts the process in which it trains.

@@ -13,10 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ARGS, CHAINS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
-from cit_workbench.models.adapt import Tune, fused, linears
+from cit_workbench.models.lora import fused
+from cit_workbench.models.tune import Tune, linears
 from cit_workbench.models.backbone import Backbone, at, get_backbone
 from cit_workbench.training.checkpoint import read_checkpoint
-from cit_workbench.core import CitError, rng, seed_of
+from cit_workbench.core.digests import rng, seed_of
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import split_tree
 from cit_workbench.contract.method import Method, all_methods, get_method, overrides
 from cit_workbench.data.stream import get_stream

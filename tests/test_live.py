@@ -12,7 +12,9 @@ from fastcore.basics import patch
 from test_probes import Keys
 from tiny import TASKS, Held, final, same_tensors, tiny, train
 
-from cit_workbench.core import CitError, canonical, read_json, write_atomic
+from cit_workbench.core.digests import canonical
+from cit_workbench.core.errors import CitError
+from cit_workbench.core.files import read_json, write_atomic
 from cit_workbench.live.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
 from cit_workbench.training.control import Control, _room, command, hold, turn
 from cit_workbench.contract.method import Method, code_of, get_method

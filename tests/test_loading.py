@@ -14,7 +14,7 @@ from twin import make_coin, make_twin
 
 from cit_workbench import CitError, Run, get_backbone
 from cit_workbench.models import loading
-from cit_workbench.core import assets
+from cit_workbench.core.paths import assets
 from cit_workbench.models.loading import all_backbones, file_digest, start_hash
 from cit_workbench.protocol import read_lock
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cit_workbench.core import CitError, shared
+from cit_workbench.core.errors import CitError
+from cit_workbench.core.files import shared
 from cit_workbench.training.control import _ahead, _lives, _room, turn
 from cit_workbench.experiments.sweep import sweep
 from cit_workbench.experiments.cells import plan

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cit_workbench.core import cache_dir
+from cit_workbench.core.paths import cache_dir
 from cit_workbench.measure.evaluate import Net, collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
 from cit_workbench.views.similarity import collected_for

@@ -10,7 +10,8 @@ from tiny import TASKS, same_files
 from twin import make_coin, make_twin
 
 from cit_workbench.cli import main
-from cit_workbench.core import CitError, cache_dir, expanded, placed
+from cit_workbench.core.errors import CitError
+from cit_workbench.core.paths import cache_dir, expanded, placed
 from cit_workbench.live.live import branch, run_of
 from cit_workbench.record.record import Record, find_runs
 from cit_workbench.training.train import Run, resume

@@ -7,9 +7,10 @@ from tiny import (ONE, OTHERS, TASKS, Anchor, Halves, Twins, batch_of, descend, 
                   train)
 from torch import nn
 
-from cit_workbench.models.adapt import swap_linears
+from cit_workbench.models.slots import swap_linears
 from cit_workbench.models.backbone import Backbone, at, current
-from cit_workbench.core import CitError, rng
+from cit_workbench.core.digests import rng
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.method import Method, Phase
 from cit_workbench.training.train import Run, rate
 

@@ -8,9 +8,11 @@ import torch
 from tiny import OTHERS, TASKS, jitter, opened, train
 from torch import nn
 
-from cit_workbench.models.adapt import Tune, inserted
+from cit_workbench.models.slots import inserted
+from cit_workbench.models.tune import Tune
 from cit_workbench.models.backbone import at
-from cit_workbench.core import CitError, digest
+from cit_workbench.core.digests import digest
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import join_tree, split_tree
 from cit_workbench.contract.method import get_method
 from cit_workbench.methods.llaca import LLaCA

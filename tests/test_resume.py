@@ -17,7 +17,8 @@ from tiny import TASKS, Held, differing, same_files, tiny, train
 import cit_workbench.training.train as train_module
 from cit_workbench.training import checkpoint
 from cit_workbench.training.checkpoint import checkpoints
-from cit_workbench.core import CitError, assets
+from cit_workbench.core.errors import CitError
+from cit_workbench.core.paths import assets
 from cit_workbench.contract.method import Method, get_method, method_class
 from cit_workbench.training.train import resume
 

@@ -16,7 +16,7 @@ import pytest
 from tiny import TASKS, same_files
 
 from cit_workbench.training.checkpoint import checkpoints
-from cit_workbench.core import Ended, end, heeding
+from cit_workbench.core.signals import Ended, end, heeding
 from cit_workbench.record.record import Record
 from cit_workbench.training.train import Run
 

@@ -11,7 +11,7 @@ import torch
 from tiny import ARGS, SPEC, TASKS, batch_of, jitter, opened, same_files, tiny, train
 
 from cit_workbench.training.checkpoint import read_checkpoint
-from cit_workbench.core import CitError
+from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import join_tree
 from cit_workbench.record.record import Record
 from cit_workbench.measure.similarity import pair_matrices, read_pairs, subspace_overlap

@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from cit_workbench import cli
-from cit_workbench.experiments import sweep
-from cit_workbench.core import CitError, digest
+from cit_workbench.experiments import search
+from cit_workbench.core.digests import digest
+from cit_workbench.core.errors import CitError
 from cit_workbench.metrics import ap_norm, holm, order_means, paired, t_interval, tost
 from cit_workbench.record.record import Record, RecordWriter, pack, table
 
@@ -355,17 +356,17 @@ def test_cit_table(tmp_path, capsys, words, said):
 
 def test_every_arm_gets_its_trials():
     for method, names in (("finetune", ["lr"]), ("ewc", ["lam", "lr"]), ("er", ["share", "lr"])):
-        axes = sweep.axes_of(method, {}, {}, .003, 12)
+        axes = search.axes_of(method, {}, {}, .003, 12)
         assert list(axes) == names and np.prod([len(v) for v in axes.values()]) == 12
         assert all(v == sorted({*v}) for v in axes.values())
-    assert max(sweep.axes_of("er", {}, {}, .003, 12)["share"]) <= 1
+    assert max(search.axes_of("er", {}, {}, .003, 12)["share"]) <= 1
 
 
 @pytest.mark.parametrize("method, grid, trials, said", [
     ("ewc", {"lam": [1, 10]}, 5, "does not make 5 trials"), ("er+ewc", {}, 12, "several strengths"),
     ("finetune", {"lr": [.1, .2]}, 3, "does not make 3 trials")])
 def test_a_grid_of_another_size_is_refused(method, grid, trials, said):
-    with pytest.raises(CitError, match=said): sweep.axes_of(method, {}, grid, .003, trials)
+    with pytest.raises(CitError, match=said): search.axes_of(method, {}, grid, .003, trials)
 
 
 @pytest.mark.parametrize("words, said", [
@@ -390,7 +391,7 @@ def test_a_tiny_tuning(tmp_path, monkeypatch, capsys):
     trials = [Record(tmp_path/"runs/tune"/t["run"]) for t in found["trials"]]
     single, = [Record(p) for p in (tmp_path/"runs/tune").glob("single-*")]
     assert [r.config["optim"]["lr"] for r in trials] == [.0003, .003]
-    assert found["score"] == max(t["score"] for t in found["trials"]) == sweep._score(trials[1], single)
+    assert found["score"] == max(t["score"] for t in found["trials"]) == search._score(trials[1], single)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/"runs/tune").glob("*/*") if p.is_file()}
     cli.main(words)
     assert {p: p.stat().st_mtime_ns for p in before} == before and capsys.readouterr().out == out

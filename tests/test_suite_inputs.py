@@ -11,7 +11,7 @@ from PIL import Image
 from twin import edit, make_coin, make_twin
 
 from cit_workbench import Run, get_stream
-from cit_workbench.core import CitError
+from cit_workbench.core.errors import CitError
 from cit_workbench.metrics import count_words
 from cit_workbench.data.stream import all_streams
 from cit_workbench.suites import coin

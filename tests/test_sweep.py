@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cit_workbench.cli import main
-from cit_workbench.core import CitError
+from cit_workbench.core.errors import CitError
 from cit_workbench.experiments.sweep import sweep
 from cit_workbench.experiments.cells import plan
 from cit_workbench.experiments.pages import code_cells, find_page, page_parameters, pages_dir

@@ -13,7 +13,7 @@ from tiny import TASKS, Held, final, same_tensors, tiny, train
 from cit_workbench import cli
 from cit_workbench.models.backbone import at
 from cit_workbench.training.checkpoint import checkpoints
-from cit_workbench.core import CitError
+from cit_workbench.core.errors import CitError
 from cit_workbench.live.live import branch
 from cit_workbench.training.control import watch_of
 from cit_workbench.contract.method import Method

@@ -10,9 +10,9 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401  (forked processes find it imported)
 import torch
 
-from cit_workbench.models.adapt import SlotLinear, swap_linears
+from cit_workbench.models.slots import SlotLinear, swap_linears
 from cit_workbench.training.checkpoint import checkpoints, read_checkpoint
-from cit_workbench.core import canonical
+from cit_workbench.core.digests import canonical
 from cit_workbench.contract.method import Method
 from cit_workbench.data.stream import get_stream
 from cit_workbench.training.train import Run

@@ -33,7 +33,7 @@ def made():
     "Pack the records of the starts of three seeds."
     import json
 
-    from cit_workbench.core import write_atomic
+    from cit_workbench.core.files import write_atomic
     (root/"records/starts").mkdir(parents=True, exist_ok=True)
     for s in range(3):
         found = {p.parent.name: json.loads(p.read_text()) for p in sorted((root/f"starts/{s}").glob("*/start.json"))}
@@ -45,7 +45,9 @@ def lock():
     import json
 
     from cit_workbench.models.backbone import start_hash
-    from cit_workbench.core import CitError, assets, write_atomic
+    from cit_workbench.core.errors import CitError
+    from cit_workbench.core.files import write_atomic
+    from cit_workbench.core.paths import assets
     from cit_workbench.record.record import Record
     from cit_workbench.experiments.testbed import frozen
     from cit_workbench.experiments.gates import gate_runs, judged, stale
@@ -58,7 +60,7 @@ def lock():
 
 
 if __name__ == "__main__":
-    from cit_workbench.core import progress
+    from cit_workbench.core.paths import progress
     from cit_workbench.experiments.gates import gate_runs, start_runs
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*")

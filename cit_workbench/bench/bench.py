@@ -18,7 +18,8 @@ from .comparisons import against_trainer, answers, fisher, overhead, probed, sta
 from .harness import Arm, interval, turns, verdict
 from .limits import matmul_speed, share, spectra_vs_svd
 from ..contract.method import all_methods, get_method, overrides
-from ..core import one_of, progress
+from ..core.errors import one_of
+from ..core.paths import progress
 from ..measure.watch import Watch
 from ..models.backbone import Backbone, folder_of, get_backbone
 

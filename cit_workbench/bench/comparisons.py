@@ -20,9 +20,9 @@ import torch
 
 from .training import Peer, counted, opened, theirs_of, written
 from ..contract.method import Net, get_method, overrides, row_nll
-from ..core import rng
+from ..core.digests import rng
 from ..measure.watch import Watch, Watcher
-from ..models.adapt import whole
+from ..models.lora import whole
 from ..models.backbone import Backbone, at
 from ..record.record import RecordWriter
 from ..training.train import draw

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import rng
+from ..core.digests import rng
 
 # %% ../../nbs/bench/harness.ipynb #c0c5d798
 def turns(ours:Callable, # Does some steps, given their number; returns how much it did

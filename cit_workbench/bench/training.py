@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..contract.method import Net, fresh
-from ..models.adapt import linears
+from ..models.tune import linears
 from ..models.backbone import Backbone, folder_of, get_backbone, load_image
 from ..training.train import Run, draw, recipe
 

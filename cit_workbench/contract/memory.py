@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..core import CitError
+from ..core.errors import CitError
 
 # %% ../../nbs/contract/memory.ipynb #e38af972
 def layout(tensor:torch.Tensor, # Products of matrices depend on how it lies in its storage

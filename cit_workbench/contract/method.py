@@ -22,10 +22,13 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModel, AutoTokenizer
 
-from ..models.adapt import FusedLora, Tune, add_lora, in_tower, no_gradient
+from ..models.lora import FusedLora, add_lora, in_tower, no_gradient
+from ..models.tune import Tune
 from ..models.backbone import Backbone, Batch, Out, at
 from ..behaviour import as_before
-from ..core import CitError, check_args, digest, one_of, rng, seed_of
+from ..core.digests import digest, rng, seed_of
+from ..core.errors import CitError, one_of
+from ..core.fields import check_args
 from .memory import stored_bytes
 from ..data.stream import Example, Stream, Task
 

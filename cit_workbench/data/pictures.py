@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 
 # %% ../../nbs/data/pictures.ipynb #134895a8
 readings = ("seen", "published")

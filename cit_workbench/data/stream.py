@@ -23,7 +23,10 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from ..core import CitError, assets, check_args, digest, one_of
+from ..core.digests import digest
+from ..core.errors import CitError, one_of
+from ..core.fields import check_args
+from ..core.paths import assets
 
 # %% ../../nbs/data/stream.ipynb #24bd46a8
 @dataclass(frozen=True, eq=False)

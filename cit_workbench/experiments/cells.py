@@ -18,8 +18,11 @@ from functools import cache
 from pathlib import Path
 
 from ..behaviour import admitted, raised
-from ..core import (CitError, canonical, check_args, digest, disk_error, expanded, leaves, locked,
-                                one_of, shared)
+from ..core.digests import canonical, digest
+from ..core.errors import CitError, leaves, one_of
+from ..core.fields import check_args
+from ..core.files import disk_error, locked, shared
+from ..core.paths import expanded
 from .keys import data_digest, made_by, written
 from .pages import check_parameters, find_page, page_parameters, pages_dir
 

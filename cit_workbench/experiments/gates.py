@@ -9,11 +9,11 @@ __all__ = ['rates', 'gate_runs', 'start_runs', 'gate', 'learnable', 'forgets', '
 # %% ../../nbs/experiments/gates.ipynb #9ad43e59
 import numpy as np
 
-from ..core import CitError
+from ..core.errors import CitError
 from ..data.stream import get_stream
-from .orders import by_order, scores_of, usual
+from .orders import by_order, scores_of
 from ..metrics import average_accuracy, forgetting, paired
-from ..protocol import balanced_orders, content, recipe
+from ..protocol import balanced_orders, recipe
 
 # %% ../../nbs/experiments/gates.ipynb #56d4f9bf
 rates = (7.5e-4, 1.5e-3, 3e-3)

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from ..behaviour import as_before, behaviour, class_facts, normalised
-from ..core import assets, digest
+from ..core.digests import digest
+from ..core.paths import assets
 from ..data.stream import get_stream, scorers_of
 from .pages import code_cells, find_page, own_pages
 from ..protocol import recipe

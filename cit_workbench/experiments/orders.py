@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core import canonical
+from ..core.digests import canonical
 from ..metrics import order_means
 
 # %% ../../nbs/experiments/orders.ipynb #881662ea

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import read_json
+from ..core.files import read_json
 from .gates import interval_said
 from .orders import usual
-from .verdict import judges, plain_line, ran, verdict
+from .verdict import judges, plain_line
 from ..record.record import Record, amount, markdown_table, table, tuned_where
 
 # %% ../../nbs/experiments/overview.ipynb #a4866c3f

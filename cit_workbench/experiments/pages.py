@@ -14,7 +14,10 @@ from pathlib import Path
 
 from IPython import get_ipython
 
-from ..core import CitError, check_args, expanded, one_of, read_json
+from ..core.errors import CitError, one_of
+from ..core.fields import check_args
+from ..core.files import read_json
+from ..core.paths import expanded
 
 # %% ../../nbs/experiments/pages.ipynb #b0d6a2fa
 def checkout() -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..models.backbone import get_backbone
 from ..training.checkpoint import checkpoints
-from ..core import CitError, expanded, progress
+from ..core.errors import CitError
+from ..core.paths import expanded, progress
 from ..live.live import take_over
 from ..measure.similarity import pair_matrices, write_pairs
 from ..data.stream import get_stream

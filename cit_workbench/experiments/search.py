@@ -9,10 +9,12 @@ __all__ = ['around', 'nested', 'axes_of', 'val_scores', 'tune', 'own_lr']
 import itertools
 import json
 import math
-from dataclasses import field
 from pathlib import Path
 
-from ..core import CitError, digest, expanded, one_of, plain, progress, write_atomic
+from ..core.digests import digest, plain
+from ..core.errors import CitError, one_of
+from ..core.files import write_atomic
+from ..core.paths import expanded, progress
 from ..data.stream import get_stream
 from .cells import merged_tables, put_dotted
 

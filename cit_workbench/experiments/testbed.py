@@ -6,9 +6,8 @@
 __all__ = ['frozen']
 
 # %% ../../nbs/experiments/testbed.ipynb #b8b8fde0
-from ..core import CitError
+from ..core.errors import CitError
 from ..data.stream import all_streams, get_stream
-from .gates import gate
 from ..protocol import content, drawn, recipe
 
 # %% ../../nbs/experiments/testbed.ipynb #4a7899f0

@@ -8,7 +8,7 @@ __all__ = ['judges', 'ran', 'plain_line', 'tuned_too', 'step_time', 'verdict']
 # %% ../../nbs/experiments/verdict.ipynb #e4f8f98e
 from pathlib import Path
 
-from ..core import read_json
+from ..core.files import read_json
 from .gates import interval_said
 from ..record.record import Record, table
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import CitError, digest, expanded, one_of, write_atomic
+from ..core.digests import digest
+from ..core.errors import CitError, one_of
+from ..core.files import write_atomic
+from ..core.paths import expanded
 from .curves import curves
 from .methods import compare
 from .relations import likeness, lost_by_pair, spectra

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..core import CitError
+from ..core.errors import CitError
 from .matrix import slanted_labels
 from .style import Picture, house_hues, house_marks, house_style, lines_needed, on_axes
 from ..record.record import Record, find_runs, labels_of

@@ -12,7 +12,7 @@ from textwrap import wrap
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..core import read_json
+from ..core.files import read_json
 from .curves import by_method, draw_task, longest_rows, of_one_stream
 from .matrix import draw_heat
 from .runs import means_of, summaries_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from .study import draw_squares, has_row_per_task
 from .style import Picture, house_hues, house_style, lines_needed
 from ..record.record import Record, find_runs

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
+from ..experiments.orders import usual
 from .curves import axes_of_rows, course_of, name_end, spread_apart
 from .style import Picture, house_hues, house_marks, house_style, lines_needed, on_axes
 from ..record.record import Record, find_runs, labels_of
@@ -29,7 +30,6 @@ def _one_setting(records) -> dict: # {method: [records]}
     for record in records:
         by[record.config.get("method")].append(record)
     if any(len({*labels_of(group)}) > 1 for group in by.values()): # Controls, trials of another rate
-        from cit_workbench.experiments.orders import usual
         by = {group[0].config["method"]: group for group in usual(records).values()}
     return by
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
 
-from ..core import one_of
+from ..core.errors import one_of
 
 # %% ../../nbs/figures/style.ipynb #28ec0d10
 _style = {"font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7,

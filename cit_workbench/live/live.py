@@ -18,8 +18,11 @@ from fastcore.basics import camel2snake, patch
 
 from ..training.control import (Control, Reply, Stopped, about_run, alive, asked_of, command, hold, reply_of,
                                    turn)
-from ..core import (CitError, Ended, canonical, digest, end, expanded, heeding, here, placed, plain, read_json,
-                                write_atomic)
+from ..core.digests import canonical, digest, plain
+from ..core.errors import CitError
+from ..core.files import read_json, write_atomic
+from ..core.paths import expanded, here, placed
+from ..core.signals import Ended, end, heeding
 from ..data.pictures import load_image, reading_of
 from ..record.record import Record, file_name, identity
 

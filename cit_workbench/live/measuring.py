@@ -9,7 +9,9 @@ __all__ = ['measured_by', 'log_of', 'room', 'free_memory', 'child', 'stream_task
 import fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 
-from ..core import CitError, cache_dir, canonical, digest, placed
+from ..core.digests import canonical, digest
+from ..core.errors import CitError
+from ..core.paths import cache_dir, placed
 from .live import child_env
 from ..record.record import Record
 

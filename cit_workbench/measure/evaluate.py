@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 
-from ..models.adapt import whole
+from ..models.lora import whole
 from ..behaviour import behaviour
-from ..core import CitError, cache_dir, canonical, digest, expanded, progress, write_atomic
+from ..core.digests import canonical, digest
+from ..core.errors import CitError
+from ..core.files import write_atomic
+from ..core.paths import cache_dir, expanded, progress
 from ..contract.memory import split_tree
 from ..contract.method import Method, Net, code_of, config_of, overrides, versions_of
 from ..metrics import cider
@@ -371,7 +374,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..models.adapt import Tune
+from ..models.tune import Tune
 from ..models.backbone import at, get_backbone, start_hash
 from ..contract.method import row_nll
 from .similarity import gradient_cosine, halves, importance_overlap, shuffled, similarity

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from ..core import CitError, read_json, rng, write_atomic
+from ..core.digests import rng
+from ..core.errors import CitError
+from ..core.files import read_json, write_atomic
 
 # %% ../../nbs/measure/similarity.ipynb #38c615e7
 def _unit(rows) -> np.ndarray: # NaN where a row is zero

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import eigh
 
-from ..core import CitError, canonical, digest, one_of, rng, write_atomic
+from ..core.digests import canonical, digest, rng
+from ..core.errors import CitError, one_of
+from ..core.files import write_atomic
 from ..record.record import npz_names, read_npz
 from .similarity import subspace_overlap
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..models.adapt import whole
+from ..models.lora import whole
 from ..models.backbone import Batch, at, current
-from ..core import sync
-from ..core import CitError, rng
+from ..core.files import sync
+from ..core.digests import rng
+from ..core.errors import CitError
 from .evaluate import column_scores, score_line
 from ..contract.method import Net
 from ..record.record import Lines, Record, RecordWriter

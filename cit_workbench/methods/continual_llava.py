@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import inserted, mixed, seeded, swap_linears
+from ..models.lora import seeded
+from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, Out, current
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net, Phase, Step
 from ..data.stream import Task
 

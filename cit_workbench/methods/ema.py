@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..core import CitError
+from ..core.errors import CitError
 from ..contract.method import Method, Net, Step
 from ..data.stream import Task
 

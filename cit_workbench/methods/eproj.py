@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import inserted, seeded, swap_linears
+from ..models.lora import seeded
+from ..models.slots import inserted, swap_linears
 from ..models.backbone import Batch, Out, current
-from ..core import CitError, one_of, rng
+from ..core.digests import rng
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net, Phase, Step
 from ..data.stream import Task
 

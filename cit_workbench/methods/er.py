@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from ..models.backbone import Batch
-from ..core import CitError
+from ..core.errors import CitError
 from ..contract.memory import rebalance
 from ..contract.method import Method, Net, Step
 from ..data.stream import Task

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net
 from ..data.stream import Task
 

@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.backbone import Batch
-from ..core import CitError, one_of, rng
+from ..core.digests import rng
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/finetune_part.ipynb #3f410c17

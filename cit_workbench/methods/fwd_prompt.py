@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import seeded
+from ..models.lora import seeded
 from ..models.backbone import Batch, Out
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net, Phase, Step
 from ..data.stream import Task
 

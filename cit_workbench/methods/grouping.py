@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from ..models.adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.lora import seeded
+from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch
-from ..core import CitError
+from ..core.errors import CitError
 from ..contract.method import Method, Net
 from ..data.stream import Task
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..core import CitError, digest, one_of
+from ..core.digests import digest
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net, Step
 from ..data.stream import Task
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
-from ..core import CitError
+from ..core.errors import CitError
 from ..contract.method import Method, Net, Step
 from ..data.stream import Task
 

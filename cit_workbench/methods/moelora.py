@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import inserted, mixed, seeded, swap_linears
+from ..models.lora import seeded
+from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, at
-from ..core import CitError
+from ..core.errors import CitError
 from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/moelora.ipynb #01bc79f7

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..models.adapt import SlotLinear, add_slots, inserted, seeded
+from ..models.lora import seeded
+from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch, Out
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net
 from ..data.stream import Task
 

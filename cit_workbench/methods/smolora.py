@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.adapt import Tune, inserted, seeded, swap_linears
+from ..models.lora import seeded
+from ..models.slots import inserted, swap_linears
+from ..models.tune import Tune
 from ..models.backbone import Batch, at, current
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net
 
 # %% ../../nbs/methods/smolora.ipynb #06837b30

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch.nn.functional import normalize
 
 from ..models.backbone import Batch, Out
-from ..core import CitError, one_of
+from ..core.errors import CitError, one_of
 from ..contract.method import Method, Net, row_nll
 from .mas import answer_norm, away, springs
 from ..data.stream import Task

@@ -26,7 +26,8 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoProcessor, Dynamic
                           PreTrainedTokenizerBase, ProcessorMixin)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, repeat_kv, rotate_half
 
-from ..core import CitError, one_of, read_json
+from ..core.errors import CitError, one_of
+from ..core.files import read_json
 from .loading import folder_of, all_backbones, family, judge, lasting_name, named_shards, start_hash # noqa: F401
 from ..data.pictures import load_image, readings
 from ..data.stream import Example

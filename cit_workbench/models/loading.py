@@ -12,7 +12,10 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..core import CitError, assets, cache_dir, digest, progress, read_json, write_atomic
+from ..core.digests import digest
+from ..core.errors import CitError
+from ..core.files import read_json, write_atomic
+from ..core.paths import assets, cache_dir, progress
 
 # %% ../../nbs/models/loading.ipynb #891ebc48
 def all_backbones() -> list:

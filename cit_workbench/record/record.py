@@ -17,8 +17,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..behaviour import COLUMNS, VERSIONS, admitted, raised, scorers_said
-from ..core import (CitError, append_jsonl, canonical, digest, expanded, leaves, one_of, plain, read_json,
-                                write_atomic)
+from ..core.digests import canonical, digest, plain
+from ..core.errors import CitError, leaves, one_of
+from ..core.files import append_jsonl, read_json, write_atomic
+from ..core.paths import expanded
 from ..data.stream import all_scorers
 from ..metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
                                    holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,

@@ -22,8 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..core import (CitError, cache_dir, check_args, digest, disk_error, one_of, progress, rng,
-                                write_atomic)
+from ..core.digests import digest, rng
+from ..core.errors import CitError, one_of
+from ..core.fields import check_args
+from ..core.files import disk_error, write_atomic
+from ..core.paths import cache_dir, progress
 from ..metrics import caption_words, count_words
 from ..data.pictures import load_image
 from ..data.stream import Example, Format, Stream, Task, box_in, iou, scorer, scorers

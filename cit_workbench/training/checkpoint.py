@@ -12,7 +12,9 @@ from pathlib import Path
 
 from safetensors.torch import load, save
 
-from ..core import CitError, canonical, disk_error, read_json, sync, write_atomic
+from ..core.digests import canonical
+from ..core.errors import CitError
+from ..core.files import disk_error, read_json, sync, write_atomic
 
 # %% ../../nbs/training/checkpoint.ipynb #d3d77ffc
 def unshared(tensors:dict) -> dict:

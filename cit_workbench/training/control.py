@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import (CitError, Ended, canonical, expanded, heeding, hung_up, locked, read_json, shared,
-                                write_atomic)
+from ..core.digests import canonical
+from ..core.errors import CitError
+from ..core.files import locked, read_json, shared, write_atomic
+from ..core.paths import expanded
+from ..core.signals import Ended, heeding, hung_up
 from ..record.record import identity
 
 # %% ../../nbs/training/control.ipynb #acf965b5
@@ -148,7 +151,7 @@ def reply_of(net, # A `Net`; its counters stay as they are
              text:str, # The instruction
             ) -> str:
     "Answer greedily, at most as long as the longest format of the stream allows."
-    from cit_workbench.models.adapt import whole
+    from cit_workbench.models.lora import whole
     from cit_workbench.data.stream import Example
     forwards, observed, clock = net.extra_forwards, {*net.observed}, net.clock
     net.model.eval()

@@ -22,14 +22,22 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from transformers.image_processing_backends import PilBackend
 
-from ..models.adapt import Tune, block_linears, every_linear, left_out, save_adapter
+from ..models.saved import save_adapter
+from ..models.tune import Tune, block_linears, every_linear, left_out
 from ..models.backbone import Backbone, Out, at, get_backbone, start_hash
 from ..behaviour import behaviour, git, package, scored_by
 from .checkpoint import last_checkpoint, prune, read_checkpoint # noqa: F401
 from .checkpoint import rename, sweep, write_checkpoint
-from ..core import sync
-from ..core import CitError, check_args, check_finite, digest, disk_error, expanded, here, not_finite
-from ..core import one_of, plain, progress, read_json, rng, write_atomic
+from ..core.files import sync
+from ..core.digests import digest
+from ..core.errors import CitError
+from ..core.fields import check_args, check_finite, not_finite
+from ..core.files import disk_error
+from ..core.paths import expanded, here
+from ..core.digests import plain, rng
+from ..core.errors import one_of
+from ..core.files import read_json, write_atomic
+from ..core.paths import progress
 from ..measure.evaluate import column_scores, forget
 from .control import attended, gentle, hold, obey, watch_of
 from ..contract.memory import join_tree, split_tree

@@ -15,7 +15,7 @@ import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import CitError
+from ..core.errors import CitError
 from ..data.pictures import reading_of
 from ..record.record import Record
 from ..data.stream import Stream

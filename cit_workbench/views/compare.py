@@ -16,7 +16,7 @@ import traitlets
 from fastcore.basics import patch
 
 from ..figures.methods import front
-from ..core import CitError
+from ..core.errors import CitError
 from ..metrics import order_means, t_interval
 from ..record.record import labels_of, scale_of, find_runs, table
 from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks,

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .answers import Answers, Samples
-from ..core import CitError
+from ..core.errors import CitError
 from ..record.record import Record
 from .view import (Panel, Story, View, axes, bands, choice, colour_bar, doing, figure, framed, heat_map,
                                 knobs, layered, marks, nearest, noted, offer, probed, readable, room_for, slant,

@@ -16,7 +16,7 @@ import ipywidgets as W
 from fastcore.basics import camel2snake, patch
 from IPython import get_ipython
 
-from ..core import CitError
+from ..core.errors import CitError
 from ..live.live import read_ahead
 from ..data.stream import all_streams
 

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
-from ..core import CitError, expanded, one_of, placed
+from ..core.errors import CitError, one_of
+from ..core.paths import expanded, placed
 from ..record.record import Record, find_runs, npz_names, read_npz
 from ..measure.similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from ..measure.spectra import Collected, read_collected

@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from ..core import CitError
+from ..core.errors import CitError
 from ..record.record import Record
 from ..measure.spectra import Collected, angles, read_collected
 from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer,

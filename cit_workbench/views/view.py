@@ -26,7 +26,8 @@ from IPython import get_ipython
 
 from ..figures.style import house_hues
 import cit_workbench.live.live # noqa: F401 (gives a record its state)
-from ..core import CitError, leaves, placed
+from ..core.errors import CitError, leaves
+from ..core.paths import placed
 from ..data.pictures import load_image
 from ..record.record import Lines, Record, RecordWriter
 from ..data.stream import Stream, get_stream
