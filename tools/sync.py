@@ -170,6 +170,15 @@ def files(at):
             if p.exists() and not {".ipynb_checkpoints", "runs"} & set(p.relative_to(at).parts)}
 
 
+def scratch():
+    "Name notebooks that git does not track and that export nothing: trials of whoever works here."
+    if not shutil.which("git"): return set()
+    found = subprocess.run(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "--", "nbs"],
+                           capture_output=True, text=True)
+    names = [name for name in found.stdout.splitlines() if name.endswith(".ipynb")]
+    return {name for name in names if module_of(root/name) is None}
+
+
 def check():
     "Sync a copy; the names of the files that differ from it."
     with tempfile.TemporaryDirectory() as tmp:
@@ -181,7 +190,7 @@ def check():
             if p.name != "__init__.py" and generated(p): p.unlink()
         sync(at)
         here, there = files(root), files(at)
-    return sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+    return sorted(n for n in (here.keys() | there.keys()) - scratch() if here.get(n) != there.get(n))
 
 
 if __name__ == "__main__":
