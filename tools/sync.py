@@ -46,12 +46,6 @@ def list_methods(at):
     write_nb(nb, at/"nbs/index.ipynb")
 
 
-def module_of(path):
-    "Name the module that a page exports, or None where it exports none."
-    cells, module = exported(read_nb(path))
-    return module.replace(".", "/") if cells and module else None
-
-
 def in_order(modules, imported):
     "Sort modules so that each comes after those it imports; ties by name."
     left, done = sorted(modules), []
@@ -62,10 +56,10 @@ def in_order(modules, imported):
     return done
 
 
-def list_rooms(at):
+def list_rooms(at, modules):
     "Write the pages of each room into the table of rooms in nbs/index.ipynb, in the order of their imports."
     imported = {row["name"]: {target for target, _, late in row["imports"] if not late} for row in style.survey(at)}
-    linked = {name: path.relative_to(at/"nbs") for path in pages(at) if (name := module_of(path))}
+    linked = {name.removesuffix(".py"): path.relative_to(at/"nbs") for name, (path,) in modules.items()}
     nb = read_nb(at/"nbs/index.ipynb")
     cell, = [c for c in nb.cells if rooms_mark in c.source]
 
@@ -158,7 +152,7 @@ def sync(at):
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([str(Path(sys.executable).parent/command)], cwd=at, check=True, env=env)
     list_methods(at)
-    list_rooms(at)
+    list_rooms(at, modules)
     text = readme(read_nb(at/"nbs/index.ipynb"))
     (at/"README.md").write_text(text, encoding="utf-8")
 
@@ -176,7 +170,7 @@ def scratch():
     found = subprocess.run(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "--", "nbs"],
                            capture_output=True, text=True)
     names = [name for name in found.stdout.splitlines() if name.endswith(".ipynb")]
-    return {name for name in names if module_of(root/name) is None}
+    return {name for name in names if not exported(read_nb(root/name))[0]}
 
 
 def check():
