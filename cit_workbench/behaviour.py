@@ -27,7 +27,9 @@ ROOMS = {
     "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
                "models/slots"],
     "contract": ["contract/method", "contract/memory"],
-    "training": ["training/train", "protocol"],
+    "training": ["training/config", "training/rows", "training/gradients", "training/optimiser", "training/finite",
+                 "training/about", "training/folder", "training/opening", "training/saving", "training/scoring",
+                 "training/train", "protocol"],
     "scoring": ["measure/evaluate", "metrics"],
 }
 

@@ -39,7 +39,8 @@ from cit_workbench.training.checkpoint import checkpoints, read_checkpoint  # no
 from cit_workbench.core.digests import rng  # noqa: E402
 from cit_workbench.contract.method import Net, all_methods, parts  # noqa: E402
 from cit_workbench.record.record import RecordWriter  # noqa: E402
-from cit_workbench.training.train import Run, git_state  # noqa: E402
+from cit_workbench.training.about import git_state # noqa: E402
+from cit_workbench.training.train import Run # noqa: E402
 from cit_workbench.measure.watch import Watcher  # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},

@@ -21,7 +21,8 @@ from cit_workbench.models.tune import Tune, block_linears, every_linear, left_ou
 from cit_workbench.core.paths import assets
 from cit_workbench.contract.method import Method
 from cit_workbench.protocol import recipe as toy
-from cit_workbench.training.train import Optim, recipe
+from cit_workbench.training.config import Optim, fill_recipe
+from cit_workbench.training.opening import unsaved
 
 USUAL = {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}
 SMALL = {"stream_args": {"tasks": ["col-word"], "n_train": 32, "n_val": 2, "n_test": 4},
@@ -57,7 +58,7 @@ def trained(out, backbone, train=None, method="finetune", targets=None, **fields
 
 def test_the_recipe_of_the_embedded_starts_is_the_testbeds():
     for name in ("tiny-instruct", "tiny-base"):
-        assert recipe(Optim(), Tune(), get_backbone(name))[1].targets == toy["tune"]["targets"]
+        assert fill_recipe(Optim(), Tune(), get_backbone(name))[1].targets == toy["tune"]["targets"]
         assert every_linear(get_backbone(name).model) == linears
 
 
@@ -65,7 +66,7 @@ def test_the_recipe_of_the_embedded_starts_is_the_testbeds():
 def test_families_with_the_names_of_llama_keep_the_usual_expression(kind, family):
     bb = get_backbone(family(kind))
     assert every_linear(bb.model) == linears and left_out(bb.model) == []
-    assert recipe(Optim(), Tune(), bb)[1].targets == toy["tune"]["targets"]
+    assert fill_recipe(Optim(), Tune(), bb)[1].targets == toy["tune"]["targets"]
 
 
 def test_fused_layers_of_phi3_are_all_tuned(family, tmp_path):
@@ -84,7 +85,7 @@ def test_methods_reach_all_linear_layers_of_phi3(method, family, tmp_path):
 
 def test_more_blocks_than_the_testbed_knows_are_all_tuned(family):
     bb = get_backbone(family("llama", num_hidden_layers=6))
-    targets = recipe(Optim(), Tune(), bb)[1].targets
+    targets = fill_recipe(Optim(), Tune(), bb)[1].targets
     names = block_linears(bb.model)
     assert len(names) == 6*7 and all(re.fullmatch(targets, n) for n in names)
 
@@ -280,6 +281,5 @@ def test_a_run_goes_on_with_what_it_trained_beside_lora(twin, tmp_path):
 
 def test_no_name_is_like_a_module_of_the_start():
     "`unsaved` looks at names alone: those of LoRA's parts and those of the start model."
-    from cit_workbench.contract.method import Net
     own = dict.fromkeys(["a.weight", "b.lora_A.default.weight", "c.weight"])
-    assert Net.unsaved(SimpleNamespace(names={"a.weight"}, own=lambda: own)) == ["c.weight"]
+    assert unsaved(SimpleNamespace(names={"a.weight"}, own=lambda: own)) == ["c.weight"]

@@ -12,7 +12,7 @@ from tiny import CHAINS, SPEC, TASKS, Anchor, Halves, Held, Twins, descend, fina
 
 from cit_workbench.contract.memory import split_tree
 from cit_workbench.contract.method import Method, all_methods
-from cit_workbench.training.train import draw
+from cit_workbench.training.rows import draw
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}}
 

@@ -12,7 +12,8 @@ from cit_workbench.models.backbone import Backbone, at, current
 from cit_workbench.core.digests import rng
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.method import Method, Phase
-from cit_workbench.training.train import Run, rate
+from cit_workbench.training.rows import rate
+from cit_workbench.training.train import Run
 
 
 REFS = [(t, i) for i in range(2) for t in [*TASKS, *OTHERS]]

@@ -574,7 +574,7 @@ def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatc
 
 def test_the_steps_before_a_broken_picture_are_kept_and_all_broken_ones_are_named(tmp_path, twin, monkeypatch):
     import cit_workbench.contract.method as method
-    from cit_workbench.training.train import draw
+    from cit_workbench.training.rows import draw
 
     monkeypatch.setattr(method, "_room", 0)
     own = make_coin(tmp_path / "CoIN", tasks=("VQAv2",), n_train=10, n_test=2)

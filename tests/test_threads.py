@@ -12,7 +12,8 @@ import pytest
 from lab import HALF
 
 from cit_workbench.views.launcher import comments, method_classes
-from cit_workbench.training.train import Compute, Optim, Spec, Tune
+from cit_workbench.models.tune import Tune
+from cit_workbench.training.config import Compute, Optim, Spec
 from cit_workbench.views.view import toy_run
 from cit_workbench.measure.watch import Watch
 

@@ -25,7 +25,7 @@ from ..measure.watch import Watch, Watcher
 from ..models.lora import whole
 from ..models.backbone import Backbone, at
 from ..record.record import RecordWriter
-from ..training.train import draw
+from ..training.rows import draw
 
 # %% ../../nbs/bench/comparisons.ipynb #8b614aaf
 class _Order(torch.utils.data.Dataset):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .training import counted, opened
-from ..training.train import draw
+from ..training.rows import draw
 
 # %% ../../nbs/bench/limits.ipynb #e5cbb00b
 def matmul_speed(lm:torch.nn.Module, # A language model

@@ -18,7 +18,10 @@ from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer
 from ..contract.method import Net, fresh
 from ..models.tune import linears
 from ..models.backbone import Backbone, folder_of, get_backbone, load_image
-from ..training.train import Run, draw, recipe
+from ..training.config import fill_recipe
+from ..training.optimiser import parameter_groups
+from ..training.rows import draw
+from ..training.train import Run
 
 # %% ../../nbs/bench/training.ipynb #38872d03
 def opened(method:str="finetune", # Method
@@ -33,7 +36,7 @@ def opened(method:str="finetune", # Method
     run = Run(method=method, method_args=args, stream="shapes", stream_args={"tasks": tasks} if tasks else {},
               optim={"batch": batch, "lr": lr}, tune={"targets": linears}, out="unused")
     bb = bb or get_backbone()
-    run.opt, run.tuning = recipe(run.opt, run.tuning, bb)
+    run.opt, run.tuning = fill_recipe(run.opt, run.tuning, bb)
     net = Net(bb, run.data, fresh(run.m), tuning=run.tuning)
     run.insert(net)
     for place, task in enumerate(run.plan.tasks[:stand + 1]):
@@ -52,7 +55,7 @@ def _begun(run:Run, net:Net, task, batch:int, first:bool) -> tuple: # Its optimi
     net.first = False
     net.refresh()
     phase = net.method.phases(task)[-1]
-    opt = torch.optim.AdamW(run.groups(net, phase), betas=(.9, .999), foreach=True)
+    opt = torch.optim.AdamW(parameter_groups(net, phase, run.opt), betas=(.9, .999), foreach=True)
     def step(number:int) -> dict:
         return run.one_step(net, opt, task, phase, number, draw(0, task, batch, number))
     return opt, step

@@ -18,7 +18,9 @@ from ..core.paths import expanded, progress
 from ..live.live import take_over
 from ..measure.similarity import pair_matrices, write_pairs
 from ..data.stream import get_stream
-from ..training.train import Run, alone, recipe
+from ..training.config import fill_recipe
+from ..training.folder import alone
+from ..training.train import Run
 
 # %% ../../nbs/experiments/pairs.ipynb #4b7e9a88
 def _pace(make, out) -> tuple: # (seconds per stage, optimiser steps per stage)
@@ -30,7 +32,7 @@ def _pace(make, out) -> tuple: # (seconds per stage, optimiser steps per stage)
 
     real, few = make(out), make(out, steps=5)
     record = few.train()
-    real.opt, real.tuning = recipe(real.opt, real.tuning, get_backbone(real.backbone), real.data.steps)
+    real.opt, real.tuning = fill_recipe(real.opt, real.tuning, get_backbone(real.backbone), real.data.steps)
     training = record.seconds("train")/2*steps(real)/steps(few)
     evaluation = record.seconds("evaluate")/len(record.rows)
     return training + evaluation, round(steps(real))

@@ -162,7 +162,8 @@ def launch(self, # A `Run`
     "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once."
     from cit_workbench.models.backbone import folder_of
     from cit_workbench.measure.watch import at_launch
-    done = self._finished()
+    from cit_workbench.training.folder import finished
+    done = finished(self)
     if done: return done
     self.settle_watch(at_launch)
     if "RANK" in os.environ:
@@ -526,19 +527,21 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
     import torch
     from cit_workbench.models.backbone import get_backbone
     from cit_workbench.contract.method import Net, fresh
-    from cit_workbench.training.train import Quiet, recipe
+    from cit_workbench.training.config import fill_recipe
+    from cit_workbench.training.folder import Quiet
+    from cit_workbench.training.opening import as_before
     run, threads = run_of(folder), torch.get_num_threads()
     try:
-        run._as_before()
+        as_before(run)
         compute = run.comp
         mode = compute.image_mode or run.data.image_mode
         backbone = get_backbone(run.backbone, compute.device, compute.dtype, mode,
                                 compute.four_bit, compute.image_reading or "seen")
-        run.opt, run.tuning = recipe(run.opt, run.tuning, backbone, run.data.steps)
+        run.opt, run.tuning = fill_recipe(run.opt, run.tuning, backbone, run.data.steps)
         net = Net(backbone, run.data, fresh(run.m), run.seed, plan=run.plan, tuning=run.tuning)
         state = run.load(net, Quiet())
         if not state: raise CitError(f"{folder} holds no checkpoint yet: there is nobody to ask")
-        return Reply(reply_of(net, image, text), net.seen[-1], state["step"])
+        return Reply(reply_of(net, image, text), net.seen[-1], state.step)
     finally:
         torch.set_num_threads(threads)
 

@@ -157,7 +157,8 @@ class Watcher:
                  run, # A `Run`, whose old tasks are probed
                  net:Net, # Its model and method
                  writer:RecordWriter, # Of its record
-                 state:dict={}, # Of the checkpoint that the run goes on from
+                 ended:bool=False, # Has the task at hand ended?
+                 before:int=0, # Steps before the phase that the run goes on in
                 ):
         self.run, self.net, self.w, self.watch = run, net, writer, run.watching
         self.ends = {} # {task: states at its own end}
@@ -165,12 +166,12 @@ class Watcher:
         self.last = None # Steps of the run at the task's end
         self.seconds = 0. # That the task's probes have taken
         self._kept, self._feats = {}, {}
-        done = net.seen if state.get("stage") == "end" else net.seen[:-1]
+        done = net.seen if ended else net.seen[:-1]
         if self.watch.every and not net.rank:
             for name in self.names():
                 states = self._stored(name) if name in done else None
                 if states is not None: self.ends[name] = states
-        self.before = state.get("done", 0) - state.get("step", 0) # Steps before the phase that the run goes on in
+        self.before = before
 
     def names(self) -> list:
         "List the tasks to look at, in training order."
