@@ -1,7 +1,7 @@
 "A notebook-first research workbench for continual instruction tuning of large multimodal models."
 __version__ = "0.0.1"
 
-_home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.method", all_methods="contract.method", Record="live.live",
+_home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.registry", all_methods="contract.registry", Record="live.live",
              branch="live.live", get_stream="data.stream", all_streams="data.stream", get_backbone="models.backbone", all_backbones="models.backbone",
              CitError="core.errors")
 __all__ = list(_home)

@@ -26,11 +26,12 @@ ROOMS = {
              "data/stream", "suites/*"],
     "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
                "models/slots"],
-    "contract": ["contract/method", "contract/memory"],
+    "contract": ["contract/method", "contract/registry", "contract/identity", "contract/clock", "contract/examples",
+                 "contract/vectors", "contract/gradients", "contract/trained", "contract/net", "contract/memory"],
     "training": ["training/config", "training/rows", "training/gradients", "training/optimiser", "training/finite",
                  "training/about", "training/folder", "training/opening", "training/saving", "training/scoring",
                  "training/train", "protocol"],
-    "scoring": ["measure/evaluate", "metrics"],
+    "scoring": ["measure/scores", "measure/store", "measure/answers", "measure/routes", "metrics"],
 }
 
 def package() -> Path:

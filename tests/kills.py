@@ -27,21 +27,24 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CIT_QUIET", "1")
 
-import torch  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from tiny import CHAINS, TASKS, differing, train  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+import torch   # noqa: E402
+from peft import PeftModel   # noqa: E402
+from tiny import CHAINS, TASKS, differing, train   # noqa: E402
+from tqdm import tqdm   # noqa: E402
+from transformers.utils.logging import disable_progress_bar   # noqa: E402
 
+import cit_workbench.contract.gradients as gradients_module  # noqa: E402
 import cit_workbench.training.checkpoint as checkpoint_module  # noqa: E402
 import cit_workbench.record.record as record_module  # noqa: E402
-from cit_workbench.training.checkpoint import checkpoints, read_checkpoint  # noqa: E402
-from cit_workbench.core.digests import rng  # noqa: E402
-from cit_workbench.contract.method import Net, all_methods, parts  # noqa: E402
-from cit_workbench.record.record import RecordWriter  # noqa: E402
-from cit_workbench.training.about import git_state # noqa: E402
-from cit_workbench.training.train import Run # noqa: E402
-from cit_workbench.measure.watch import Watcher  # noqa: E402
+from cit_workbench.training.checkpoint import checkpoints, read_checkpoint   # noqa: E402
+from cit_workbench.core.digests import rng   # noqa: E402
+from cit_workbench.contract.method import parts  # noqa: E402
+from cit_workbench.contract.net import Net  # noqa: E402
+from cit_workbench.contract.registry import all_methods  # noqa: E402
+from cit_workbench.record.record import RecordWriter   # noqa: E402
+from cit_workbench.training.about import git_state  # noqa: E402
+from cit_workbench.training.train import Run  # noqa: E402
+from cit_workbench.measure.watch import Watcher   # noqa: E402
 
 STREAM = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5, "accum": 2},
           "probe_every": 3}
@@ -140,7 +143,7 @@ def watch_training(mark):
     around(Net, "hook", hooked("entered"), hooked("done"))
     for what in ("rows", "grad", "__call__", "carried"): around(Net, what, service(what))
     around(Net, "forward", forward)
-    for f in ("_linear_grads", "_loop_grads"): both(mark, Net, f, "mid-importance")
+    for f in ("linear_gradients", "loop_gradients"): both(mark, gradients_module, f, "mid-importance")
     around(torch.optim.AdamW, "step", after=lambda *a, **kw: mark("between the optimiser and its hooks"))
     around(Run, "one_step", after=lambda *a: mark("between a step and its event"))
     both(mark, Run, "probe", "inside a probe")

@@ -14,9 +14,12 @@ from cit_workbench.experiments import keys
 from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
-from cit_workbench.contract.method import Net, all_methods, code_of, method_class
+from cit_workbench.contract.identity import code_of
+from cit_workbench.contract.net import Net
+from cit_workbench.contract.registry import all_methods, method_class
 from cit_workbench.record.record import Record, table
 from cit_workbench.data.stream import get_stream, scorer_versions, scorers
+from cit_workbench.measure.answers import evaluate
 from cit_workbench.experiments.cells import plan
 from cit_workbench.experiments.keys import data_digest
 from cit_workbench.experiments.pages import code_cells, pages_dir
@@ -165,7 +168,7 @@ def test_a_corrected_scorer_scores_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("CIT_CACHE", str(tmp_path))
     stream = get_stream("shapes", tasks=["col-word"], n_train=8, n_val=2, n_test=4)
     net = Net(get_backbone("tiny-instruct"), stream)
-    score = lambda: net.evaluate(["col-word"])["col-word"][0]["formatted"]
+    score = lambda: evaluate(net, ["col-word"])["col-word"][0]["formatted"]
     before = score()
     monkeypatch.setitem(scorers, "accuracy", lambda fmt, example, text: 1.)
     assert score() == before < 100
@@ -174,13 +177,13 @@ def test_a_corrected_scorer_scores_anew(tmp_path, monkeypatch):
 
 
 def test_answers_do_not_depend_on_the_text_of_the_code(monkeypatch):
-    from cit_workbench.measure import evaluate
-    before = evaluate.answered_by(method_class("er")())
+    from cit_workbench.measure import answers, store
+    before = store.answered_by(method_class("er")())
     monkeypatch.setitem(VERSIONS, "models", 2)
-    assert evaluate.answered_by(method_class("er")()) != before
+    assert store.answered_by(method_class("er")()) != before
     monkeypatch.undo()
-    monkeypatch.setattr(evaluate, "score_line", None)
-    assert evaluate.answered_by(method_class("er")()) == before
+    monkeypatch.setattr(answers, "score_line", None)
+    assert store.answered_by(method_class("er")()) == before
 
 
 # protocols

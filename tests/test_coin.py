@@ -220,7 +220,7 @@ def test_captions_keep_their_references(own):
     ex = t.example("test", 0)
     assert t.format.kind == "caption" and len(ex.meta["references"]) == 2
     assert t.format.score(ex, "a brown dog runs over the grass") == 1
-    from cit_workbench.measure.evaluate import column_scores, score_line
+    from cit_workbench.measure.scores import column_scores, score_line
     lines = [score_line(t, t.example("test", i), "a brown dog runs over the grass .") for i in range(4)]
     assert column_scores(t, lines)["cider"] >= 0 and column_scores(t, lines)["formatted"] == 100
 

@@ -10,6 +10,7 @@ from tiny import OTHERS, TASKS, jitter, opened
 from cit_workbench.models.backbone import Backbone, at
 from cit_workbench.metrics import cider
 from cit_workbench.data.stream import get_stream
+from cit_workbench.measure.answers import ask, evaluate
 
 COLUMNS = [t.name for t, _ in get_stream("shapes").roles()]
 ROWS = [(t, i) for i in range(5) for t in COLUMNS]
@@ -44,11 +45,11 @@ def test_answers_are_those_of_generate(net):
 
 
 def test_mixed_batches_answer_like_tasks_alone(net):
-    mixed = net.ask(ROWS, "test")
+    mixed = ask(net, ROWS, "test")
     for t in COLUMNS:
         own = [r for r in ROWS if r[0] == t]
-        assert net.ask(own, "test") == {r: mixed[r] for r in own}
-    assert net.ask(ROWS, "test", tokens=300) == mixed
+        assert ask(net, own, "test") == {r: mixed[r] for r in own}
+    assert ask(net, ROWS, "test", tokens=300) == mixed
 
 
 def brute(net, ref):
@@ -71,7 +72,7 @@ def test_forced_choice_is_likelihood(net):
     choices = [[enc(e.question, c, True)[1][:-1] for c in e.choices] for e in b.examples]
     assert len({len(t) for cs in choices for t in cs} | {1}) > 2
     _, lls = net.answer(b, 2, choices)
-    lines = net.ask(ROWS, "test")
+    lines = ask(net, ROWS, "test")
     for ref, e, ll in zip(ROWS, b.examples, lls):
         want = brute(net, ref)
         torch.testing.assert_close(ll, want, rtol=1e-4, atol=1e-4)
@@ -88,7 +89,7 @@ def test_answers_do_not_depend_on_forced_choice(net):
 
 
 def test_scores_are_means_of_lines(net):
-    for name, (scores, lines) in net.evaluate(COLUMNS).items():
+    for name, (scores, lines) in evaluate(net, COLUMNS).items():
         task = net.stream.task(name)
         asked, said = [task.example("test", i) for i in range(5)], [l["metadata"] for l in lines]
         assert [l["question_id"] for l in lines] == [e.id for e in asked] and scores["n"] == 5
@@ -123,33 +124,33 @@ def own(tmp_path_factory):
 
 
 def test_nothing_is_answered_twice(own, asked):
-    first = own.evaluate(TASKS)
+    first = evaluate(own, TASKS)
     assert asked() == 6
-    assert own.evaluate(TASKS) == first and own.evaluate(TASKS[:1]) == {TASKS[0]: first[TASKS[0]]} and asked() == 6
-    named = own.evaluate(TASKS[:1], model_id="another name")[TASKS[0]][1]
+    assert evaluate(own, TASKS) == first and evaluate(own, TASKS[:1]) == {TASKS[0]: first[TASKS[0]]} and asked() == 6
+    named = evaluate(own, TASKS[:1], model_id="another name")[TASKS[0]][1]
     assert asked() == 6 and {l["model_id"] for l in named} == {"another name"}
-    own.evaluate([*TASKS, OTHERS[0]])
+    evaluate(own, [*TASKS, OTHERS[0]])
     assert asked() == 8
 
 
 def test_whatever_may_change_an_answer_is_asked_anew(own, asked):
-    own.evaluate(TASKS[:1])
+    evaluate(own, TASKS[:1])
     p = next(iter(own.params.values()))
     with torch.no_grad(): p.view(-1)[0] += 1e-7 + p.view(-1)[0].abs()*1e-6
-    own.evaluate(TASKS[:1])
+    evaluate(own, TASKS[:1])
     assert asked() == 4
     own.method.mem["table"] = torch.zeros(2)
-    own.evaluate(TASKS[:1])
+    evaluate(own, TASKS[:1])
     assert asked() == 6
     own.method.mem["table"][0] = 1
-    own.evaluate(TASKS[:1])
+    evaluate(own, TASKS[:1])
     assert asked() == 8
-    own.evaluate(TASKS[:1], split="val")
-    own.evaluate(TASKS[:1], oracle=True)
+    evaluate(own, TASKS[:1], split="val")
+    evaluate(own, TASKS[:1], oracle=True)
     assert asked() == 12
-    own._feats.clear()
+    own.examples._feats.clear()
     own.stream = own.plan = replace(own.stream, tasks=[replace(t, n={**t.n, "test": 3}) for t in own.stream.tasks])
-    own.evaluate(TASKS[:1])
+    evaluate(own, TASKS[:1])
     assert asked() == 15
 
 
@@ -167,11 +168,11 @@ DAMAGE = [lambda b: b"", lambda b: b[:len(b)//2], lambda b: b[:-1], lambda b: b"
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
 def test_a_broken_store_is_ignored(own, asked, damage):
-    first = own.evaluate(TASKS[:1])
+    first = evaluate(own, TASKS[:1])
     f, = [p for p in Path(os.environ["CIT_CACHE"]).rglob("*") if p.is_file()]
     good = f.read_bytes()
     f.write_bytes(damage(good))
-    assert own.evaluate(TASKS[:1]) == first and asked() == 4 and f.read_bytes() == good
+    assert evaluate(own, TASKS[:1]) == first and asked() == 4 and f.read_bytes() == good
 
 
 # Losses

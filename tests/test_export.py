@@ -7,7 +7,8 @@ from peft import PeftModel
 from tiny import final, same_tensors
 
 from cit_workbench.models.backbone import get_backbone
-from cit_workbench.contract.method import all_methods, get_method, overrides
+from cit_workbench.contract.method import overrides
+from cit_workbench.contract.registry import all_methods, get_method
 
 PLAIN = [n for n in all_methods() if n != "zero_shot" and not overrides(get_method(n), "wrap")]
 

@@ -7,7 +7,9 @@ from tiny import ARGS, MORE, TASKS, final, same_files, same_tensors, tiny, train
 from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import split_tree
-from cit_workbench.contract.method import Method, Net, all_methods, get_method, overrides
+from cit_workbench.contract.method import Method, overrides
+from cit_workbench.contract.net import Net
+from cit_workbench.contract.registry import all_methods, get_method
 from cit_workbench.record.record import pack, Record, table
 
 SAYS = [m for m in all_methods() if overrides(get_method(m), "used")]

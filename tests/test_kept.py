@@ -12,8 +12,9 @@ import torch
 from tiny import TASKS, jitter, opened, same_files, tiny, train
 
 from cit_workbench.models.backbone import Backbone
-from cit_workbench.measure.evaluate import _put_down
-from cit_workbench.contract.method import Net
+from cit_workbench.measure import answers
+from cit_workbench.measure.answers import evaluate
+from cit_workbench.measure.store import put_down, read_down
 
 FEW = {"stream_args": {"tasks": TASKS, "n_train": 16, "n_val": 12, "n_test": 12}, "optim": {"steps": 2}}
 
@@ -25,7 +26,7 @@ class Killed(BaseException): "The process goes."
 def asked(monkeypatch, tmp_path):
     "Rows answered so far; a store of its own; small batches; `at` is the batch at which the process goes."
     monkeypatch.setenv("CIT_CACHE", str(tmp_path/"cache"))
-    rows, answer, ask = [], Backbone.answer, Net.ask
+    rows, answer, ask = [], Backbone.answer, answers.ask
     state = {"at": None}
 
     def counted(self, b, *args):
@@ -33,7 +34,7 @@ def asked(monkeypatch, tmp_path):
         rows.append(len(b))
         return answer(self, b, *args)
     monkeypatch.setattr(Backbone, "answer", counted)
-    monkeypatch.setattr(Net, "ask", lambda self, *args, **kw: ask(self, *args, **{"tokens": 300, **kw}))
+    monkeypatch.setattr(answers, "ask", lambda *args, **kw: ask(*args, **{"tokens": 300, **kw}))
     return state, rows
 
 
@@ -50,16 +51,16 @@ def net(tmp_path_factory):
 
 def test_a_kill_costs_the_batch_at_hand(net, asked, tmp_path, monkeypatch):
     state, rows = asked
-    whole = net.evaluate(TASKS)
+    whole = evaluate(net, TASKS)
     total, batches = sum(rows), len(rows)
     assert total == 36 and batches > 4 and parts(tmp_path) == []
     for at in range(batches):
         monkeypatch.setenv("CIT_CACHE", str(tmp_path/f"cache-{at}"))
         rows.clear()
         state["at"] = at
-        with pytest.raises(Killed): net.evaluate(TASKS)
+        with pytest.raises(Killed): evaluate(net, TASKS)
         state["at"] = None
-        assert net.evaluate(TASKS) == whole
+        assert evaluate(net, TASKS) == whole
         assert sum(rows) == total
     left = [p for p in tmp_path.rglob("*.part")]
     assert left == []
@@ -68,21 +69,20 @@ def test_a_kill_costs_the_batch_at_hand(net, asked, tmp_path, monkeypatch):
 
 
 def test_a_kill_between_the_columns_asks_nothing_again(net, asked, tmp_path, monkeypatch):
-    import cit_workbench.measure.evaluate as module
     state, rows = asked
-    store, calls = module._store, []
+    store, calls = answers.keep, []
 
     def dies(path, lines):
         calls.append(1)
         if len(calls) == 2: raise Killed
         store(path, lines)
-    monkeypatch.setattr(module, "_store", dies)
-    with pytest.raises(Killed): net.evaluate(TASKS)
+    monkeypatch.setattr(answers, "keep", dies)
+    with pytest.raises(Killed): evaluate(net, TASKS)
     before = sum(rows)
-    got = net.evaluate(TASKS)
+    got = evaluate(net, TASKS)
     assert sum(rows) == before == 36 and parts(tmp_path) == []
     monkeypatch.setenv("CIT_CACHE", str(tmp_path/"other"))
-    assert net.evaluate(TASKS) == got
+    assert evaluate(net, TASKS) == got
 
 
 DAMAGE = [lambda b: b"", lambda b: b[:len(b)//2], lambda b: b[:-1], lambda b: b"\xff" + b, lambda b: b + b[:40],
@@ -93,38 +93,37 @@ DAMAGE = [lambda b: b"", lambda b: b[:len(b)//2], lambda b: b[:-1], lambda b: b"
 def test_damaged_lines_are_asked_again(net, asked, tmp_path, damage):
     state, rows = asked
     state["at"] = 3
-    with pytest.raises(Killed): net.evaluate(TASKS)
+    with pytest.raises(Killed): evaluate(net, TASKS)
     state["at"] = None
     for f in parts(tmp_path): f.write_bytes(damage(f.read_bytes()))
-    got = net.evaluate(TASKS)
+    got = evaluate(net, TASKS)
     os.environ["CIT_CACHE"] = str(tmp_path/"other")
-    assert net.evaluate(TASKS) == got
+    assert evaluate(net, TASKS) == got
 
 
 def test_torn_line_does_not_spoil_what_follows(tmp_path):
-    from cit_workbench.measure.evaluate import _put_down_more
     keep = {"a": tmp_path/"x"/"a.part"}
-    _put_down_more(keep, {("a", 0): {"text": "red"}, ("b", 0): {"text": "other"}})
+    put_down(keep, {("a", 0): {"text": "red"}, ("b", 0): {"text": "other"}})
     with open(keep["a"], "ab") as f: f.write(b"0123456789abcdef [1,{\"te")
-    _put_down_more(keep, {("a", 2): {"text": "blüe"}})
-    assert _put_down(keep["a"]) == {0: {"text": "red"}, 2: {"text": "blüe"}}
+    put_down(keep, {("a", 2): {"text": "blüe"}})
+    assert read_down(keep["a"]) == {0: {"text": "red"}, 2: {"text": "blüe"}}
 
 
 def test_another_model_finds_nothing_of_it(net, asked, tmp_path):
     state, rows = asked
     state["at"] = 3
-    with pytest.raises(Killed): net.evaluate(TASKS)
+    with pytest.raises(Killed): evaluate(net, TASKS)
     state["at"] = None
     jitter(net, .1, seed=1)
     rows.clear()
-    net.evaluate(TASKS)
+    evaluate(net, TASKS)
     assert sum(rows) == 36
 
 
 def test_a_store_that_cannot_be_written_costs_time_only(net, asked, tmp_path, monkeypatch):
     (tmp_path/"file").write_text("")
     monkeypatch.setenv("CIT_CACHE", str(tmp_path/"file"))
-    with pytest.warns(UserWarning, match="answers are not kept"): got = net.evaluate(TASKS)
+    with pytest.warns(UserWarning, match="answers are not kept"): got = evaluate(net, TASKS)
     assert {n: len(lines) for n, (_, lines) in got.items()} == dict.fromkeys(TASKS, 12)
 
 
@@ -150,13 +149,13 @@ def shares(out, at):
     "What one process of two answers, when it goes at a batch."
     torch.set_num_threads(1)
     run = tiny(out, "zero_shot", **FEW)
-    rows, answer, ask = [], Backbone.answer, Net.ask
+    rows, answer, ask = [], Backbone.answer, answers.ask
 
     def counted(self, b, *args):
         if len(rows) == at: os._exit(9)
         rows.append(len(b))
         return answer(self, b, *args)
-    Backbone.answer, Net.ask = counted, lambda self, *args, **kw: ask(self, *args, **{"tokens": 300, **kw})
+    Backbone.answer, answers.ask = counted, lambda *args, **kw: ask(*args, **{"tokens": 300, **kw})
     run.open()
     return sum(rows)
 
@@ -165,7 +164,7 @@ def test_each_process_finds_its_share(tmp_path, fork):
     whole = fork.world(2, shares, tmp_path/"whole", None, CIT_CACHE=str(tmp_path/"cache-whole"))
     assert min(whole) > 0
     fork.world(2, shares, tmp_path/"two", 3, CIT_CACHE=str(tmp_path/"cache"))
-    kept = sum(len(_put_down(f)) for f in (tmp_path/"cache").rglob("*.part"))
+    kept = sum(len(read_down(f)) for f in (tmp_path/"cache").rglob("*.part"))
     assert 0 < kept < sum(whole)
     again = fork.world(2, shares, tmp_path/"two", None, CIT_CACHE=str(tmp_path/"cache"))
     assert sum(again) == sum(whole) - kept
@@ -176,15 +175,15 @@ def test_each_process_finds_its_share(tmp_path, fork):
 
 SCRIPT = """
 import sys
+from cit_workbench.measure import answers
 from cit_workbench.models.backbone import Backbone
-from cit_workbench.contract.method import Net
 from cit_workbench.training.train import Run
-answer, ask = Backbone.answer, Net.ask
+answer, ask = Backbone.answer, answers.ask
 def counted(self, b, *args):
     with open(sys.argv[2], "a") as f: print(len(b), file=f)
     return answer(self, b, *args)
 Backbone.answer = counted
-Net.ask = lambda self, *args, **kw: ask(self, *args, **{"tokens": 300, **kw})
+answers.ask = lambda *args, **kw: ask(*args, **{"tokens": 300, **kw})
 Run("finetune", stream_args={"tasks": ["col-word"], "n_train": 8, "n_val": 2, "n_test": 60}, optim={"steps": 1, "batch": 4},
     compute={"threads": 1}, out=sys.argv[1]).train()
 """

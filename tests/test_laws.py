@@ -20,7 +20,8 @@ from cit_workbench.training.checkpoint import read_checkpoint
 from cit_workbench.core.digests import rng, seed_of
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import split_tree
-from cit_workbench.contract.method import Method, all_methods, get_method, overrides
+from cit_workbench.contract.method import Method, overrides
+from cit_workbench.contract.registry import all_methods, get_method
 from cit_workbench.data.stream import get_stream
 
 METHODS = all_methods()
@@ -346,7 +347,7 @@ def test_6_the_future_is_out_of_reach(tmp_path, name):
 def test_7_batch_leaves_its_input_alone(finished, name):
     net = finished(name).net
     for micro in range(2):
-        net.clock = (net.seen[-1], "tune", 3, micro)
+        net.timer.now = (net.seen[-1], "tune", 3, micro)
         b = batch_of(net, net.seen[-1], 8)
         before = shot(b)
         got, again = net.method.batch(net, b), net.method.batch(net, b)

@@ -17,7 +17,9 @@ from cit_workbench.core.errors import CitError
 from cit_workbench.core.files import read_json, write_atomic
 from cit_workbench.live.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
 from cit_workbench.training.control import Control, _room, command, hold, turn
-from cit_workbench.contract.method import Method, code_of, get_method
+from cit_workbench.contract.identity import code_of
+from cit_workbench.contract.method import Method
+from cit_workbench.contract.registry import get_method
 from cit_workbench.record.record import table
 from cit_workbench.training.train import resume
 

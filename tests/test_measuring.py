@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cit_workbench.core.paths import cache_dir
-from cit_workbench.measure.evaluate import Net, collect
+from cit_workbench.contract.examples import Examples
+from cit_workbench.measure.collect import collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
 from cit_workbench.views.similarity import collected_for
 from cit_workbench.measure.spectra import read_collected
@@ -38,7 +39,7 @@ def test_two_at_once_measure_once(run, tmp_path):
     kept = read_collected(path)
     same(kept, collect(stream_args=ARGS, folder=tmp_path/"again"))
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(Net, "__setattr__", lambda net, k, v: None if k == "roomy" else object.__setattr__(net, k, v))
+        mp.setattr(Examples, "__setattr__", lambda net, k, v: None if k == "roomy" else object.__setattr__(net, k, v))
         same(kept, collect(stream_args=ARGS, folder=tmp_path/"all"))
 
 
@@ -104,10 +105,10 @@ def test_what_cannot_be_measured_is_a_sentence(run):
 def test_measures_of_an_earlier_version_are_not_taken_for_todays(tmp_path, monkeypatch):
     "Code that reads data or models otherwise measures anew; code that trains otherwise does not."
     from cit_workbench import behaviour
-    from cit_workbench.measure import evaluate
+    from cit_workbench.measure import collect as module
     asked = []
-    monkeypatch.setattr(evaluate.Net, "observe", lambda *args: asked.append(1) or {"x": np.zeros(1)})
-    again = lambda: evaluate.collect(stream_args=ARGS, folder=tmp_path)
+    monkeypatch.setattr(module, "observe", lambda *args: asked.append(1) or {"x": np.zeros(1)})
+    again = lambda: module.collect(stream_args=ARGS, folder=tmp_path)
     again()
     monkeypatch.setitem(behaviour.VERSIONS, "training", behaviour.VERSIONS["training"] + 1)
     assert again().about["made_by"]["rooms"]["models"] == behaviour.VERSIONS["models"] and len(asked) == 1

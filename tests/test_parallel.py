@@ -11,8 +11,10 @@ from test_resume import Stop, unplug
 from tiny import CHAINS, SPEC, TASKS, Anchor, Halves, Held, Twins, descend, final, furthest, same_files, tiny, train
 
 from cit_workbench.contract.memory import split_tree
-from cit_workbench.contract.method import Method, all_methods
+from cit_workbench.contract.method import Method
+from cit_workbench.contract.registry import all_methods
 from cit_workbench.training.rows import draw
+from cit_workbench.measure.answers import evaluate
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}}
 
@@ -123,7 +125,7 @@ def asked_twice(out):
     if os.environ["RANK"] == "1": os.environ["CIT_CACHE"] += "-of-the-second"
     run = tiny(out, "zero_shot")
     run.open()
-    first, second = (run.net.evaluate(TASKS) for _ in range(2))
+    first, second = (evaluate(run.net, TASKS) for _ in range(2))
     return first == second and sorted(Path(os.environ["CIT_CACHE"]).rglob("*.jsonl")) != []
 
 

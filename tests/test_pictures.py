@@ -18,6 +18,7 @@ from cit_workbench.cli import main
 from cit_workbench.live.live import _array
 from cit_workbench.data.pictures import load_image
 from cit_workbench.views.view import picture
+from cit_workbench.measure.store import state_key
 
 TURNED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
@@ -267,10 +268,10 @@ def test_the_reading_is_in_the_record_only_where_it_is_not_the_usual_one(twin, t
 
 
 def test_answers_of_one_reading_are_not_taken_for_the_other(twin, tmp_path):
-    from cit_workbench.contract.method import Net
+    from cit_workbench.contract.net import Net
     from cit_workbench.data.stream import get_stream
     stream = get_stream("shapes", n_train=8, n_val=2, n_test=2)
-    keys = {r: Net(get_backbone(twin, image_reading=r), stream).state_key() for r in ("seen", "published")}
+    keys = {r: state_key(Net(get_backbone(twin, image_reading=r), stream)) for r in ("seen", "published")}
     assert keys["seen"] != keys["published"]
 
 

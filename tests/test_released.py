@@ -14,7 +14,7 @@ from cit_workbench.models.backbone import at
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import join_tree, split_tree
-from cit_workbench.contract.method import get_method
+from cit_workbench.contract.registry import get_method
 from cit_workbench.methods.llaca import LLaCA
 from cit_workbench.methods.mas import answer_norm
 from cit_workbench.methods.olora import OLoRA, SumLinear

@@ -19,7 +19,8 @@ from cit_workbench.training import checkpoint
 from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core.errors import CitError
 from cit_workbench.core.paths import assets
-from cit_workbench.contract.method import Method, get_method, method_class
+from cit_workbench.contract.method import Method
+from cit_workbench.contract.registry import get_method, method_class
 from cit_workbench.training.train import resume
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}, "compute": {"save_every": 2}, "optim": {"steps": 5}}

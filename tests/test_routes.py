@@ -6,7 +6,8 @@ import torch
 from tiny import MORE, OTHERS, TASKS, furthest, jitter
 
 from cit_workbench.models.backbone import at
-from cit_workbench.contract.method import all_methods, get_method, overrides
+from cit_workbench.contract.method import overrides
+from cit_workbench.contract.registry import all_methods, get_method
 
 REFS = [(t, i) for i in range(2) for t in [*TASKS, *OTHERS]]
 ROUTED = [m for m in all_methods() if any(overrides(get_method(m), h) for h in ("route", "wrap"))]

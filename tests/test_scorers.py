@@ -15,7 +15,7 @@ from twin import make_coin
 from cit_workbench import get_stream
 from cit_workbench.figures import style
 from cit_workbench.core.errors import CitError
-from cit_workbench.measure.evaluate import column_scores, score_line
+from cit_workbench.measure.scores import column_scores, score_line
 from cit_workbench.metrics import caption_words, cider, cider_scores
 from cit_workbench.data.stream import Example, all_streams, box_in, scorer_version, scorers
 from cit_workbench.suites import coin

@@ -19,6 +19,10 @@ from cit_workbench.experiments.pairs import pairwise
 from cit_workbench.measure.spectra import Moments, crowding, eigen
 from cit_workbench.data.stream import get_stream
 from cit_workbench.training.train import Run
+from cit_workbench.measure.collect import observe, observe_gradients
+from cit_workbench.measure.samples import gather
+from cit_workbench.measure.store import state_key
+from cit_workbench.measure.tokens import token_states
 
 
 def test_pictures_of_similarity_never_import_torch():
@@ -30,9 +34,9 @@ def test_measuring_leaves_a_net_as_it_was(tmp_path):
     net = opened(tmp_path/"x").net
     jitter(net)
     net.model.train()
-    before = net.state_key(), list(net.seen), set(net.observed), net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()}
-    got = net.observe(TASKS[:2], 16, [1], gradients=True)
-    assert before == (net.state_key(), net.seen, net.observed, net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()})
+    before = state_key(net), list(net.seen), set(net.observed), net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()}
+    got = observe(net, TASKS[:2], 16, [1], gradients=True)
+    assert before == (state_key(net), net.seen, net.observed, net.extra_forwards, net.clock, {n: p.grad for n, p in net.params.items()})
     assert net.model.training and not any(m._forward_hooks for m in net.backbone.lm.layers)
     assert got["gradient/all/cosine"].shape == got["importance/overlap"].shape == (2, 2)
     assert all(np.isfinite(a).all() for a in got.values())
@@ -41,15 +45,15 @@ def test_measuring_leaves_a_net_as_it_was(tmp_path):
 def test_a_task_unseen_stays_unseen_after_a_failed_measurement(tmp_path):
     net = opened(tmp_path/"x").net
     seen = list(net.seen)
-    with pytest.raises(CitError): net.observe_gradients(["nothing"], 8)
+    with pytest.raises(CitError): observe_gradients(net, ["nothing"], 8)
     assert net.seen == seen
 
 
 def test_tuning_moves_hidden_layers_and_no_input(tmp_path):
     net = opened(tmp_path/"x").net
-    before = net.observe(TASKS[:2], 8, [2])
+    before = observe(net, TASKS[:2], 8, [2])
     jitter(net)
-    after = net.observe(TASKS[:2], 8, [2])
+    after = observe(net, TASKS[:2], 8, [2])
     moved = {p for p in ("tower/visual", "input/visual", "input/instruction", "input/answer", "layer 2/visual", "layer 2/answer")
              if not np.allclose(before[f"{p}/raw/values"], after[f"{p}/raw/values"], rtol=1e-4)}
     assert moved == {"layer 2/visual", "layer 2/answer"}
@@ -60,7 +64,7 @@ def test_soft_prompts_do_not_shift_what_is_measured(tmp_path):
     assert net.method.route(net, batch_of(net, TASKS[0], 2)).prefix is not None
     plain = opened(tmp_path/"y").net
     refs = [(TASKS[0], 0), (TASKS[1], 3)]
-    with_prompt, without = net.token_states(refs, layers=[1]), plain.token_states(refs, layers=[1])
+    with_prompt, without = token_states(net, refs, layers=[1]), token_states(plain, refs, layers=[1])
     for place in ("input/visual", "input/instruction", "input/answer"):
         np.testing.assert_array_equal(with_prompt[place][0], without[place][0])
         np.testing.assert_array_equal(with_prompt[place][1], without[place][1])
@@ -72,13 +76,13 @@ def test_rows_without_an_image_are_measured_by_their_text(tmp_path):
     task, half = net.stream.task(TASKS[0]), lambda make: lambda s, i: (lambda e: e if i//6 % 2 else replace(e, image=None))(make(s, i))
     mixed = replace(task, make=half(task.make), name="mixed")
     blind = replace(task, make=lambda s, i: replace(task.make(s, i), image=None), name="blind")
-    net.plan = net.stream = replace(net.stream, tasks=[task, mixed, blind])
-    pooled, moments = net.gather("mixed", 16)
+    net.examples.plan = net.examples.stream = replace(net.stream, tasks=[task, mixed, blind])
+    pooled, moments = gather(net, "mixed", 16)
     assert len(pooled["input/instruction"]) == 16 and len(pooled["input/visual"]) == 8
     assert sum(m.n for m in moments["input/visual"][0]) == 8*net.backbone.n_vis
-    got = net.observe([task.name, "mixed", "blind"], 16)
+    got = observe(net, [task.name, "mixed", "blind"], 16)
     assert "input/instruction/cosine" in got and "input/visual/cosine" not in got
-    assert "input/visual/cosine" in net.observe([task.name, "mixed"], 16)
+    assert "input/visual/cosine" in observe(net, [task.name, "mixed"], 16)
 
 
 @pytest.mark.parametrize("method", ["finetune", "ewc", "fwd_prompt"])

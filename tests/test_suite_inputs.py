@@ -541,9 +541,9 @@ def test_every_image_is_opened_before_anything_is_trained(own, twin, tmp_path):
 @pytest.mark.parametrize("check, how", [(100, "cut"), (0, "removed")])
 @pytest.mark.parametrize("split", ["train", "test", "val"])
 def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatch, split, check, how):
-    import cit_workbench.contract.method as method
+    import cit_workbench.contract.examples as examples_module
 
-    monkeypatch.setattr(method, "_room", 0)
+    monkeypatch.setattr(examples_module, "_room", 0)
     own = make_coin(tmp_path / "CoIN", tasks=("VQAv2",), n_train=10, n_test=4)
     number = {"train": 3, "val": 9, "test": 12}[split]
     pic = own / "cl_dataset" / "COCO2014" / "val2014" / f"COCO_val2014_{number:012}.jpg"
@@ -573,10 +573,10 @@ def test_a_run_goes_on_once_a_broken_picture_is_whole(tmp_path, twin, monkeypatc
 
 
 def test_the_steps_before_a_broken_picture_are_kept_and_all_broken_ones_are_named(tmp_path, twin, monkeypatch):
-    import cit_workbench.contract.method as method
+    import cit_workbench.contract.examples as examples_module
     from cit_workbench.training.rows import draw
 
-    monkeypatch.setattr(method, "_room", 0)
+    monkeypatch.setattr(examples_module, "_room", 0)
     own = make_coin(tmp_path / "CoIN", tasks=("VQAv2",), n_train=10, n_test=2)
     stream = get_stream(f"coin:{own}", n_val=0, turns="first")
     order = [draw(0, stream.tasks[0], 1, step)[0][1] for step in range(8)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cit_workbench.models.backbone import start_hash
-from cit_workbench.contract.method import all_methods
+from cit_workbench.contract.registry import all_methods
 from cit_workbench.record.record import Record
 from cit_workbench.data.stream import all_streams, get_stream
 from cit_workbench.experiments.gates import gate_runs, judged, stale

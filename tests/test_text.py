@@ -13,8 +13,8 @@ from twin import CHAT, make_twin
 from cit_workbench import get_backbone, get_stream
 from cit_workbench.models.backbone import Chat, at
 from cit_workbench.core.errors import CitError
-from cit_workbench.measure.evaluate import content_tokens
-from cit_workbench.contract.method import Net
+from cit_workbench.measure.tokens import content_tokens
+from cit_workbench.contract.net import Net
 from cit_workbench.data.stream import Example, all_streams
 
 QUESTIONS = ["What is the color?\nAnswer with a word.", "red", " blanks around \n", "日本語 {{ x }} <b>?"]

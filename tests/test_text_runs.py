@@ -13,8 +13,10 @@ from cit_workbench import Run, get_backbone, get_stream
 from cit_workbench.models.backbone import at
 from cit_workbench.core.errors import CitError
 from cit_workbench.training.control import answer_asks, reply_of
-from cit_workbench.contract.method import Net, get_method
+from cit_workbench.contract.net import Net
+from cit_workbench.contract.registry import get_method
 from cit_workbench.data.stream import Example, Format, Stream, Task, _streams, all_streams
+from cit_workbench.measure.answers import ask
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_a_choice_can_win_though_another_begins_with_it(twin, pair):
     which = ["Which of these is red?", "Which of these is blue?"]
     rows = [Example(f"own/test/{i}", None, which[i], pair[i], choices=pair) for i in range(2)]
     net = Net(taught(twin, rows), stream_of(rows))
-    lines = net.ask([("own", 0), ("own", 1)], "test")
+    lines = ask(net, [("own", 0), ("own", 1)], "test")
     assert [line["text"] for line in lines.values()] == list(pair)
     assert [line["metadata"]["content"] for line in lines.values()] == [1., 1.]
 
@@ -294,7 +296,7 @@ def test_room_is_what_the_longest_true_answer_needs(twin):
         assert net.room("own", "test") == (need, 0, need) and need > need//2
         perfect = lambda b, most: [bb.texts(e, e.answer)[1][:most] for e in b.examples]
         net.answer = lambda b, most, choices: (perfect(b, most), [None]*len(b))
-        lines = net.ask([("own", 0), ("own", 1)], "test")
+        lines = ask(net, [("own", 0), ("own", 1)], "test")
         assert [line["metadata"]["formatted"] for line in lines.values()] == [1., 1.]
 
 

@@ -53,7 +53,7 @@ def script(text, *args, seconds=500):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "A folder of toy runs, one real run with checkpoints, and what was collected for its tasks."
-    from cit_workbench.measure.evaluate import collect
+    from cit_workbench.measure.collect import collect
     from cit_workbench.training.train import Run
     folder = tmp_path_factory.mktemp("threads")/"runs"
     for name in ("ewc", "er"): toy_run(folder/name, name)

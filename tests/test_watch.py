@@ -20,6 +20,7 @@ from cit_workbench.contract.method import Method
 from cit_workbench.record.record import Record, pack
 from cit_workbench.training.train import Run, resume
 from cit_workbench.measure.watch import Watcher
+from cit_workbench.measure.answers import ask
 
 ON = {"watch": {"every": 2, "full": 4, "rows": 3, "share": 0.}}
 METHODS = ["finetune", "er+ewc", "smolora", "moelora", "fwd_prompt", "joint", "eproj"]
@@ -220,7 +221,7 @@ def test_answers_are_those_of_an_evaluation(watched):
     net, last = watched.net, watched.rec.events("watch")[-1]["tasks"]
     w = Watcher(watched, net, None, {"stage": "end"})
     for name in TASKS:
-        lines = [l for _, l in sorted(net.ask(w.refs(name), "val").items())]
+        lines = [l for _, l in sorted(ask(net, w.refs(name), "val").items())]
         assert [text for text, _ in last[name]["answers"]] == [l["text"] for l in lines]
         for k, of in (("formatted", "formatted"), ("valid", "valid"), ("choice", "content")):
             assert last[name][k] == pytest.approx(100*np.mean([l["metadata"][of] for l in lines]))

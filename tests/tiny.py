@@ -78,7 +78,7 @@ def opened(out, method="finetune", **fields) -> Held:
     run = tiny(out, method, **fields)
     net, *_ = run.open()
     run.t, task = 1, run.plan.tasks[0]
-    net.task, net.clock, net.first = task.name, (task.name, "begin", 0, 0), True
+    net.task, net.timer.now, net.first = task.name, (task.name, "begin", 0, 0), True
     net.seen.append(task.name)
     net.method.begin(net, task)
     net.first = False

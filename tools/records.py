@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from cit_workbench.figures.analysis import figures
-from cit_workbench.measure.evaluate import collect
+from cit_workbench.measure.collect import collect
 from cit_workbench.record.record import Record, pack
 from cit_workbench.measure.spectra import only, write_collected
 from cit_workbench.experiments.sweep import sweep

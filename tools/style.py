@@ -76,11 +76,13 @@ def public_names(tree: ast.Module) -> list[str]:
 
 
 def imports(tree: ast.Module, own: str, modules: set[str]) -> list[tuple[str, list[str], bool]]:
-    "List what a module imports from the package: (module, names, whether inside a function)."
+    "List what a module imports from the package, but for types alone: (module, names, whether inside a function)."
     inside = {id(node) for function in functions(tree) for node in ast.walk(function)}
+    typing = {id(node) for block in tree.body if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+              for node in ast.walk(block)}
     found = []
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing:
             continue
         words = (node.module or "").split(".")
         if node.level:

@@ -17,7 +17,8 @@ from transformers import LlavaForConditionalGeneration
 from .comparisons import against_trainer, answers, fisher, overhead, probed, start_of
 from .harness import Arm, interval, turns, verdict
 from .limits import matmul_speed, share, spectra_vs_svd
-from ..contract.method import all_methods, get_method, overrides
+from ..contract.method import overrides
+from ..contract.registry import all_methods, get_method
 from ..core.errors import one_of
 from ..core.paths import progress
 from ..measure.watch import Watch

@@ -19,13 +19,17 @@ import numpy as np
 import torch
 
 from .training import Peer, counted, opened, theirs_of, written
-from ..contract.method import Net, get_method, overrides, row_nll
+from ..contract.gradients import row_nll
+from ..contract.method import overrides
+from ..contract.net import Net
+from ..contract.registry import get_method
 from ..core.digests import rng
 from ..measure.watch import Watch, Watcher
 from ..models.lora import whole
 from ..models.backbone import Backbone, at
 from ..record.record import RecordWriter
 from ..training.rows import draw
+from ..measure.answers import ask as ask_net
 
 # %% ../../nbs/bench/comparisons.ipynb #8b614aaf
 class _Order(torch.utils.data.Dataset):
@@ -74,7 +78,7 @@ def _trained(prepared:bool=False, bb:Backbone|None=None, batch:int=32, lr:float=
 
     def step(number:int) -> dict:
         if number == 10:
-            net._feats.clear() # after the untimed block: the tower's work is timed
+            net.examples._feats.clear() # after the untimed block: the tower's work is timed
         return training.step(number + 5)
     return training, peer, counted(step)
 
@@ -198,7 +202,7 @@ def answers(size:int, # Questions per call of the peer
             yield _generate(model, net, task, pairs[first:first + size])
 
     for task in tasks:
-        got = net.ask(refs[task.name], "test")
+        got = ask_net(net, refs[task.name], "test")
         said = [got[pair]["text"] for pair in refs[task.name]]
         asked = refs[task.name][:5 if size == 1 else None]
         assert said[:len(asked)] == sum(generated(task, asked), []), task.name
@@ -220,10 +224,10 @@ def _our_answers(net:Net, tasks:list, refs:dict, cold:bool, ask:bool) -> Callabl
     numbers = iter(range(10**9))
     def ours(steps:int) -> int:
         if cold:
-            net._feats.clear()
+            net.examples._feats.clear()
         task = tasks[next(numbers) % len(tasks)]
         if ask:
-            return len(net.ask(refs[task.name], "test"))
+            return len(ask_net(net, refs[task.name], "test"))
         with whole(net.model):
             ids, _ = net.answer(net.rows(refs[task.name], "test", answers=False), task.format.max_new_tokens)
         return len([net.backbone.decode(answer) for answer in ids])

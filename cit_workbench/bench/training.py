@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..contract.method import Net, fresh
+from ..contract.net import Net
+from ..contract.registry import fresh
 from ..models.tune import linears
 from ..models.backbone import Backbone, folder_of, get_backbone, load_image
 from ..training.config import fill_recipe

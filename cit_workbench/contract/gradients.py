@@ -6,6 +6,7 @@
 __all__ = ['row_nll', 'per_sample', 'linear_gradients', 'loop_gradients', 'mean_gradients']
 
 # %% ../../nbs/contract/gradients.ipynb #04ff0b39
+from typing import TYPE_CHECKING
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,9 @@ from torch import nn
 
 from ..models.backbone import at, Batch, Out
 from ..models.lora import FusedLora
+
+if TYPE_CHECKING:
+    from cit_workbench.contract.net import Net
 
 # %% ../../nbs/contract/gradients.ipynb #c39f36d0
 def row_nll(out:Out) -> torch.Tensor: # [B]

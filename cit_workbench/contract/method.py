@@ -7,7 +7,7 @@ __all__ = ['Phase', 'Step', 'Method', 'overrides', 'parts', 'Chain']
 
 # %% ../../nbs/contract/method.ipynb #7b7c5480
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from fastcore.basics import camel2snake, patch
 from ..core.errors import CitError
 from ..data.stream import Stream, Task
 from ..models.backbone import Batch, Out
+
+if TYPE_CHECKING:
+    from cit_workbench.contract.net import Net
 
 # %% ../../nbs/contract/method.ipynb #3e2bca19
 @dataclass

@@ -6,6 +6,7 @@
 __all__ = ['parameters_named', 'carried_bytes']
 
 # %% ../../nbs/contract/trained.ipynb #174f13d8
+from typing import TYPE_CHECKING
 import os
 import re
 
@@ -14,6 +15,9 @@ import numpy as np
 from .memory import stored_bytes
 from ..core.errors import CitError
 from ..models.lora import in_tower, no_gradient
+
+if TYPE_CHECKING:
+    from cit_workbench.contract.net import Net
 
 # %% ../../nbs/contract/trained.ipynb #1853d0d7
 def parameters_named(net:"Net",

@@ -31,7 +31,8 @@ def scores_of(records:list,
 # %% ../../nbs/experiments/orders.ipynb #db2a0156
 def usual(records:list) -> dict: # {(protocol, method): records of one setting}
     "Choose for every method the setting that represents it."
-    from cit_workbench.contract.method import all_methods, config_of, get_method
+    from cit_workbench.contract.identity import config_of
+    from cit_workbench.contract.registry import all_methods, get_method
     groups, known = defaultdict(list), all_methods()
     for record in records:
         groups[record.run.get("protocol"), record.config["method"], _setting(record)].append(record)

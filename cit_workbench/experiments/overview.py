@@ -22,7 +22,8 @@ from ..record.record import Record, amount, markdown_table, table, tuned_where
 def about(name:str, # A method
          ) -> dict: # method, idea, paper, told, keeps
     "Tell what a method's class and page say of it."
-    from cit_workbench.contract.method import get_method, overrides
+    from cit_workbench.contract.method import overrides
+    from cit_workbench.contract.registry import get_method
     if "+" in name: return _joined([about(part) for part in name.split("+")])
     method = get_method(name)
     page = inspect.getmodule(type(method))
@@ -67,7 +68,7 @@ def linked(paper:str) -> str: # Markdown
 def methods_index(pages:str="methods", # Where the method pages are
                  ) -> str: # Markdown
     "List all methods in a table without numbers: the idea, what a method receives, the paper."
-    from cit_workbench.contract.method import all_methods
+    from cit_workbench.contract.registry import all_methods
     rows = []
     for name in all_methods():
         said = about(name)
@@ -163,7 +164,7 @@ class Overview(list):
 def overview(records:str|Path="../../records", # Folder with `testbed`, `zoo` and `bench.json`
             ) -> Overview: # One dict per method, in blocks of equal protocol
     "Tell what every method is, receives, keeps and costs, and what has been shown of it so far."
-    from cit_workbench.contract.method import all_methods
+    from cit_workbench.contract.registry import all_methods
     runs = _runs_of(records)
     kept, steps = usual(runs), read_json(Path(records)/"bench.json", "bench file")
     ran = {(method, tuned_where(same[0])): same for (_, method), same in kept.items()}

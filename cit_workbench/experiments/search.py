@@ -53,7 +53,7 @@ def nested(pairs:dict, # {"ewc.lam": 100}
 
 def _allowed(method:object, args:dict, field:str, value) -> bool:
     "Tell whether the field of the method may have this value."
-    from cit_workbench.contract.method import get_method
+    from cit_workbench.contract.registry import get_method
     try: return bool(get_method(method, **merged_tables(args, nested({field: value}))))
     except CitError: return False
 
@@ -73,7 +73,7 @@ def axes_of(method:object, # As `Run` takes it
             trials:int, # Points in all
            ) -> dict: # {name: values}
     "Lay what is given, and for the rest strength × learning rate; raises `CitError` unless that makes `trials` points."
-    from cit_workbench.contract.method import get_method
+    from cit_workbench.contract.registry import get_method
     axes = {name: list(values) if isinstance(values, (list, tuple)) else [values]
             for name, values in grid.items()}
     strengths = {} if {*axes} - {"lr"} else _strengths(get_method(method, **args))
@@ -182,7 +182,7 @@ def tune(method:object, # As `Run` takes it
 # %% ../../nbs/experiments/search.ipynb #c20fff4b
 def own_lr(method:object, args:dict) -> float|None:
     "Return the learning rate of a method that has a separate one as a field."
-    from cit_workbench.contract.method import get_method
+    from cit_workbench.contract.registry import get_method
     return getattr(get_method(method, **args), "lr", None)
 
 def _given(point:dict, args:dict, own:float|None=None) -> dict:

@@ -141,7 +141,7 @@ def run_once(method:str, # A method of the package
             ): # Record
     "Train a run to put next to others, or find it finished where the same code did so before."
     import torch
-    from cit_workbench.contract.method import versions_of
+    from cit_workbench.contract.identity import versions_of
     from cit_workbench.training.train import Run
     run = Run(method, method_args=method_args or {}, **fields)
     data = data_digest({name: getattr(run, name) for name in ("stream", "stream_args", "backbone")})

@@ -381,7 +381,7 @@ def _loaded(text:str) -> types.ModuleType:
 # %% ../../nbs/live/live.ipynb #3461222c
 def method_source(method) -> str|None: # None for methods of the package
     "Write the text of method.py for a method; raises `CitError` naming what is missing."
-    from cit_workbench.contract.method import code_of, own_code
+    from cit_workbench.contract.identity import code_of, own_code
     own = own_code(method)
     if not own: return None
     text = _ahead_of.pop(code_of(method)["method_code"], None)
@@ -426,7 +426,7 @@ _ahead_of = {} # {method_code: text}
 
 def read_ahead(method):
     "Find the text of method.py in this thread, for a launch that follows in another one, which must not parse."
-    from cit_workbench.contract.method import code_of
+    from cit_workbench.contract.identity import code_of
     text = method_source(method)
     if text: _ahead_of[code_of(method)["method_code"]] = text
 
@@ -434,7 +434,8 @@ def rebuilt(text:str, # Of a method.py
             method, # The method that it was written for
            ) -> object: # A method
     "Make the same method with its classes from a text."
-    from cit_workbench.contract.method import config_of, parts
+    from cit_workbench.contract.identity import config_of
+    from cit_workbench.contract.method import parts
     own = vars(_loaded(text))
     def anew(part):
         cls = type(part)
@@ -454,7 +455,7 @@ def run_of(folder:str|Path): # -> Run
     "Make the run in a folder; a method from a notebook comes from method.py, if that is the code that was recorded."
     folder = expanded(folder)
     asked, cwd = asked_of(folder), about_run(folder).get("cwd")
-    from cit_workbench.contract.method import code_of
+    from cit_workbench.contract.identity import code_of
     code = asked.pop("method_code", None)
     if not code: return made(asked, cwd, out=str(folder))
     _needs_method(Path(folder))
@@ -471,7 +472,8 @@ def _method_from(text:str, # Of a method.py
                  args:dict, # Fields, by part where there are several
                 ): # -> Method
     "Make a method with its classes from a text."
-    from cit_workbench.contract.method import Chain, Method, get_method
+    from cit_workbench.contract.method import Chain, Method
+    from cit_workbench.contract.registry import get_method
     own = vars(_loaded(text))
     classes = {name: value for name, value in own.items()
                if isinstance(value, type) and value.__module__ == own["__name__"] and issubclass(value, Method)}
@@ -526,7 +528,8 @@ def _from_checkpoint(folder:Path, image, text:str) -> Reply:
     "Load the last checkpoint of a run into this process and ask it."
     import torch
     from cit_workbench.models.backbone import get_backbone
-    from cit_workbench.contract.method import Net, fresh
+    from cit_workbench.contract.net import Net
+    from cit_workbench.contract.registry import fresh
     from cit_workbench.training.config import fill_recipe
     from cit_workbench.training.folder import Quiet
     from cit_workbench.training.opening import as_before
@@ -622,7 +625,8 @@ def _changed(rec:Record, changed:dict) -> dict: # Fields of `Run`
 # %% ../../nbs/live/live.ipynb #178cc6cd
 def _same_modules(rec:Record, old, new):
     "Raise `CitError` unless two methods insert the same modules."
-    from cit_workbench.contract.method import config_of, overrides, parts
+    from cit_workbench.contract.identity import config_of
+    from cit_workbench.contract.method import overrides, parts
     def inserts(method): return [(part.name, config_of(part)) for part in parts(method) if overrides(part, "wrap")]
     if inserts(old) != inserts(new):
         raise CitError(f"the checkpoints of {rec.path} hold the modules that {old.name} inserts, "

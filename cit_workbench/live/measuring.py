@@ -46,7 +46,7 @@ def child(what:str): # Arguments of `collect` as JSON
     "Measure the tasks of a stream, and say how far it is; a second process waits, and finds everything done."
     os.nice(5)
     from cit_workbench.models.backbone import folder_of
-    from cit_workbench.measure.evaluate import collect
+    from cit_workbench.measure.collect import collect
     args = json.loads(what)
     path = log_of(args)
     with open(path, "a") as log:

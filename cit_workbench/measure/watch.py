@@ -21,8 +21,8 @@ from ..models.backbone import Batch, at, current
 from ..core.files import sync
 from ..core.digests import rng
 from ..core.errors import CitError
-from .evaluate import column_scores, score_line
-from ..contract.method import Net
+from .scores import column_scores, score_line
+from ..contract.net import Net
 from ..record.record import Lines, Record, RecordWriter
 from .similarity import gradient_cosine
 from .spectra import angles

@@ -18,7 +18,8 @@ from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, Out, current
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net, Phase, Step
+from ..contract.method import Method, Phase, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/continual_llava.ipynb #4ed152ac

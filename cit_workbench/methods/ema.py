@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core.errors import CitError
-from ..contract.method import Method, Net, Step
+from ..contract.method import Method, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/ema.ipynb #165bd34c

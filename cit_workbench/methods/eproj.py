@@ -19,7 +19,8 @@ from ..models.slots import inserted, swap_linears
 from ..models.backbone import Batch, Out, current
 from ..core.digests import rng
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net, Phase, Step
+from ..contract.method import Method, Phase, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/eproj.ipynb #37cd0726

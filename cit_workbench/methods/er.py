@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from ..models.backbone import Batch
 from ..core.errors import CitError
 from ..contract.memory import rebalance
-from ..contract.method import Method, Net, Step
+from ..contract.method import Method, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/er.ipynb #215bfbcf

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/ewc.ipynb #3e26c0f3

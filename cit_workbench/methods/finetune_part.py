@@ -14,7 +14,8 @@ from torch import nn
 from ..models.backbone import Batch
 from ..core.digests import rng
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 
 # %% ../../nbs/methods/finetune_part.ipynb #3f410c17
 @dataclass

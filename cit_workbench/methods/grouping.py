@@ -18,7 +18,8 @@ from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch
 from ..core.errors import CitError
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/grouping.ipynb #b641ae5f

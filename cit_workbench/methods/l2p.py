@@ -16,7 +16,8 @@ from torch import nn
 from ..models.lora import seeded
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError
-from ..contract.method import Method, Net, Phase, Step
+from ..contract.method import Method, Phase, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/l2p.ipynb #4873651f

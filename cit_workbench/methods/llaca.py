@@ -13,7 +13,8 @@ from fastcore.basics import patch
 
 from ..core.digests import digest
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net, Step
+from ..contract.method import Method, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/llaca.ipynb #91e9336c

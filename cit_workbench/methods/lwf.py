@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError
-from ..contract.method import Method, Net, Step
+from ..contract.method import Method, Step
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/lwf.ipynb #94d9d9e8

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/mas.ipynb #7c1bbaf9

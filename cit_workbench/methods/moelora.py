@@ -17,7 +17,8 @@ from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, at
 from ..core.errors import CitError
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 
 # %% ../../nbs/methods/moelora.ipynb #01bc79f7
 @dataclass

@@ -16,7 +16,8 @@ from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/olora.ipynb #51f644dd

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/single.ipynb #86aeec23

@@ -20,7 +20,8 @@ from ..models.slots import inserted, swap_linears
 from ..models.tune import Tune
 from ..models.backbone import Batch, at, current
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 
 # %% ../../nbs/methods/smolora.ipynb #06837b30
 @dataclass

@@ -15,7 +15,9 @@ from torch.nn.functional import normalize
 
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
-from ..contract.method import Method, Net, row_nll
+from ..contract.gradients import row_nll
+from ..contract.method import Method
+from ..contract.net import Net
 from .mas import answer_norm, away, springs
 from ..data.stream import Task
 

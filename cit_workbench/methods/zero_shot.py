@@ -8,7 +8,8 @@ __all__ = ['ZeroShot']
 # %% ../../nbs/methods/zero_shot.ipynb #3f8943fd
 from dataclasses import dataclass
 
-from ..contract.method import Method, Net
+from ..contract.method import Method
+from ..contract.net import Net
 from ..data.stream import Task
 
 # %% ../../nbs/methods/zero_shot.ipynb #63876e01

@@ -14,7 +14,8 @@ import torch
 from transformers.image_processing_backends import PilBackend
 
 from ..behaviour import behaviour, git, package, scored_by
-from ..contract.method import Net, versions_of
+from ..contract.identity import versions_of
+from ..contract.net import Net
 from ..core.digests import digest, plain
 from ..data.stream import scorers_of
 from ..models.backbone import Backbone

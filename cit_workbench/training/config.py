@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from fastcore.basics import patch
 
-from ..contract.method import code_of, config_of, fresh, get_method, Net, Phase
+from ..contract.identity import code_of, config_of
+from ..contract.method import Phase
+from ..contract.net import Net
+from ..contract.registry import fresh, get_method
 from ..core.digests import digest, plain
 from ..core.errors import CitError, one_of
 from ..core.fields import check_args, check_finite

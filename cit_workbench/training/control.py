@@ -162,7 +162,7 @@ def reply_of(net, # A `Net`; its counters stay as they are
     batch = net.backbone.collate([asked], answers=False, split="val")
     with whole(net.model):
         ids, _ = net.answer(batch, room)
-    net.extra_forwards, net.observed, net.clock = forwards, observed, clock
+    net.extra_forwards, net.observed, net.timer.now = forwards, observed, clock
     return net.backbone.decode(ids[0])
 
 # %% ../../nbs/training/control.ipynb #eb238aad

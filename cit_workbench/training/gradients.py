@@ -8,7 +8,7 @@ __all__ = ['token_totals', 'reduced', 'reduce_grads', 'split_backward', 'take_ta
 # %% ../../nbs/training/gradients.ipynb #de9adc21
 import torch
 
-from ..contract.method import Net
+from ..contract.net import Net
 
 # %% ../../nbs/training/gradients.ipynb #049e1c01
 def token_totals(net:Net,

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..contract.method import fresh, Net, overrides
+from ..contract.method import overrides
+from ..contract.net import Net
+from ..contract.registry import fresh
 from ..core.errors import CitError
 from ..core.files import read_json
 from ..models.backbone import get_backbone

@@ -10,7 +10,8 @@ import re
 
 import torch
 
-from ..contract.method import Net, Phase
+from ..contract.method import Phase
+from ..contract.net import Net
 from ..core.errors import CitError
 from .config import Optim
 

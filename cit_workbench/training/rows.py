@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..contract.method import Net
+from ..contract.net import Net
 from ..core.digests import rng
 from ..data.stream import Task
 from .config import RunConfig

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from ..contract.memory import join_tree, split_tree
-from ..contract.method import Net, parts
+from ..contract.method import parts
+from ..contract.net import Net
 from ..core.errors import CitError
 from ..core.files import disk_error, sync
 from ..models.saved import save_adapter

@@ -8,11 +8,15 @@ __all__ = ['record_row', 'record_probe']
 # %% ../../nbs/training/scoring.ipynb #c15e02f0
 import time
 
-from ..contract.method import Net, overrides
+from ..contract.method import overrides
+from ..contract.net import Net
 from ..data.stream import Task
-from ..measure.evaluate import column_scores, forget
+from ..measure.scores import column_scores
+from ..measure.store import forget, store_of
 from ..record.record import Record, RecordWriter
 from .config import RunConfig
+from ..measure.answers import ask, evaluate
+from ..measure.routes import found, home
 
 # %% ../../nbs/training/scoring.ipynb #1e33b431
 def record_row(run:RunConfig, net:Net, writer:RecordWriter,
@@ -24,7 +28,7 @@ def record_row(run:RunConfig, net:Net, writer:RecordWriter,
     oracle = run.shown(net)
     if oracle and number: net.observed.add("task_id_at_test")
     columns = [column.name for column, _ in run.data.roles()]
-    got = net.evaluate(columns, oracle=bool(number and oracle), model_id=f"{net.method.name}/{number}")
+    got = evaluate(net, columns, oracle=bool(number and oracle), model_id=f"{net.method.name}/{number}")
     for column, (_, lines) in got.items(): writer.answers(number, column, lines)
     found = _found(run, net, writer, number, name)
     scores = {column: score | found.get(column, {}) for column, (score, _) in got.items()}
@@ -41,11 +45,11 @@ def _found(run:RunConfig, net:Net, writer:RecordWriter,
     if net.rank or not number or not overrides(net.method, "used"): return {}
     homes = {event["task"]: event["places"] for event in Record(run.folder).events("home")}
     is_column = name in {column.name for column in run.data}
-    places = net.home(name) if is_column else None
+    places = home(net, name) if is_column else None
     if places:
         homes[name] = places
         writer.event("home", task=name, places=places)
-    return {column: {"found": percent} for column, percent in net.found(homes, run.shown(net)).items()}
+    return {column: {"found": percent} for column, percent in found(net, homes, run.shown(net)).items()}
 
 # %% ../../nbs/training/scoring.ipynb #1bca92cc
 def record_probe(run:RunConfig, net:Net, writer:RecordWriter, task:Task,
@@ -56,10 +60,10 @@ def record_probe(run:RunConfig, net:Net, writer:RecordWriter, task:Task,
     merged = run.plan is not run.data
     names = [column.name for column in run.data if column.n["val"] and (column.name in net.seen or merged)]
     counts = {name: run.data.task(name).n["val"] for name in names}
-    stores = net.store_of(names, "val", run.shown(net))
+    stores = store_of(net, names, "val", run.shown(net))
     parts = {name: file.with_suffix(".part") for name, file in stores.items()}
     refs = [(name, index) for name in names for index in range(counts[name])]
-    got = net.ask(refs, "val", run.shown(net), keep=parts)
+    got = ask(net, refs, "val", run.shown(net), keep=parts)
 
     scores = {}
     for name in names:

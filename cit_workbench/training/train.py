@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 
-from ..contract.method import Method, Net, overrides, Phase, Step
+from ..contract.method import Method, overrides, Phase, Step
+from ..contract.net import Net
 from ..core.errors import CitError
 from ..core.paths import progress
 from ..data.stream import Task
@@ -263,7 +264,7 @@ def save(self:Run, net:Net, writer:RecordWriter,
     self.verify()
     spent = net.spent()
     tree, held = held_by(net, optim)
-    said = net._agree("" if net.rank else overflown(self, net.task, tree, held))
+    said = net.agree("" if net.rank else overflown(self, net.task, tree, held))
     if said: raise CitError(said)
     if net.rank: return dist.barrier()
 

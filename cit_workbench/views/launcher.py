@@ -130,7 +130,7 @@ def run_fields() -> dict: # {dotted name: Field}; loads torch
 # %% ../../nbs/views/launcher.ipynb #870cf0eb
 def method_classes() -> dict:
     "Return the methods of the package by name; loads torch."
-    from cit_workbench.contract.method import all_methods, method_class
+    from cit_workbench.contract.registry import all_methods, method_class
     return {name: method_class(name) for name in all_methods()}
 
 def notebook_classes() -> dict:
@@ -155,7 +155,8 @@ def chosen(names:list, # Of one method or several
         return {"method": own.get(name, name), "method_args": args[name]}
     if not any(name in own for name in names):
         return {"method": "+".join(names), "method_args": args}
-    from cit_workbench.contract.method import Chain, get_method
+    from cit_workbench.contract.method import Chain
+    from cit_workbench.contract.registry import get_method
     methods = [get_method(own.get(name, name), **args[name]) for name in names]
     return {"method": Chain(methods), "method_args": {}}
 
@@ -291,7 +292,7 @@ def values(self:Form) -> dict: # Fields of `Run`; what is empty is left out
 @patch
 def read_source(self:Form):
     "Find the source of the notebook's classes in this thread, for a launch in another one."
-    from cit_workbench.contract.method import get_method
+    from cit_workbench.contract.registry import get_method
     self.refresh()
     if not {*self.made} & {*self.own}: return
     values = self.values()
