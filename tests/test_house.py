@@ -36,12 +36,12 @@ LATE = {
 # These two lead to a later room: a run starts the process in which it trains.
 DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
-SCATTERED = {("measure/evaluate", "Net"), ("live/live", "Record")}
+SCATTERED = {("live/live", "Record")}
 # Modules that are still longer than 300 lines, or still have more than 12 public names; the lists only get shorter.
-LONG = {"cli", "contract/method", "dashboard", "data/stream", "live/live", "measure/evaluate", "measure/watch", "models/backbone",
+LONG = {"cli", "dashboard", "data/stream", "live/live", "measure/watch", "models/backbone",
         "record/record", "starts", "suites/coin", "training/control", "views/compare", "views/similarity",
         "views/view"}
-MANY = {"behaviour", "cli", "contract/method", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
+MANY = {"behaviour", "cli", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
         "models/backbone", "record/record", "starts", "suites/coin", "training/checkpoint", "training/control",
         "views/launcher", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.

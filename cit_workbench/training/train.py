@@ -153,7 +153,7 @@ def train_phase(self:Run,
         for step in range(first, steps):
             set_rate(opt, groups, rate(step, steps, self.opt.warmup))
             refs = share(self, net, task, step)
-            if self.comp.workers and not net.roomy(): net.ahead(self.pool, share(self, net, task, step + 1))
+            if self.comp.workers: net.examples.ahead(self.pool, share(self, net, task, step + 1))
             got = self.one_step(net, opt, task, phase, step, refs)
             self.done += 1
             self.bar.update()
@@ -268,11 +268,10 @@ def save(self:Run, net:Net, writer:RecordWriter,
     if said: raise CitError(said)
     if net.rank: return dist.barrier()
 
-    place = RunState(self.t, stage, phase, step).place
     state = {"t": self.t, "stage": stage, "phase": phase, "step": step, "done": self.done, "mem": tree,
              "events": writer.n_events, "extra_forwards": spent, **about_net(net, free)}
     settle_record(self.folder, net, self.t, adapter=stage == "end")
-    write_checkpoint(self.folder/"checkpoints", place, state, held)
+    write_checkpoint(self.folder/"checkpoints", RunState(self.t, stage, phase, step).place, state, held)
     prune(self.folder/"checkpoints")
     if net.world > 1: dist.barrier()
 
