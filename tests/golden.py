@@ -22,7 +22,9 @@ from cit_workbench.behaviour import COLUMNS, VERSIONS
 from cit_workbench.core.digests import canonical, digest
 from cit_workbench.views.launcher import fields_of
 from cit_workbench.contract.registry import all_methods, method_class
-from cit_workbench.data.stream import Example, all_scorers, get_stream, scorers
+from cit_workbench.data.scorers import scorers
+from cit_workbench.data.stream import all_scorers, get_stream
+from cit_workbench.data.task import Example
 
 FILE = Path(__file__).with_name("golden.json")
 SMALL = {"stream_args": {"tasks": TASKS[:2], "n_train": 32, "n_test": 4}, "optim": {"lr": 2e-2}}

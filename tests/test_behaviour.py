@@ -18,7 +18,8 @@ from cit_workbench.contract.identity import code_of
 from cit_workbench.contract.net import Net
 from cit_workbench.contract.registry import all_methods, method_class
 from cit_workbench.record.record import Record, table
-from cit_workbench.data.stream import get_stream, scorer_versions, scorers
+from cit_workbench.data.scorers import scorer_versions, scorers
+from cit_workbench.data.stream import get_stream
 from cit_workbench.measure.answers import evaluate
 from cit_workbench.experiments.cells import plan
 from cit_workbench.experiments.keys import data_digest

@@ -16,7 +16,9 @@ from cit_workbench.models.backbone import at, load_image
 from cit_workbench.cli import main
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
-from cit_workbench.data.stream import Example, Stream, Task, formats, iou, scorers
+from cit_workbench.data.examples import formats
+from cit_workbench.data.scorers import iou, scorers
+from cit_workbench.data.task import Example, Stream, Task
 from cit_workbench.suites import coin
 
 SETS = "playground/Instructions_Original"

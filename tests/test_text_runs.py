@@ -15,7 +15,9 @@ from cit_workbench.core.errors import CitError
 from cit_workbench.training.control import answer_asks, reply_of
 from cit_workbench.contract.net import Net
 from cit_workbench.contract.registry import get_method
-from cit_workbench.data.stream import Example, Format, Stream, Task, _streams, all_streams
+from cit_workbench.data.registry import all_streams
+from cit_workbench.data.stream import _streams
+from cit_workbench.data.task import Example, Format, Stream, Task
 from cit_workbench.measure.answers import ask
 
 
