@@ -23,7 +23,9 @@ COLUMNS = {"content": 2} # 2: where a choice begins another, the end of each cou
 
 ROOMS = {
     "data": ["core/errors", "core/fields", "core/digests", "core/files", "core/paths", "core/signals",
-             "data/stream", "suites/*"],
+             "data/scorers", "data/task", "data/registry", "data/words", "data/drawing", "data/scenes",
+             "data/skills", "data/questions", "data/captions", "data/examples", "data/catalogue", "data/stream",
+             "files/*", "suites/*"],
     "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
                "models/slots"],
     "contract": ["contract/method", "contract/registry", "contract/identity", "contract/clock", "contract/examples",

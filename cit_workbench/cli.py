@@ -229,7 +229,7 @@ def entries(what:str, # "methods", "streams" or "backbones"
     if what == "backbones":
         embedded = sorted(path.parent.name for path in assets().glob("*/config.json"))
         return [*((name, "embedded") for name in embedded), ("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
-    from cit_workbench.data.stream import all_streams
+    from cit_workbench.data.registry import all_streams
     streams = [(name, "embedded") for name in all_streams()]
     return streams + [(f"{name}:FOLDER", line) for name, line in _modules("suites")]
 
@@ -256,7 +256,7 @@ def export_stream(name:str, # Stream
                  ) -> None:
     "Write a stream as LLaVA/CoIN JSON with lossless images; coin:DIR reads it back."
     from cit_workbench.data.stream import get_stream
-    from cit_workbench.suites.coin import export
+    from cit_workbench.files.export import export
     stream = get_stream(name, **nested(stream_args), **given(limit=limit, eval_limit=eval_limit))
     print(export(stream, dir))
 

@@ -38,16 +38,16 @@ DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
 SCATTERED = {("live/live", "Record")}
 # Modules that are still longer than 300 lines, or still have more than 12 public names; the lists only get shorter.
-LONG = {"cli", "dashboard", "data/stream", "live/live", "measure/watch", "models/backbone",
-        "record/record", "starts", "suites/coin", "training/control", "views/compare", "views/similarity",
+LONG = {"cli", "dashboard", "live/live", "measure/watch", "models/backbone",
+        "record/record", "starts", "training/control", "views/compare", "views/similarity",
         "views/view"}
-MANY = {"behaviour", "cli", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
-        "models/backbone", "record/record", "starts", "suites/coin", "training/checkpoint", "training/control",
+MANY = {"behaviour", "cli", "live/live", "measure/similarity", "measure/spectra", "metrics",
+        "models/backbone", "record/record", "starts", "training/checkpoint", "training/control",
         "views/launcher", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
                      r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)
-TORCH_FREE = {"core", "metrics", "behaviour", "protocol", "data", "suites", "record", "figures", "views", "dashboard", "cli"}
+TORCH_FREE = {"core", "metrics", "behaviour", "protocol", "data", "files", "suites", "record", "figures", "views", "dashboard", "cli"}
 
 
 def rooms() -> list:

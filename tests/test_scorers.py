@@ -20,7 +20,7 @@ from cit_workbench.metrics import caption_words, cider, cider_scores
 from cit_workbench.data.registry import all_streams
 from cit_workbench.data.scorers import box_in, scorer_version, scorers
 from cit_workbench.data.task import Example
-from cit_workbench.suites import coin
+from cit_workbench.files.scorers import _short, normalise_answer
 
 
 def score(rule, text, answer, **meta):
@@ -220,10 +220,10 @@ def test_the_normaliser_knows_what_the_released_one_knows():
         "wheres": "where's",
         "dog's": "dog 's",
     }
-    assert {w: coin.normalise_answer(w) for w in same} == same
-    assert Counter(v.count("'") for v in coin._short.values()) == {1: 73, 2: 34, 3: 6, 0: 1}
-    assert coin.normalise_answer("u.s.a. 3.5 10,000 Two a/b x-y; end") == "usa 3.5 10000 2 b x y end"
-    assert coin.normalise_answer("." * 40 + "x") == "." * 8 + "x" and coin.normalise_answer("." * 32) == ""
+    assert {w: normalise_answer(w) for w in same} == same
+    assert Counter(v.count("'") for v in _short.values()) == {1: 73, 2: 34, 3: 6, 0: 1}
+    assert normalise_answer("u.s.a. 3.5 10,000 Two a/b x-y; end") == "usa 3.5 10000 2 b x y end"
+    assert normalise_answer("." * 40 + "x") == "." * 8 + "x" and normalise_answer("." * 32) == ""
 
 
 def test_ten_people_decide_and_fewer_do_not():

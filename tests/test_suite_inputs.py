@@ -14,7 +14,11 @@ from cit_workbench import Run, get_stream
 from cit_workbench.core.errors import CitError
 from cit_workbench.metrics import count_words
 from cit_workbench.data.registry import all_streams
-from cit_workbench.suites import coin
+from cit_workbench.files import images
+from cit_workbench.files.export import export
+from cit_workbench.files.formats import guess_scorer, make_format
+from cit_workbench.files.records import is_box
+from cit_workbench.files.rows import read_rows
 from cit_workbench.protocol import content, read_lock
 
 SETS = "playground/Instructions_Original"
@@ -51,7 +55,7 @@ def talk(*turns, **more):
 def rows_of(tmp_path, *records, split="train"):
     "The rows of one file."
     (tmp_path / "file.json").write_text(json.dumps(records))
-    return coin.read_rows(tmp_path / "file.json", split)[0]
+    return read_rows(tmp_path / "file.json", split)[0]
 
 
 # Marks in text
@@ -167,7 +171,7 @@ def test_what_would_be_asked_blind_is_refused_by_record(tmp_path, own, more, say
     plain = {"question_id": 0, "text": "Why?", "answer": "so"}
     with pytest.raises(CitError, match=re.escape(says)):
         rows_of(tmp_path, plain, {"question_id": 1, "answer": "cat", **more}, split="test")
-    out = coin.export(get_stream("shapes", tasks=["read"], n_train=2, n_val=1, n_test=2), tmp_path / "export")
+    out = export(get_stream("shapes", tasks=["read"], n_train=2, n_val=1, n_test=2), tmp_path / "export")
     edit(out / SETS / "read" / "test.json", lambda d: d[1].update(more) or d[1].pop("image"))
     with pytest.raises(CitError, match=re.escape(says)):
         get_stream(f"coin:{out}")
@@ -384,7 +388,7 @@ def test_training_boxes_in_another_space_are_counted(own, tmp_path):
     )
     _, said = heard(lambda: get_stream(f"coin:{own}", tasks="Grounding", image_mode="plain"))
     assert any("parts of the square that image_mode='pad' makes" in s for s in said)
-    out = coin.export(stream, tmp_path / "export")
+    out = export(stream, tmp_path / "export")
     edit(out / SETS / "Grounding" / "test.json", lambda d: d[1].update(answer_bbox="[12, 30, 44, 46]"))
     with pytest.raises(CitError, match="'answer_bbox' of record 1"):
         get_stream(f"coin:{out}")
@@ -417,10 +421,10 @@ def letters(n):
 def test_a_true_answer_always_fits_and_is_well_formed(twin, rule, answer):
     from cit_workbench import get_backbone
 
-    fmt = coin.make_format(rule, [answer] * 4)
+    fmt = make_format(rule, [answer] * 4)
     assert fmt.max_new_tokens >= len(get_backbone(twin).encode("q?", answer, False)[1])
     assert fmt.valid(answer) or rule in ("letter", "box")
-    assert rule != "box" or fmt.valid(answer) == coin.is_box(answer)
+    assert rule != "box" or fmt.valid(answer) == is_box(answer)
 
 
 def test_the_form_of_the_usual_answers_is_what_it_was():
@@ -431,9 +435,9 @@ def test_the_form_of_the_usual_answers_is_what_it_was():
         "words": ("a red cat sleeps on the mat .", 64),
     }
     for rule, (answer, room) in rooms.items():
-        assert coin.make_format(rule, [answer]).max_new_tokens == room
-    assert coin.make_format("equal", ["cat", "a cat"]).pattern == r"\S+( \S+){0,1}"
-    assert coin.make_format("words", ["a red cat sleeps on the mat ."]).pattern == r"(\S+\s+){4,}\S*\."
+        assert make_format(rule, [answer]).max_new_tokens == room
+    assert make_format("equal", ["cat", "a cat"]).pattern == r"\S+( \S+){0,1}"
+    assert make_format("words", ["a red cat sleeps on the mat ."]).pattern == r"(\S+\s+){4,}\S*\."
 
 
 def test_answers_that_may_not_fit_are_counted(own, tmp_path):
@@ -441,7 +445,7 @@ def test_answers_that_may_not_fit_are_counted(own, tmp_path):
     stream, said = heard(lambda: get_stream(f"coin:{own}", tasks="VQAv2", n_val=0))
     assert stream.tasks[0].format.max_new_tokens == 256
     assert any("room for 256 tokens, and 5 of 12 true answers have more bytes" in s for s in said)
-    out = coin.export(get_stream("shapes", tasks=["all-day"], n_train=2, n_val=1, n_test=6), tmp_path / "out")
+    out = export(get_stream("shapes", tasks=["all-day"], n_train=2, n_val=1, n_test=6), tmp_path / "out")
     assert heard(lambda: get_stream(f"coin:{out}"))[1] == []
     edit(out / "cit.json", lambda d: [t["format"].update(max_new_tokens=3) for t in d["tasks"]])
     _, said = heard(lambda: get_stream(f"coin:{out}"))
@@ -450,7 +454,7 @@ def test_answers_that_may_not_fit_are_counted(own, tmp_path):
 
 def test_texts_without_blanks_are_not_one_word(own):
     caption = "一只棕色的狗在草地上跑。"
-    assert coin.guess_scorer("cap", [caption] * 4) == "words" and coin.guess_scorer("color", ["棕色"] * 4) == "equal"
+    assert guess_scorer("cap", [caption] * 4) == "words" and guess_scorer("color", ["棕色"] * 4) == "equal"
     assert count_words("犬が公園で走っています") >= 5 and count_words("สุนัขสีน้ำตาลวิ่งบนสนามหญ้า") >= 6
     edit(own / SETS / "ImageNet" / "test.json", lambda d: [r.update(answer=caption) for r in d])
     (own / SETS / "ImageNet").rename(own / SETS / "图表问答")
@@ -506,14 +510,14 @@ def test_a_model_is_asked_anew_where_a_picture_is_another(tmp_path, twin):
 
 def test_data_are_the_same_on_another_disk_and_are_not_read_twice(own, tmp_path, monkeypatch):
     digest = get_stream(f"coin:{own}").digest()
-    read, plain = [], coin._bytes_of
+    read, plain = [], images.bytes_of
 
     def counted(path):
         read.append(path)
         return plain(path)
 
     counted.__name__ = plain.__name__
-    monkeypatch.setattr(coin, "_bytes_of", counted)
+    monkeypatch.setattr(images, "bytes_of", counted)
     assert get_stream(f"coin:{own}").digest() == digest and read == []
     moved = own.rename(tmp_path / "elsewhere" / "CoIN") if (tmp_path / "elsewhere").mkdir() is None else None
     assert get_stream(f"coin:{moved}").digest() == digest and read

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..data.stream import Example, Stream, Task
+from ..data.task import Example, Stream, Task
 from ..models.backbone import Backbone, Batch
 
 # %% ../../nbs/contract/examples.ipynb #d8cba56c

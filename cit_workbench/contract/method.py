@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import camel2snake, patch
 
 from ..core.errors import CitError
-from ..data.stream import Stream, Task
+from ..data.task import Stream, Task
 from ..models.backbone import Batch, Out
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from .method import Method
 from .trained import carried_bytes, parameters_named
 from ..core.digests import rng as keyed
 from ..core.errors import CitError
-from ..data.stream import Example, Stream, Task
+from ..data.task import Example, Stream, Task
 from ..models.backbone import at, Backbone, Batch, Out
 from ..models.lora import add_lora
 from ..models.tune import Tune

@@ -38,7 +38,7 @@ def _folders() -> list: # Such as "coin:FOLDER"
     return [f"{suite}:FOLDER" for suite in all_suites()]
 
 def all_suites() -> list: # Names
-    "Read the names of the suites from the package folder: each of its modules has `about` and `load(folder, **fields)`."
+    "List the suites in the package folder: modules with `about` and `load(folder, **fields)`."
     package = import_module("cit_workbench.suites")
     return sorted(module.name for module in iter_modules(package.__path__) if not module.name.startswith("_"))
 

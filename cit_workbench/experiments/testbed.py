@@ -7,7 +7,8 @@ __all__ = ['frozen']
 
 # %% ../../nbs/experiments/testbed.ipynb #b8b8fde0
 from ..core.errors import CitError
-from ..data.stream import all_streams, get_stream
+from ..data.registry import all_streams
+from ..data.stream import get_stream
 from ..protocol import content, drawn, recipe
 
 # %% ../../nbs/experiments/testbed.ipynb #4a7899f0

@@ -23,7 +23,7 @@ from ..core.digests import canonical, digest
 from ..core.errors import CitError
 from ..core.files import write_atomic
 from ..core.paths import cache_dir
-from ..data.stream import scorer_version
+from ..data.scorers import scorer_version
 
 # %% ../../nbs/measure/store.ipynb #1a3887b0
 def but_training(methods:dict, # {name: version}

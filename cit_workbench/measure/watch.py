@@ -26,7 +26,7 @@ from ..contract.net import Net
 from ..record.record import Lines, Record, RecordWriter
 from .similarity import gradient_cosine
 from .spectra import angles
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/measure/watch.ipynb #596f3e6c
 @dataclass

@@ -20,7 +20,7 @@ from ..models.backbone import Batch, Out, current
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/continual_llava.ipynb #4ed152ac
 @dataclass

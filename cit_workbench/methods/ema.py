@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.errors import CitError
 from ..contract.method import Method, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/ema.ipynb #165bd34c
 @dataclass

@@ -21,7 +21,7 @@ from ..core.digests import rng
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/eproj.ipynb #37cd0726
 @dataclass

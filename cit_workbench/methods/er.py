@@ -16,7 +16,7 @@ from ..core.errors import CitError
 from ..contract.memory import rebalance
 from ..contract.method import Method, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/er.ipynb #215bfbcf
 @dataclass

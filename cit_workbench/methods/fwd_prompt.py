@@ -18,7 +18,7 @@ from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #c831c882
 @dataclass

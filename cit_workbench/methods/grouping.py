@@ -20,7 +20,7 @@ from ..models.backbone import Batch
 from ..core.errors import CitError
 from ..contract.method import Method
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/grouping.ipynb #b641ae5f
 @dataclass

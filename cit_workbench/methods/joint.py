@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..contract.method import Method, Phase
-from ..data.stream import Stream, Task
+from ..data.task import Stream, Task
 
 # %% ../../nbs/methods/joint.ipynb #fdf1b484
 def merged(tasks:list, # Tasks to merge

@@ -18,7 +18,7 @@ from ..models.backbone import Batch, Out
 from ..core.errors import CitError
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/l2p.ipynb #4873651f
 @dataclass

@@ -15,7 +15,7 @@ from ..core.digests import digest
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/llaca.ipynb #91e9336c
 @dataclass

@@ -16,7 +16,7 @@ from ..models.backbone import Batch, Out
 from ..core.errors import CitError
 from ..contract.method import Method, Step
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/lwf.ipynb #94d9d9e8
 @dataclass

@@ -18,7 +18,7 @@ from ..models.backbone import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/olora.ipynb #51f644dd
 @dataclass

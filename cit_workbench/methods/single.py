@@ -17,7 +17,7 @@ from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch
 from ..contract.method import Method
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/single.ipynb #86aeec23
 @dataclass

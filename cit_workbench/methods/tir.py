@@ -19,7 +19,7 @@ from ..contract.gradients import row_nll
 from ..contract.method import Method
 from ..contract.net import Net
 from .mas import answer_norm, away, springs
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/tir.ipynb #97b6c681
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..contract.method import Method
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 
 # %% ../../nbs/methods/zero_shot.ipynb #63876e01
 @dataclass

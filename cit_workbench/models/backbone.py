@@ -30,7 +30,7 @@ from ..core.errors import CitError, one_of
 from ..core.files import read_json
 from .loading import folder_of, all_backbones, family, judge, lasting_name, named_shards, start_hash # noqa: F401
 from ..data.pictures import load_image, readings
-from ..data.stream import Example
+from ..data.task import Example
 
 # %% ../../nbs/models/backbone.ipynb #d01dd43e
 @dataclass

@@ -23,7 +23,8 @@ from ..core.errors import CitError, one_of
 from ..core.fields import check_args, check_finite
 from ..core.paths import expanded, here
 from ..data.pictures import readings
-from ..data.stream import get_stream, Task
+from ..data.stream import get_stream
+from ..data.task import Task
 from ..measure.watch import Watch
 from ..models.backbone import Backbone
 from ..models.tune import block_linears, every_linear, Tune

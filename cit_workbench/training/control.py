@@ -152,7 +152,7 @@ def reply_of(net, # A `Net`; its counters stay as they are
             ) -> str:
     "Answer greedily, at most as long as the longest format of the stream allows."
     from cit_workbench.models.lora import whole
-    from cit_workbench.data.stream import Example
+    from cit_workbench.data.task import Example
     forwards, observed, clock = net.extra_forwards, {*net.observed}, net.clock
     net.model.eval()
     asked = Example("ask", image, text, "")

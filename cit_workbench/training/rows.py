@@ -14,7 +14,7 @@ import numpy as np
 
 from ..contract.net import Net
 from ..core.digests import rng
-from ..data.stream import Task
+from ..data.task import Task
 from .config import RunConfig
 
 # %% ../../nbs/training/rows.ipynb #154aafa1

@@ -10,7 +10,7 @@ import time
 
 from ..contract.method import overrides
 from ..contract.net import Net
-from ..data.stream import Task
+from ..data.task import Task
 from ..measure.scores import column_scores
 from ..measure.store import forget, store_of
 from ..record.record import Record, RecordWriter

@@ -21,7 +21,7 @@ from ..contract.method import Method, overrides, Phase, Step
 from ..contract.net import Net
 from ..core.errors import CitError
 from ..core.paths import progress
-from ..data.stream import Task
+from ..data.task import Task
 from ..measure.watch import Watcher
 from ..models.backbone import at, Out
 from ..record.record import Record, RecordWriter

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.errors import CitError
 from ..data.pictures import reading_of
 from ..record.record import Record
-from ..data.stream import Stream
+from ..data.task import Stream
 from .view import choice, grid, picture, stream_of
 
 # %% ../../nbs/views/answers.ipynb #99f0810f

@@ -30,7 +30,8 @@ from ..core.errors import CitError, leaves
 from ..core.paths import placed
 from ..data.pictures import load_image
 from ..record.record import Lines, Record, RecordWriter
-from ..data.stream import Stream, get_stream
+from ..data.stream import get_stream
+from ..data.task import Stream
 
 # %% ../../nbs/views/view.ipynb #9cc6366f
 _hues_dark = ("#4FA3E0", "#F2894A", "#2FC39A", "#E7A1CC", "#F5BE4E", "#9AD7FA", "#F2F2F2", "#CDAE5E")
