@@ -149,7 +149,7 @@ def test_whatever_may_change_an_answer_is_asked_anew(own, asked):
     evaluate(own, TASKS[:1], oracle=True)
     assert asked() == 12
     own.examples._feats.clear()
-    own.stream = own.plan = replace(own.stream, tasks=[replace(t, n={**t.n, "test": 3}) for t in own.stream.tasks])
+    own.examples.stream = own.examples.plan = replace(own.stream, tasks=[replace(t, n={**t.n, "test": 3}) for t in own.stream.tasks])
     evaluate(own, TASKS[:1])
     assert asked() == 15
 

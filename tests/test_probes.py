@@ -13,6 +13,7 @@ from cit_workbench.core.digests import rng
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.method import Method, Phase
 from cit_workbench.training.rows import rate
+from cit_workbench.training.gradients import token_totals
 from cit_workbench.training.train import Run
 
 
@@ -333,7 +334,7 @@ class Split(Method):
 
     def grads(self, net, s):
         given = {n: p.grad.clone() for n, p in net.params.items()}
-        totals = net.token_totals(s.batches)
+        totals = token_totals(net, s.batches)
         loss = 0.
         with torch.enable_grad():
             for b in s.batches:

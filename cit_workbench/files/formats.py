@@ -15,6 +15,7 @@ import numpy as np
 from ..data.scorers import box_in
 from ..data.task import Format
 from ..metrics import count_words
+import cit_workbench.files.scorers # noqa: F401 (registers the scorers)
 
 # %% ../../nbs/files/formats.ipynb #5f45d6be
 def key_of(name:str) -> str:
