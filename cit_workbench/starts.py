@@ -23,7 +23,11 @@ from torch import nn
 from transformers import (AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
-import cit_workbench.data.stream as cs
+from .data.catalogue import HELD_IN, SHAPES, UNSEEN, make_task
+from .data.drawing import hue
+from .data.examples import make_example, templates
+from .data.skills import wordings
+from .data.words import cell_px, code_words, color_names, count_words, domain_names, grid_cells, places, shape_names, size
 from .core.files import write_atomic
 
 # %% ../nbs/starts/tiny.ipynb #431d4107
@@ -35,10 +39,10 @@ dark black white gray pink brown cyan circles squares triangles crosses diamonds
 
 def words() -> list:
     "List every token of the generator's texts, sorted."
-    phrases = [phrase for wordings in cs._phrases.values() for phrase in wordings]
-    things = [*cs.shape_names, *cs.color_names, *cs.domain_names, *cs.places, *cs.grid_cells]
-    others = [*cs.count_words, *cs.code_words, *"0123456789", "In the there is a framed ,.", *_more]
-    texts = [*phrases, *cs.templates.values(), *things, *others]
+    phrases = [phrase for wordings in wordings.values() for phrase in wordings]
+    things = [*shape_names, *color_names, *domain_names, *places, *grid_cells]
+    others = [*count_words, *code_words, *"0123456789", "In the there is a framed ,.", *_more]
+    texts = [*phrases, *templates.values(), *things, *others]
     return sorted({word for text in texts for word in re.findall(_token, text)})
 
 _token = r"\n|[A-F]\.|\w+|[^\w\s]"
@@ -67,10 +71,10 @@ _chat = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}"
 
 def make_processor() -> LlavaProcessor:
     "Make the processor: tokenizer, images of 48 px without resampling, chat template."
-    square = {"height": cs.size, "width": cs.size}
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": cs.size}, crop_size=square,
+    square = {"height": size, "width": size}
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square,
                                    image_mean=[0.5]*3, image_std=[0.5]*3)
-    return LlavaProcessor(pixels, make_tokenizer(), patch_size=cs.cell_px,
+    return LlavaProcessor(pixels, make_tokenizer(), patch_size=cell_px,
                           vision_feature_select_strategy="default", image_token="<image>",
                           num_additional_image_tokens=1, chat_template=_chat)
 
@@ -83,7 +87,7 @@ def chat(processor:LlavaProcessor, question:str) -> str:
 def _vision_config() -> CLIPVisionConfig:
     "Describe the tower: one patch per cell."
     return CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                            image_size=cs.size, patch_size=cs.cell_px, projection_dim=96)
+                            image_size=size, patch_size=cell_px, projection_dim=96)
 
 def _text_config(tok:PreTrainedTokenizerFast, width:int, layers:int) -> LlamaConfig:
     "Describe the language model."
@@ -113,19 +117,19 @@ def make_model(tok:PreTrainedTokenizerFast, # Of the processor
 def cell_labels(things:list, domain:str) -> np.ndarray: # [9, 4] glyph, hue, frame, domain
     "Describe what each cell shows, as numbers."
     labels = np.zeros((9, 4), np.int64)
-    labels[:, 3] = cs.domain_names.index(domain)
+    labels[:, 3] = domain_names.index(domain)
     for thing in things:
         if thing.kind == "bar":
             for row in range(3):
                 fill = min(max(thing.height - 2*(2 - row), 0), 2)
                 if fill:
-                    labels[3*row + thing.cell, :2] = 15 + fill, 1 + cs.hue(thing.color, domain)
+                    labels[3*row + thing.cell, :2] = 15 + fill, 1 + hue(thing.color, domain)
             continue
-        if thing.kind in cs.shape_names:
-            glyph = 1 + cs.shape_names.index(thing.kind)
+        if thing.kind in shape_names:
+            glyph = 1 + shape_names.index(thing.kind)
         else:
             glyph = 6 + int(thing.kind)
-        labels[thing.cell, :3] = glyph, 1 + cs.hue(thing.color, domain), thing.framed
+        labels[thing.cell, :3] = glyph, 1 + hue(thing.color, domain), thing.framed
     return labels
 
 def normal(images:list) -> torch.Tensor: # [n, 3, 48, 48]
@@ -150,12 +154,12 @@ def endless(names:tuple, # Of tasks
             **skills, # Another skill for a task: fuller scenes than the task asks about
            ) -> list:
     "Make tasks by name that do not run out of examples."
-    tasks = [cs.make_task(name, n_train=1<<40, n_val=1<<20, seed=seed) for name in names]
+    tasks = [make_task(name, n_train=1<<40, n_val=1<<20, seed=seed) for name in names]
     remade = []
     for task in tasks:
         skill = skills.get(task.name.replace("-", "_"), task.skill)
         source = task.source | {"skill": skill}
-        remade.append(replace(task, make=partial(cs.make_example, **source)))
+        remade.append(replace(task, make=partial(make_example, **source)))
     return remade
 
 # %% ../nbs/starts/tiny.ipynb #67c036e2
@@ -333,7 +337,7 @@ def scores(model:LlavaForConditionalGeneration, # A start
     "Return the formatted score of each task on its test split."
     found = {}
     for name in names:
-        task = cs.make_task(name, n_test=n, seed=seed)
+        task = make_task(name, n_test=n, seed=seed)
         examples = [task.example("test", index) for index in range(n)]
         texts = answers(model, processor, examples, task.format.max_new_tokens)
         right = [task.format.score(example, text) for example, text in zip(examples, texts)]
@@ -362,7 +366,7 @@ def load_start(out:Path) -> tuple: # Model, processor
 
 # %% ../nbs/starts/tiny.ipynb #7c969303
 captions = ("all-day", "one-day", "at-day", "all-digits", "one-digits", "all-night", "at-night")
-held_in = tuple(cs._held_in)
+held_in = tuple(HELD_IN)
 base_mix = ("one-day", "at-day", *captions) # what is harder comes more often
 instruct_mix = ("shp-mcq", "shp-mcq", "cnt-day", "shp-pos", "cnt-day", "shp-mcq", "par-digits", "list-day", *captions)
 
@@ -388,7 +392,7 @@ def finish(model:LlavaForConditionalGeneration, # A trained start
     "Round, store, load again, score what was loaded."
     save_start(model, processor, out, {})
     back, loaded = load_start(out)
-    got = scores(back, loaded, (*captions, *held_in, *cs._shapes, *cs._unseen), recipe.n_test)
+    got = scores(back, loaded, (*captions, *held_in, *SHAPES, *UNSEEN), recipe.n_test)
     machine = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
     record = machine | {"recipe": asdict(recipe), "scores": got} | facts
     parameters = sum(weight.numel() for weight in model.parameters())
