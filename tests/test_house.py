@@ -32,13 +32,14 @@ SCATTERED = {("measure/evaluate", "Net"), ("training/train", "Net"), ("live/live
 LONG = {"contract/method", "dashboard", "data/stream", "live/live", "measure/evaluate", "measure/watch", "models/backbone",
         "record/record", "suites/coin", "training/control", "training/train", "views/compare", "views/similarity",
         "views/view"}
-MANY = {"behaviour", "contract/method", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
-        "models/backbone", "record/record", "suites/coin", "training/checkpoint", "training/control", "training/train",
+MANY = {"contract/method", "data/stream", "live/live", "measure/similarity", "measure/spectra", "models/backbone",
+        "record/record", "suites/coin", "training/checkpoint", "training/control", "training/train",
         "views/launcher", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
                      r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)
-TORCH_FREE = {"core", "metrics", "behaviour", "protocol", "data", "suites", "record", "figures", "views", "dashboard", "commands", "cli"}
+TORCH_FREE = {"core", "statistics", "metrics", "behaviour", "protocol", "data", "suites", "record", "figures", "views", "dashboard",
+              "commands", "cli"}
 
 
 def rooms() -> list:

@@ -68,10 +68,11 @@ def begins_with_verb(text: str) -> bool:
 
 
 def public_names(tree: ast.Module) -> list[str]:
-    "Read the public names of a module from its `__all__`."
+    "Read the public names that a module defines from its `__all__`; names that it only passes on belong to other modules."
+    passed = {name.asname or name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
-            return ast.literal_eval(node.value)
+            return [name for name in ast.literal_eval(node.value) if name not in passed]
     return []
 
 
