@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 from twin import CHAT, WORDS, _train_tokenizer
 
-from cit_workbench.starts import make_tokenizer
+from cit_workbench.pretraining.tokenizer import make_tokenizer
 
 TEXT = "for c in m['content'] if c['type'] == 'text'"
 IMAGES = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"

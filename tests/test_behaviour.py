@@ -11,7 +11,8 @@ import pytest
 
 from cit_workbench import behaviour as module
 from cit_workbench.experiments import keys
-from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, package, raised
+from cit_workbench.behaviour import ROOMS, VERSIONS, changed_source, modules_of, raised
+from cit_workbench.core.source import package
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.identity import code_of
@@ -31,7 +32,7 @@ import style  # noqa: E402
 
 IMPORTS = {row["name"]: row["imports"] for row in style.survey(RECORDS.parent)}
 # A run passes through these, and its bits depend on none of them: they write, read, watch or steer.
-PASSED = {"behaviour", "training/checkpoint", "training/control", "record/record", "measure/similarity", "measure/spectra",
+PASSED = {"behaviour", "core/source", "training/checkpoint", "training/control", "record/record", "measure/similarity", "measure/spectra",
           "measure/watch"}
 
 

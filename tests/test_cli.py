@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cit_workbench import cli
-from cit_workbench.cli import COMMANDS, main, parse
+from cit_workbench.cli import COMMANDS, main
+from cit_workbench.commands.parser import parse
+from cit_workbench.commands.training import run
+from cit_workbench.experiments.search import nested
 
 SMALL = ["--stream-args", "tasks=['col-mcq', 'col-word']", "n_train=16", "n_val=4", "n_test=4",
          "--optim", "steps=2", "batch=4"]
@@ -56,9 +58,9 @@ def test_every_command_explains_every_option(name, capsys):
 
 
 def test_pairs_reach_into_tables():
-    args = parse(cli.run, ["--set", "ewc.lam=100", "er.size=8", "--set", "x=abc", "--optim", "lr=1e-3"])
+    args = parse(run, ["--set", "ewc.lam=100", "er.size=8", "--set", "x=abc", "--optim", "lr=1e-3"])
     assert args["set"] == {"ewc.lam": 100, "er.size": 8, "x": "abc"} and args["optim"] == {"lr": 1e-3}
-    assert cli.nested(args["set"]) == {"ewc": {"lam": 100}, "er": {"size": 8}, "x": "abc"}
+    assert nested(args["set"]) == {"ewc": {"lam": 100}, "er": {"size": 8}, "x": "abc"}
 
 
 @pytest.mark.parametrize("words, sentence", [

@@ -11,10 +11,13 @@ import pytest
 from scipy import stats
 
 from cit_workbench import cli
+from cit_workbench.commands.training import again
 from cit_workbench.experiments import search
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
-from cit_workbench.metrics import ap_norm, holm, order_means, paired, t_interval, tost
+from cit_workbench.statistics.claims import holm, tost
+from cit_workbench.statistics.orders import order_means, paired, t_interval
+from cit_workbench.statistics.transfer import ap_norm
 from cit_workbench.record.record import Record, RecordWriter, pack, table
 
 TASKS = ("a", "b", "c")
@@ -395,5 +398,5 @@ def test_a_tiny_tuning(tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/"runs/tune").glob("*/*") if p.is_file()}
     cli.main(words)
     assert {p: p.stat().st_mtime_ns for p in before} == before and capsys.readouterr().out == out
-    used = cli.parse(cli.run, cli.again(found).split()[2:])
+    used = cli.parse(cli.run, again(found).split()[2:])
     assert (used["tuned_on"], used["optim"]) == (found["tuned_on"], {"lr": .003})

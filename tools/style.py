@@ -21,6 +21,10 @@ ARTICLES = {"a", "an", "the"}
 OPENERS = {"what", "which", "who", "whose", "where", "when", "how", "why", "whether", "of", "in", "on", "for", "from", "with", "by",
            "at", "to", "as", "if", "one", "every", "each", "all", "no", "this", "that", "its", "and", "so", "only", "two", "these", "any"}
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+# What is found by folder: the folder, and the function or base class that makes a module a member.
+KINDS = {"method": ("methods/", "Method"), "suite": ("suites/", "load"), "family": ("models/families/", "Family"), "view": ("views/", "View")}
+CHECKPOINT = {"state.json", "manifest.json", "checkpoints"}
+MANY_NAMES = 12
 
 
 def docstring_node(node: ast.AST):
@@ -68,10 +72,11 @@ def begins_with_verb(text: str) -> bool:
 
 
 def public_names(tree: ast.Module) -> list[str]:
-    "Read the public names of a module from its `__all__`."
+    "Read the public names that a module defines from its `__all__`; names that it only passes on belong to other modules."
+    passed = {name.asname or name.name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
-            return ast.literal_eval(node.value)
+            return [name for name in ast.literal_eval(node.value) if name not in passed]
     return []
 
 
@@ -157,6 +162,38 @@ def lessons(tree: Path) -> tuple[int, int]:
     return shown, exported
 
 
+def members(rows: list[dict], kind: str) -> set[str]:
+    "Name the modules of a kind that is found by folder, by what its contract asks for: a function `load`, or a class of a base."
+    folder, asked = KINDS[kind]
+    def answers(node: ast.AST) -> bool:
+        if isinstance(node, ast.FunctionDef):
+            return node.name == asked
+        return isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith(asked) for base in node.bases)
+    return {row["name"] for row in rows if row["name"].startswith(folder) and any(answers(node) for node in row["tree"].body)}
+
+
+def named_elsewhere(rows: list[dict], kind: str) -> list[str]:
+    "List the modules outside the folder of a kind that import one of its members by name: a newcomer must edit them, too."
+    found, folder = members(rows, kind), KINDS[kind][0]
+    return [row["name"] for row in rows if not row["name"].startswith(folder) and {target for target, *_ in row["imports"]} & found]
+
+
+def knowing_checkpoints(rows: list[dict]) -> list[str]:
+    "List the modules that spell a file of a checkpoint, or the name of its folder."
+    spelled = {row["name"]: {node.value for node in ast.walk(row["tree"]) if isinstance(node, ast.Constant)
+                             and isinstance(node.value, str)} for row in rows}
+    return [name for name, texts in spelled.items() if texts & CHECKPOINT]
+
+
+def errands(rows: list[dict]) -> dict:
+    "Count what a newcomer must edit for a new method, suite, family or view, and for another layout of checkpoints."
+    found = {}
+    for kind in KINDS:
+        others = named_elsewhere(rows, kind)
+        found[f"touched by a new {kind}"] = ", ".join(["its page", *others]) if members(rows, kind) else "no folder of this kind"
+    return found | {"touched by other checkpoints": ", ".join(knowing_checkpoints(rows))}
+
+
 def totals(rows: list[dict], tree: Path) -> dict:
     "Sum up the whole package."
     total = lambda key: sum(row[key] for row in rows)
@@ -174,11 +211,13 @@ def totals(rows: list[dict], tree: Path) -> dict:
                                                      f" ({sum(len(r['long']) for r in rows) / total('functions'):.1%})",
             f"modules over {LONG_MODULE} lines": sum(row["lines"] > LONG_MODULE for row in rows),
             "longest module": max((row["lines"], row["name"]) for row in rows),
+            f"modules over {MANY_NAMES} public names": sum(len(row["public"]) > MANY_NAMES for row in rows),
             "most public names": max((len(row["public"]), row["name"]) for row in rows),
             "circles of modules": circles({row["name"]: {target for target, *_ in row["imports"]} - {row["name"]} for row in rows}),
-            "imports inside functions": sum(late for row in rows for *_, late in row["imports"]), "@patch": sum(len(r["patches"]) for r in rows), "@patch on another page's class": len(away),
+            "imports inside functions": sum(late for row in rows for *_, late in row["imports"]),
+            "@patch": sum(len(row["patches"]) for row in rows), "@patch on another page's class": len(away),
             "docstrings that begin with a verb": f"{1 - sum(len(r['nouns']) for r in rows) / documented:.1%} of {documented}",
-            "lesson cells per export cell": round(shown / exported, 2)}
+            "lesson cells per export cell": round(shown / exported, 2), **errands(rows)}
 
 
 def show(row: dict) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 from ..core.errors import CitError
 from ..data.stream import get_stream
 from .orders import by_order, scores_of
-from ..metrics import average_accuracy, forgetting, paired
+from ..statistics.matrix import average_accuracy
+from ..statistics.orders import paired
+from ..statistics.transfer import forgetting
 from ..protocol import balanced_orders, recipe
 
 # %% ../../nbs/experiments/gates.ipynb #56d4f9bf

@@ -9,9 +9,10 @@ __all__ = ['exports', 'facts_of', 'made_by', 'written', 'data_digest']
 from functools import cache
 from pathlib import Path
 
-from ..behaviour import as_before, behaviour, class_facts, normalised
+from ..behaviour import as_before, behaviour
 from ..core.digests import digest
 from ..core.paths import assets
+from ..core.source import class_facts, normalised
 from ..data.stream import get_stream, scorers_of
 from .pages import code_cells, find_page, own_pages
 from ..protocol import recipe

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.digests import canonical
-from ..metrics import order_means
+from ..statistics.orders import order_means
 
 # %% ../../nbs/experiments/orders.ipynb #881662ea
 def by_order(records:list,

@@ -111,7 +111,7 @@ def _score(record, # A trial
            own:bool=False, # Each task at its own end: what was learned
           ) -> float:
     "Compute `AP_norm` on validation data, at the end of the stream or of each task."
-    from cit_workbench.metrics import ap_norm
+    from cit_workbench.statistics.transfer import ap_norm
     end = val_scores(record, own)
     alone = val_scores(single, own=True)
     chance = record.run["chance"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.scorers import box_in, iou, scorer
 from ..data.task import Example
-from ..metrics import caption_words
+from ..statistics.captions import caption_words
 
 # %% ../../nbs/files/scorers.ipynb #0ec5f219
 def letter_of(text:str) -> str:

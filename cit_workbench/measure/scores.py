@@ -9,7 +9,7 @@ __all__ = ['score_line', 'column_scores']
 import torch
 
 from ..core.digests import digest
-from ..metrics import cider
+from ..statistics.captions import cider
 
 # %% ../../nbs/measure/scores.ipynb #bee2af82
 def score_line(task, # A `Task`

@@ -22,9 +22,11 @@ from ..core.errors import CitError, leaves, one_of
 from ..core.files import append_jsonl, read_json, write_atomic
 from ..core.paths import expanded
 from ..data.stream import all_scorers
-from ..metrics import (Paired, ap_norm, average_accuracy, backward_transfer, forgetting, forward_transfer,
-                                   holm, learning_accuracy, mean_average_accuracy, mean_instruction_following,
-                                   order_means, paired, t_interval, tost)
+from ..statistics.claims import holm, tost
+from ..statistics.matrix import average_accuracy, learning_accuracy, mean_average_accuracy
+from ..statistics.matrix import mean_instruction_following
+from ..statistics.orders import Paired, order_means, paired, t_interval
+from ..statistics.transfer import ap_norm, backward_transfer, forgetting, forward_transfer
 
 # %% ../../nbs/record/record.ipynb #cce18152
 class Lines:

@@ -13,7 +13,8 @@ from importlib.metadata import version
 import torch
 from transformers.image_processing_backends import PilBackend
 
-from ..behaviour import behaviour, git, package, scored_by
+from ..behaviour import behaviour, scored_by
+from ..core.source import git, package
 from ..contract.identity import versions_of
 from ..contract.net import Net
 from ..core.digests import digest, plain

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..figures.methods import front
 from ..core.errors import CitError
-from ..metrics import order_means, t_interval
+from ..statistics.orders import order_means, t_interval
 from ..record.record import labels_of, scale_of, find_runs, table
 from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks,
                                 noted, number, readable, room_for, slant, template)
