@@ -24,8 +24,7 @@ COLUMNS = {"content": 2} # 2: where a choice begins another, the end of each cou
 ROOMS = {
     "data": ["core/errors", "core/fields", "core/digests", "core/files", "core/paths", "core/signals",
              "data/stream", "suites/*"],
-    "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
-               "models/slots"],
+    "models": ["data/pictures", "models/*", "models/families/*"],
     "contract": ["contract/method", "contract/memory"],
     "training": ["training/train", "protocol"],
     "scoring": ["measure/evaluate", "metrics"],

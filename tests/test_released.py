@@ -175,7 +175,7 @@ def one_by_one(net, b, tokens) -> torch.Tensor:
         for k, t in enumerate(tokens):
             total = total + logits.log_softmax(-1)[0, t]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            logits = bb._step(torch.tensor([[t]]), mask, place + k, cache)[:, -1]
+            logits = bb.speaker.step(torch.tensor([[t]]), mask, place + k, cache)[:, -1]
     return total
 
 

@@ -442,8 +442,9 @@ def _named(self:Net, train:str) -> list: # Parameters
            if id(parameter) in self.start or parameter.requires_grad]
     chosen = [parameter for name, parameter in own if re.fullmatch(train, name)]
     if not chosen:
+        below = [name for name, _ in own if re.fullmatch(self.backbone.inside("projector"), name)]
         raise CitError(f"tune: train {train!r} matches no parameter of the start model; "
-                       "names look like 'model.multi_modal_projector.linear_1.weight'")
+                       f"names look like {[*below, 'none'][0]!r}")
     frozen = [name for name, _ in self.model.named_parameters() if in_tower(name) and re.fullmatch(train, name)]
     if frozen:
         raise CitError(f"tune: train {train!r} {no_gradient(frozen)}")
@@ -471,9 +472,9 @@ def example(self:Net,
 @patch
 def roomy(self:Net) -> bool:
     "Tell whether the tower features of all images of the stream fit into the store."
-    weight = self.backbone.projector.linear_1.weight
     images = sum(sum(task.n.values()) for task, _ in self.stream.roles())
-    return images*self.backbone.n_vis*weight.shape[1]*weight.element_size() <= _room
+    size = self.backbone.feature_size*self.backbone.dtype.itemsize
+    return images*self.backbone.n_vis*size <= _room
 
 # %% ../../nbs/contract/method.ipynb #6c840d62
 @patch
@@ -872,7 +873,7 @@ def meaning(text:str, # Any text, cut at what the encoder reads
 @patch
 def width(self:Net, what:str) -> int: # As `features`
     "Return the length of the vectors of `features`."
-    image = self.backbone.projector.linear_1.in_features
+    image = self.backbone.feature_size
     own = {"image": image, "instruction": 256, "answer": 256, "embedding": self.backbone.lm.embed_tokens.embedding_dim}
     return own[what] if what in own else _encoder(what, str(self.backbone.device))[1].config.hidden_size
 
@@ -898,7 +899,7 @@ def features(self:Net,
 def _image_means(self:Net, batch:Batch) -> torch.Tensor: # [B, d]
     "Average the tower features of each row's image; rows without one get zeros."
     if batch.feats is None:
-        return torch.zeros(len(batch), self.backbone.projector.linear_1.in_features, device=self.backbone.device)
+        return torch.zeros(len(batch), self.backbone.feature_size, device=self.backbone.device)
     means = batch.feats.float().mean(1)
     pictured = torch.tensor([example.image is not None for example in batch.examples])
     places = pictured.nonzero()[:, 0].to(means.device)

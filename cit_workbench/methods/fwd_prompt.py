@@ -109,7 +109,7 @@ def grow(self:FwdPrompt, net:Net,
     tokens = net.backbone.lm.embed_tokens.weight
     pool = net.model.fwd
     shapes = [
-        (self.size, net.backbone.projector.linear_1.in_features),
+        (self.size, net.backbone.feature_size),
         (self.size, 256),
         (self.size, self.length, tokens.shape[1]),
     ]

@@ -47,7 +47,7 @@ def soft(self:L2P) -> int: return self.top*self.length
 @patch
 def wrap(self:L2P, net:Net) -> Net:
     tokens = net.backbone.lm.embed_tokens.weight
-    tower = net.backbone.projector.linear_1.in_features
+    tower = net.backbone.feature_size
     pool = nn.Module()
     new = lambda *shape: torch.empty(shape, device=tokens.device)
     def fill():

@@ -178,10 +178,10 @@ def wrap(self:SMoLoRA, net:Net) -> Net:
     def make(base, image):
         key = f"smolora {next(numbers)}"
         return SMoLinear(base, key, self, tune, image, net.width(self.encoder))
-    only = "" if self.layers == "run" else r"(?=.*(gate|up|down)_proj$)"
+    only = "" if self.layers == "run" else rf"(?={net.backbone.inside('ffn')}$)"
     def swap():
         swap_linears(net.model, f"{only}({tune.layers})", partial(make, image=False))
-        if only: swap_linears(net.model, r".*multi_modal_projector\.linear_[12]", partial(make, image=True))
+        if only: swap_linears(net.model, net.backbone.inside("projector"), partial(make, image=True))
     seeded((net.seed, "smolora"), swap)
     return net
 

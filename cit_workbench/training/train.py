@@ -891,7 +891,7 @@ def insert(self:Run, net:Net):
 
 def _warn_of_left_out(net:Net, left:list):
     "Say what the run does not train or store as one might think."
-    inside = [name for name in net.own() if "language_model.layers." in name]
+    inside = [name for name in net.own() if re.fullmatch(net.backbone.inside("layers"), name)]
     if left and inside:
         warnings.warn("LoRA leaves weights in the language model's blocks as they are, "
                       f"since they are no linear layers: {', '.join(left)}; `tune train=` can name them")
