@@ -17,7 +17,8 @@ from twin import make_twin
 
 from cit_workbench import CitError, get_backbone
 from cit_workbench.models.saved import adapter_card
-from cit_workbench.models.tune import Tune, block_linears, every_linear, left_out, linears
+from cit_workbench.models.families.llava import linears
+from cit_workbench.models.tune import Tune, block_linears, every_linear, left_out
 from cit_workbench.core.paths import assets
 from cit_workbench.contract.method import Method
 from cit_workbench.protocol import recipe as toy

@@ -12,7 +12,8 @@ from PIL import Image
 from twin import edit, make_coin, make_twin, old_name
 
 from cit_workbench import Run, all_methods, get_backbone, get_stream
-from cit_workbench.models.backbone import at, load_image
+from cit_workbench.models.backbone import load_image
+from cit_workbench.models.batch import at
 from cit_workbench.cli import main
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError

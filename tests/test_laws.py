@@ -14,8 +14,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARGS, CHAINS, OTHERS, SOME, SPEC, TASKS, batch_of, descend, files, final, opened, same_files, same_tensors, tiny, train
 
 from cit_workbench.models.lora import fused
-from cit_workbench.models.tune import Tune, linears
-from cit_workbench.models.backbone import Backbone, at, get_backbone
+from cit_workbench.models.families.llava import linears
+from cit_workbench.models.tune import Tune
+from cit_workbench.models.backbone import Backbone, get_backbone
+from cit_workbench.models.batch import at
 from cit_workbench.training.checkpoint import read_checkpoint
 from cit_workbench.core.digests import rng, seed_of
 from cit_workbench.core.errors import CitError

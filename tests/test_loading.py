@@ -13,9 +13,10 @@ from transformers.models.auto import image_processing_auto
 from twin import make_coin, make_twin
 
 from cit_workbench import CitError, Run, get_backbone
-from cit_workbench.models import loading
+from cit_workbench.models import checkpoint
 from cit_workbench.core.paths import assets
-from cit_workbench.models.loading import all_backbones, file_digest, start_hash
+from cit_workbench.models.checkpoint import file_digest
+from cit_workbench.models.loading import all_backbones, start_hash
 from cit_workbench.protocol import read_lock
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -65,7 +66,7 @@ def test_the_digests_of_the_embedded_starts_are_the_locked_ones():
 
 def large(folder, monkeypatch):
     "Let every weight file count as large."
-    monkeypatch.setattr(loading, "_small", 1_000)
+    monkeypatch.setattr(checkpoint, "_small", 1_000)
     return folder
 
 
@@ -114,7 +115,7 @@ def test_a_large_file_is_read_once(copy, monkeypatch):
     def noted(path, *args, **kw):
         reads.append(Path(path).suffix)
         return real(path, *args, **kw)
-    monkeypatch.setattr(loading, "open", noted, raising=False)
+    monkeypatch.setattr(checkpoint, "open", noted, raising=False)
     assert start_hash(str(copy)) == first and ".safetensors" not in reads
 
 
@@ -357,20 +358,20 @@ def test_pillow_prepares_pictures_where_torchvision_is_installed(twin, monkeypat
 
 
 def test_what_prepares_pictures_is_in_the_record(twin, tmp_path, monkeypatch):
-    from cit_workbench.models import backbone
+    from cit_workbench.models.family import Family
     about = {}
     for name in ("pil", "other"):
         if name == "other":
             class Other:
                 def __init__(self, ip): self.ip, self.image_mean = ip, ip.image_mean
                 def __call__(self, *args, **kw): return self.ip(*args, **kw)
-            real = backbone._processor
+            real = Family.processor
 
-            def other(where):
-                processor = real(where)
+            def other(self, where):
+                processor = real(self, where)
                 object.__setattr__(processor, "image_processor", Other(processor.image_processor))
                 return processor
-            monkeypatch.setattr(backbone, "_processor", other)
+            monkeypatch.setattr(Family, "processor", other)
         run = Run(method="zero_shot", backbone=str(twin), compute={"threads": 1}, out=str(tmp_path/name),
                   stream_args={"tasks": ["col-word"], "n_train": 8, "n_val": 2, "n_test": 2})
         run.train()

@@ -8,7 +8,8 @@ from tiny import (ONE, OTHERS, TASKS, Anchor, Halves, Twins, batch_of, descend, 
 from torch import nn
 
 from cit_workbench.models.slots import swap_linears
-from cit_workbench.models.backbone import Backbone, at, current
+from cit_workbench.models.backbone import Backbone
+from cit_workbench.models.batch import at, current
 from cit_workbench.core.digests import rng
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.method import Method, Phase

@@ -10,7 +10,7 @@ from torch import nn
 
 from cit_workbench.models.slots import inserted
 from cit_workbench.models.tune import Tune
-from cit_workbench.models.backbone import at
+from cit_workbench.models.batch import at
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import join_tree, split_tree
@@ -175,7 +175,7 @@ def one_by_one(net, b, tokens) -> torch.Tensor:
         for k, t in enumerate(tokens):
             total = total + logits.log_softmax(-1)[0, t]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            logits = bb._step(torch.tensor([[t]]), mask, place + k, cache)[:, -1]
+            logits = bb.speaker.step(torch.tensor([[t]]), mask, place + k, cache)[:, -1]
     return total
 
 

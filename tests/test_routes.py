@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import MORE, OTHERS, TASKS, furthest, jitter
 
-from cit_workbench.models.backbone import at
+from cit_workbench.models.batch import at
 from cit_workbench.contract.method import overrides
 from cit_workbench.contract.registry import all_methods, get_method
 

@@ -11,7 +11,8 @@ from speech import CHATML, LLAMA3, MORE, SPELLS, TEMPLATES, TOKENIZERS, make, th
 from twin import CHAT, make_twin
 
 from cit_workbench import get_backbone, get_stream
-from cit_workbench.models.backbone import Chat, at
+from cit_workbench.models.batch import at
+from cit_workbench.models.chat import Chat
 from cit_workbench.core.errors import CitError
 from cit_workbench.measure.tokens import content_tokens
 from cit_workbench.contract.net import Net

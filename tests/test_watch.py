@@ -11,7 +11,7 @@ from test_resume import Stop, unplug
 from tiny import TASKS, Held, final, same_tensors, tiny, train
 
 from cit_workbench import cli
-from cit_workbench.models.backbone import at
+from cit_workbench.models.batch import at
 from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core.errors import CitError
 from cit_workbench.live.live import branch

@@ -26,7 +26,8 @@ from ..contract.registry import get_method
 from ..core.digests import rng
 from ..measure.watch import Watch, Watcher
 from ..models.lora import whole
-from ..models.backbone import Backbone, at
+from ..models.backbone import Backbone
+from ..models.batch import at
 from ..record.record import RecordWriter
 from ..training.rows import draw
 from ..measure.answers import ask as ask_net

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer
 
 from ..contract.net import Net
 from ..contract.registry import fresh
-from ..models.tune import linears
+from ..models.families.llava import linears
 from ..models.backbone import Backbone, folder_of, get_backbone, load_image
 from ..training.config import fill_recipe
 from ..training.optimiser import parameter_groups

@@ -11,7 +11,8 @@ import torch
 from fastcore.basics import patch
 
 from ..data.task import Example, Stream, Task
-from ..models.backbone import Backbone, Batch
+from ..models.backbone import Backbone
+from ..models.batch import Batch
 
 # %% ../../nbs/contract/examples.ipynb #d8cba56c
 class Examples:
@@ -49,9 +50,9 @@ def example(self:Examples,
 @patch
 def roomy(self:Examples) -> bool:
     "Tell whether the tower features of all images of the stream fit into the store."
-    weight = self.backbone.projector.linear_1.weight
     images = sum(sum(task.n.values()) for task, _ in self.stream.roles())
-    return images*self.backbone.n_vis*weight.shape[1]*weight.element_size() <= _room
+    size = self.backbone.feature_size*self.backbone.dtype.itemsize
+    return images*self.backbone.n_vis*size <= _room
 
 # %% ../../nbs/contract/examples.ipynb #42cd76a6
 @patch

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.backbone import at, Batch, Out
+from ..models.batch import at, Batch, Out
 from ..models.lora import FusedLora
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from fastcore.basics import camel2snake, patch
 
 from ..core.errors import CitError
 from ..data.task import Stream, Task
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 
 if TYPE_CHECKING:
     from cit_workbench.contract.net import Net

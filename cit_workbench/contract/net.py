@@ -25,7 +25,8 @@ from .trained import carried_bytes, parameters_named
 from ..core.digests import rng as keyed
 from ..core.errors import CitError
 from ..data.task import Example, Stream, Task
-from ..models.backbone import at, Backbone, Batch, Out
+from ..models.backbone import Backbone
+from ..models.batch import at, Batch, Out
 from ..models.lora import add_lora
 from ..models.tune import Tune
 

@@ -28,8 +28,9 @@ def parameters_named(net:"Net",
            if id(parameter) in net.start or parameter.requires_grad]
     chosen = [parameter for name, parameter in own if re.fullmatch(train, name)]
     if not chosen:
+        below = [name for name, _ in own if re.fullmatch(net.backbone.inside("projector"), name)]
         raise CitError(f"tune: train {train!r} matches no parameter of the start model; "
-                       "names look like 'model.multi_modal_projector.linear_1.weight'")
+                       f"names look like {[*below, 'none'][0]!r}")
     frozen = [name for name, _ in net.model.named_parameters() if in_tower(name) and re.fullmatch(train, name)]
     if frozen:
         raise CitError(f"tune: train {train!r} {no_gradient(frozen)}")

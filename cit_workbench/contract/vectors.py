@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from ..core.errors import CitError
-from ..models.backbone import Backbone, Batch
+from ..models.backbone import Backbone
+from ..models.batch import Batch
 
 # %% ../../nbs/contract/vectors.ipynb #a75fa2e5
 def hashed(text:str, # Any text
@@ -59,7 +60,7 @@ def width(backbone:Backbone,
           what:str, # As `features`
          ) -> int:
     "Return the length of the vectors of `features`."
-    image = backbone.projector.linear_1.in_features
+    image = backbone.feature_size
     own = {"image": image, "instruction": 256, "answer": 256, "embedding": backbone.lm.embed_tokens.embedding_dim}
     return own[what] if what in own else encoder(what, str(backbone.device))[1].config.hidden_size
 
@@ -83,7 +84,7 @@ def features(backbone:Backbone,
 def _image_means(backbone:Backbone, batch:Batch) -> torch.Tensor: # [B, d]
     "Average the tower features of each row's image; rows without one get zeros."
     if batch.feats is None:
-        return torch.zeros(len(batch), backbone.projector.linear_1.in_features, device=backbone.device)
+        return torch.zeros(len(batch), backbone.feature_size, device=backbone.device)
     means = batch.feats.float().mean(1)
     pictured = torch.tensor([example.image is not None for example in batch.examples])
     places = pictured.nonzero()[:, 0].to(means.device)

@@ -12,7 +12,7 @@ import torch
 
 from ..contract.net import Net
 from ..core.errors import CitError
-from ..models.backbone import at
+from ..models.batch import at
 
 # %% ../../nbs/measure/tokens.ipynb #ae5cae38
 def content_tokens(backbone, # A `Backbone`

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..models.lora import whole
-from ..models.backbone import Batch, at, current
+from ..models.batch import Batch, at, current
 from ..core.files import sync
 from ..core.digests import rng
 from ..core.errors import CitError

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
-from ..models.backbone import Batch, Out, current
+from ..models.batch import Batch, Out, current
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
@@ -113,11 +113,9 @@ def grow(self:ContinualLLaVA, net:Net,
 @patch
 def wrap(self:ContinualLLaVA, net:Net) -> Net:
     tune = net.tuning
-    linears = [name for name, module in net.model.named_modules() if isinstance(module, nn.Linear)]
-    outputs = [name for name in linears if name.endswith("self_attn.o_proj")]
-    layers = [name for name in outputs if re.fullmatch(tune.layers, name)]
+    layers = [name for name in net.backbone.parts("attention_out") if re.fullmatch(tune.layers, name)]
     if not layers:
-        raise CitError("method 'continual_llava' changes only attention outputs (self_attn.o_proj), "
+        raise CitError("method 'continual_llava' changes only attention outputs, "
                        f"and tune: targets {tune.layers!r} matches none")
 
     rank = self.r or max(1, tune.r//self.top)

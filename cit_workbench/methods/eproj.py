@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models.lora import seeded
 from ..models.slots import inserted, swap_linears
-from ..models.backbone import Batch, Out, current
+from ..models.batch import Batch, Out, current
 from ..core.digests import rng
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
@@ -110,7 +110,7 @@ def sizes(self:EProj, net:Net) -> dict: # {modality: d}
 
 @patch
 def wrap(self:EProj, net:Net) -> Net:
-    swap_linears(net.model, r".*multi_modal_projector\..*", ExpertLinear)
+    swap_linears(net.model, net.backbone.inside("projector"), ExpertLinear)
     lists = {modality: nn.ParameterList() for modality in self.sizes(net)}
     net.backbone.projector.task_keys = nn.ModuleDict(lists)
 
@@ -168,7 +168,7 @@ def begin(self:EProj, net:Net, task:Task):
 @patch
 def phases(self:EProj, task:Task) -> list:
     rate = {} if self.lr is None else {"lr": self.lr}
-    tune = Phase(train={r".*multi_modal_projector\.linear_\d\.[Wb]\.\d+": rate})
+    tune = Phase(train={r".*\.[Wb]\.\d+": rate})
     if self.variant == "closed": return [tune]
     pulled = {r".*\.task_keys\..*": {"lr": self.key_lr, "weight_decay": 0.}}
     return [Phase("keys", steps=self.key_steps, lm=False, train=pulled), tune]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 
-from ..models.backbone import Batch
+from ..models.batch import Batch
 from ..core.errors import CitError
 from ..contract.memory import rebalance
 from ..contract.method import Method, Step

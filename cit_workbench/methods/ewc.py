@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
 from ..contract.net import Net

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.backbone import Batch
+from ..models.batch import Batch
 from ..core.digests import rng
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
@@ -39,9 +39,10 @@ def soft(self:FinetunePart) -> int: # Tokens
 @patch
 def wrap(self:FinetunePart, net:Net) -> Net:
     if self.part == "projector":
-        return net.free(r".*multi_modal_projector\..*")
+        return net.free(net.backbone.inside("projector"))
     if self.part == "o_proj":
-        net.tuning = replace(net.tuning, targets=rf"(?=.*o_proj$)({net.tuning.layers})")
+        outputs = net.backbone.named("attention_out")
+        net.tuning = replace(net.tuning, targets=rf"(?={outputs}$)({net.tuning.layers})")
         return net.lora()
     table = net.backbone.lm.embed_tokens.weight.detach()
     tokens = rng(net.seed, "soft prompt").choice(len(table), self.length)

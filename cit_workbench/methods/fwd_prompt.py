@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
@@ -110,7 +110,7 @@ def grow(self:FwdPrompt, net:Net,
     tokens = net.backbone.lm.embed_tokens.weight
     pool = net.model.fwd
     shapes = [
-        (self.size, net.backbone.projector.linear_1.in_features),
+        (self.size, net.backbone.feature_size),
         (self.size, 256),
         (self.size, self.length, tokens.shape[1]),
     ]

@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
-from ..models.backbone import Batch
+from ..models.batch import Batch
 from ..core.errors import CitError
 from ..contract.method import Method
 from ..contract.net import Net

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
@@ -48,7 +48,7 @@ def soft(self:L2P) -> int: return self.top*self.length
 @patch
 def wrap(self:L2P, net:Net) -> Net:
     tokens = net.backbone.lm.embed_tokens.weight
-    tower = net.backbone.projector.linear_1.in_features
+    tower = net.backbone.feature_size
     pool = nn.Module()
     new = lambda *shape: torch.empty(shape, device=tokens.device)
     def fill():

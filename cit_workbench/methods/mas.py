@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
 from ..contract.net import Net

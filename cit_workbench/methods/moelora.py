@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
-from ..models.backbone import Batch, at
+from ..models.batch import Batch, at
 from ..core.errors import CitError
 from ..contract.method import Method
 from ..contract.net import Net

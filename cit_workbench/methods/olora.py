@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
 from ..contract.net import Net

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
-from ..models.backbone import Batch
+from ..models.batch import Batch
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.task import Task

@@ -18,7 +18,7 @@ from torch import nn
 from ..models.lora import seeded
 from ..models.slots import inserted, swap_linears
 from ..models.tune import Tune
-from ..models.backbone import Batch, at, current
+from ..models.batch import Batch, at, current
 from ..core.errors import CitError, one_of
 from ..contract.method import Method
 from ..contract.net import Net
@@ -179,10 +179,10 @@ def wrap(self:SMoLoRA, net:Net) -> Net:
     def make(base, image):
         key = f"smolora {next(numbers)}"
         return SMoLinear(base, key, self, tune, image, net.width(self.encoder))
-    only = "" if self.layers == "run" else r"(?=.*(gate|up|down)_proj$)"
+    only = "" if self.layers == "run" else rf"(?={net.backbone.inside('ffn')}$)"
     def swap():
         swap_linears(net.model, f"{only}({tune.layers})", partial(make, image=False))
-        if only: swap_linears(net.model, r".*multi_modal_projector\.linear_[12]", partial(make, image=True))
+        if only: swap_linears(net.model, net.backbone.inside("projector"), partial(make, image=True))
     seeded((net.seed, "smolora"), swap)
     return net
 

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn.functional import normalize
 
-from ..models.backbone import Batch, Out
+from ..models.batch import Batch, Out
 from ..core.errors import CitError, one_of
 from ..contract.gradients import row_nll
 from ..contract.method import Method

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..core.digests import seed_of
 from ..core.errors import CitError
-from .backbone import hooked
+from .family import all_families
+from .shortcut import hooked
 from .tune import Tune, block_linears, every_linear
 
 # %% ../../nbs/models/lora.ipynb #6d8550c4
@@ -109,14 +110,20 @@ def fused(model:nn.Module, # A `peft.PeftModel`, changed in place
 
 # %% ../../nbs/models/lora.ipynb #916c8f6f
 def in_tower(name:str) -> bool:
-    "Tell whether a layer or parameter belongs to the vision tower."
-    return "vision_tower" in name.split(".")
+    "Tell whether a layer or parameter belongs to the vision tower of a family."
+    towers = [family.named("tower") for family in all_families().values()]
+    return any(re.fullmatch(rf"{tower}(\..*)?", name) for tower in towers)
+
+def _tower_in(name:str) -> str: # Regex
+    "Return the expression for the vision tower that a name lies in."
+    towers = [family.named("tower") for family in all_families().values()]
+    return next(tower for tower in towers if re.match(tower, name))
 
 def no_gradient(names:list) -> str: # The end of a sentence
     "Say what is wrong with names in the vision tower."
     return (f"names {len(names)} parts of the vision tower (the first is {names[0]}), "
             "which is computed without gradient: they would never change; "
-            "leave them out, for example by (?!.*vision_tower) at the beginning")
+            f"leave them out, for example by (?!{_tower_in(names[0])}) at the beginning")
 
 # %% ../../nbs/models/lora.ipynb #cdd2bb56
 def seeded(key:tuple, # What the draws are for

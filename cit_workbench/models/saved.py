@@ -43,6 +43,7 @@ def adapter_card(base:str, # Hub id or absolute path of the start model
                  dtype:str, # Of the start model in the run: "float32"
                  modules:list, # Names of what was trained as a whole
                  padded:bool=False, # Were pictures made square first?
+                 architecture:str="AutoModelForImageTextToText", # Class that loads the start model
                 ) -> str: # Markdown
     "Say what an adapter holds and how it is loaded."
     names = ", ".join(f"`{module}`" for module in modules)
@@ -61,10 +62,10 @@ LoRA{more}, written by cit_workbench when the task ended. The model with this ad
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, {architecture}
 
 start = "{base}"
-model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.{dtype})
+model = {architecture}.from_pretrained(start, dtype=torch.{dtype})
 model = PeftModel.from_pretrained(model, "this folder").eval()
 processor = AutoProcessor.from_pretrained(start, backend="pil")
 ```
@@ -83,5 +84,6 @@ def save_adapter(peft:PeftModel,
     if modules:
         add_modules(folder, modules)
     base = read_json(folder/"adapter_config.json", "adapter")["base_model_name_or_path"]
-    card = adapter_card(base, task, dtype, [*modules], padded)
+    architecture = type(peft.get_base_model()).__name__
+    card = adapter_card(base, task, dtype, [*modules], padded, architecture)
     (folder/"README.md").write_text(card, encoding="utf-8")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbone import current
+from .batch import current
 from .lora import matched
-from .tune import Tune
+from .tune import Tune, every_linear
 
 # %% ../../nbs/models/slots.ipynb #794f8559
 class SlotLinear(nn.Module):
@@ -85,7 +85,7 @@ def add_slots(model:nn.Module, # Changed in place
         for _ in range(count):
             layer.add()
         return layer
-    return swap_linears(model, tune.layers, make)
+    return swap_linears(model, tune.targets or every_linear(model), make)
 
 # %% ../../nbs/models/slots.ipynb #f23bcff3
 def mixed(x:torch.Tensor, # Inputs [B, T, i]

@@ -6,6 +6,7 @@
 __all__ = ['join_processes', 'as_before', 'warn_of_change', 'load_start', 'open_record', 'unsaved', 'insert_modules']
 
 # %% ../../nbs/training/opening.ipynb #6fdfb06a
+import re
 import os
 import warnings
 from pathlib import Path
@@ -117,7 +118,7 @@ def insert_modules(run:RunConfig, net:Net):
 # %% ../../nbs/training/opening.ipynb #3a77c7f7
 def _warn_of_left_out(net:Net, left:list):
     "Say what the run does not train or store as one might think."
-    inside = [name for name in net.own() if "language_model.layers." in name]
+    inside = [name for name in net.own() if re.fullmatch(net.backbone.inside("layers"), name)]
     if left and inside:
         warnings.warn("LoRA leaves weights in the language model's blocks as they are, "
                       f"since they are no linear layers: {', '.join(left)}; `tune train=` can name them")

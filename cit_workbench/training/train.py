@@ -23,7 +23,7 @@ from ..core.errors import CitError
 from ..core.paths import progress
 from ..data.task import Task
 from ..measure.watch import Watcher
-from ..models.backbone import at, Out
+from ..models.batch import at, Out
 from ..record.record import Record, RecordWriter
 from .checkpoint import prune, write_checkpoint
 from .config import RunConfig
