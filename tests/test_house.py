@@ -22,16 +22,15 @@ LATE = {
     "live": "whoever follows a run loads no torch",
     "experiments": "plans and tables of sweeps and of the testbed load no torch",
     "figures": "most pictures need no measures",
-    "measure": "one figure needs a brick of a method, which loads torch",
 }
 # These two lead to a later room: a run starts the process in which it trains.
 DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
 SCATTERED = {("live/live", "Record")}
 # Modules that are still longer than 300 lines, or still have more than 12 public names; the lists only get shorter.
-LONG = {"dashboard", "live/live", "measure/watch", "models/backbone", "record/record", "training/control", "views/compare",
+LONG = {"dashboard", "live/live", "models/backbone", "record/record", "training/control", "views/compare",
         "views/similarity", "views/view"}
-MANY = {"live/live", "measure/similarity", "measure/spectra", "models/backbone", "record/record", "training/checkpoint",
+MANY = {"live/live", "models/backbone", "record/record", "training/checkpoint",
         "training/control", "views/launcher", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"

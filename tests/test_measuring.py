@@ -10,7 +10,7 @@ from cit_workbench.contract.examples import Examples
 from cit_workbench.measure.collect import collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
 from cit_workbench.views.similarity import collected_for
-from cit_workbench.measure.spectra import read_collected
+from cit_workbench.measure.collected import read_collected
 
 ARGS = {"tasks": ["col-word", "cap-day"], "n_train": 96, "n_val": 8, "n_test": 8}
 

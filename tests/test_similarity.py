@@ -14,9 +14,11 @@ from cit_workbench.training.checkpoint import read_checkpoint
 from cit_workbench.core.errors import CitError
 from cit_workbench.contract.memory import join_tree
 from cit_workbench.record.record import Record
-from cit_workbench.measure.similarity import pair_matrices, read_pairs, subspace_overlap
+from cit_workbench.measure.forgetting import pair_matrices, read_pairs
+from cit_workbench.measure.overlap import subspace_overlap
 from cit_workbench.experiments.pairs import pairwise
-from cit_workbench.measure.spectra import Moments, crowding, eigen
+from cit_workbench.measure.crowding import crowding
+from cit_workbench.measure.moments import Moments, eigen
 from cit_workbench.data.stream import get_stream
 from cit_workbench.training.train import Run
 from cit_workbench.measure.collect import observe, observe_gradients

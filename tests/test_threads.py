@@ -15,7 +15,7 @@ from cit_workbench.views.launcher import comments, method_classes
 from cit_workbench.models.tune import Tune
 from cit_workbench.training.config import Compute, Optim, Spec
 from cit_workbench.views.view import toy_run
-from cit_workbench.measure.watch import Watch
+from cit_workbench.measure.schedule import Watch
 
 WATCH = """
 import os, sys, threading, time, traceback

@@ -6,7 +6,7 @@ from pathlib import Path
 from cit_workbench.figures.analysis import figures
 from cit_workbench.measure.collect import collect
 from cit_workbench.record.record import Record, pack
-from cit_workbench.measure.spectra import only, write_collected
+from cit_workbench.measure.collected import only, write_collected
 from cit_workbench.experiments.sweep import sweep
 
 root = Path(__file__).resolve().parents[1]

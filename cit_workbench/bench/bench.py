@@ -21,7 +21,7 @@ from ..contract.method import overrides
 from ..contract.registry import all_methods, get_method
 from ..core.errors import one_of
 from ..core.paths import progress
-from ..measure.watch import Watch
+from ..measure.schedule import Watch
 from ..models.backbone import Backbone, folder_of, get_backbone
 
 # %% ../../nbs/bench/bench.ipynb #d2537a2c

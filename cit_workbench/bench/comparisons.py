@@ -24,7 +24,8 @@ from ..contract.method import overrides
 from ..contract.net import Net
 from ..contract.registry import get_method
 from ..core.digests import rng
-from ..measure.watch import Watch, Watcher
+from ..measure.schedule import Watch
+from ..measure.watch import Watcher
 from ..models.lora import whole
 from ..models.backbone import Backbone
 from ..models.batch import at

@@ -41,7 +41,7 @@ def run(method:str="finetune", # Method, or a chain such as er+ewc
        ) -> None:
     "Tune a start model on a stream of tasks; goes on if the folder holds an unfinished run of the same configuration."
     from cit_workbench.training.train import Run
-    from cit_workbench.measure.watch import at_launch
+    from cit_workbench.measure.schedule import at_launch
     stream_args = {**nested(stream_args), **given(limit=limit, eval_limit=eval_limit)}
     tables = dict(method_args=nested(set), tune=nested(tune), optim=nested(optim), compute=nested(compute),
                   watch=nested(watch))

@@ -16,7 +16,7 @@ from ..training.checkpoint import checkpoints
 from ..core.errors import CitError
 from ..core.paths import expanded, progress
 from ..live.live import take_over
-from ..measure.similarity import pair_matrices, write_pairs
+from ..measure.forgetting import pair_matrices, write_pairs
 from ..data.stream import get_stream
 from ..training.config import fill_recipe
 from ..training.folder import alone

@@ -63,7 +63,7 @@ def _pictures(records, collected) -> dict: # {name: function that draws}
 
 def _all_collected(src) -> list: # Of `Collected`
     "Read the files of `collect` below the folders among `src`."
-    from cit_workbench.measure.spectra import read_collected
+    from cit_workbench.measure.collected import read_collected
     sources = src if isinstance(src, (list, tuple)) else [src]
     folders = [expanded(source) for source in sources if isinstance(source, (str, Path))]
     return [read_collected(path) for folder in folders for path in sorted(folder.rglob("*.npz"))]

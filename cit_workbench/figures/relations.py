@@ -32,7 +32,7 @@ def _plain(recs) -> list: # Records
 
 def lost_by_pair(recs, what:str) -> tuple: # (task names, drops [T, T]); NaN where never adjacent
     "Measure what plain tuning forgot of each task right after each other, at the learning rate of most runs."
-    from cit_workbench.measure.similarity import adjacent_forgetting
+    from cit_workbench.measure.forgetting import adjacent_forgetting
     plain = _plain(recs)
     names = sorted(plain[0].tasks)
     drops, _ = adjacent_forgetting([(record.tasks, record.core(what)) for record in plain], names)
@@ -41,7 +41,7 @@ def lost_by_pair(recs, what:str) -> tuple: # (task names, drops [T, T]); NaN whe
 # %% ../../nbs/figures/relations.ipynb #0f609dea
 def _draw_scatter(ax, S, F, names:list, what:str, title:str):
     "Draw both matrices without row and column effects, one against the other; the two most similar pairs are named."
-    from cit_workbench.measure.similarity import double_centred
+    from cit_workbench.measure.prediction import double_centred
     x, y = double_centred(S), double_centred(F)
     off = ~np.eye(len(S), dtype=bool)
     ax.axhline(0, color="#dddddd", lw=.6)
@@ -68,7 +68,7 @@ def likeness(recs:Record|list|str|Path, # Records of plain tuning in balanced or
              what:str="content", # Or "formatted", "valid"
             ) -> Picture:
     "Draw how similar tasks are, what each lost to each, and both together; raises `CitError` where a pair is missing."
-    from cit_workbench.measure.similarity import mantel
+    from cit_workbench.measure.prediction import mantel
     names, F = lost_by_pair(recs, what)
     one_of("similarity", kind, _kinds_of)
     at = [collected.tasks.index(one_of("task of the collected file", name, collected.tasks)) for name in names]

@@ -161,7 +161,7 @@ def launch(self, # A `Run`
           ) -> Record: # Follows the run
     "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once."
     from cit_workbench.models.backbone import folder_of
-    from cit_workbench.measure.watch import at_launch
+    from cit_workbench.measure.schedule import at_launch
     from cit_workbench.training.folder import finished
     done = finished(self)
     if done: return done

@@ -19,8 +19,8 @@ from ..core.paths import cache_dir, expanded, progress
 from ..data.stream import get_stream
 from .routes import evenly
 from .samples import gather, likeness, spectra_of, together
-from .similarity import gradient_cosine, importance_overlap
-from .spectra import Collected, read_collected, write_collected
+from .overlap import gradient_cosine, importance_overlap
+from .collected import Collected, read_collected, write_collected
 from .store import but_training
 from .tokens import named
 from ..models.backbone import get_backbone, start_hash

@@ -14,7 +14,9 @@ from ..contract.net import Net
 from ..core.errors import CitError
 from .routes import evenly
 from .similarity import halves, shuffled, similarity
-from .spectra import band, crowding, eigen, energies, energy, Moments, within
+from .crowding import crowding
+from .moments import eigen, Moments
+from .spectra import band, energies, energy, within
 from .tokens import token_states
 
 # %% ../../nbs/measure/samples.ipynb #1acb84f9

@@ -25,7 +25,7 @@ from ..core.paths import expanded, here
 from ..data.pictures import readings
 from ..data.stream import get_stream
 from ..data.task import Task
-from ..measure.watch import Watch
+from ..measure.schedule import Watch
 from ..models.backbone import Backbone
 from ..models.tune import block_linears, every_linear, Tune
 from ..protocol import recipe as toy

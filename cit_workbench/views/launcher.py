@@ -121,7 +121,7 @@ _settled = ("stream args", "order", "watch full", "watch share") # What a branch
 def run_fields() -> dict: # {dotted name: Field}; loads torch
     "Return the fields of a run and of its tables, with what holds for a run that is launched."
     from cit_workbench.training.config import Compute, Optim, Spec
-    from cit_workbench.measure.watch import Watch, at_launch
+    from cit_workbench.measure.schedule import Watch, at_launch
     tables = {"": Spec, "optim.": Optim, "watch.": Watch, "compute.": Compute}
     found = {table + field.name: field for table, cls in tables.items() for field in fields_of(cls)}
     launched = {f"watch.{name}": value for name, value in at_launch.items()}

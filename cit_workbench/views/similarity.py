@@ -19,8 +19,9 @@ from scipy.spatial.distance import squareform
 from ..core.errors import CitError, one_of
 from ..core.paths import expanded, placed
 from ..record.record import Record, find_runs, npz_names, read_npz
-from ..measure.similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
-from ..measure.spectra import Collected, read_collected
+from ..measure.forgetting import adjacent_forgetting, pair_matrices, read_pairs
+from ..measure.prediction import mantel
+from ..measure.collected import Collected, read_collected
 from ..data.stream import get_stream
 from .view import (Panel, Story, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs,
                                 noted, picture, readable, remark, room_for, slant, stream_of, template, wrapped)

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..core.errors import CitError
 from ..record.record import Record
-from ..measure.spectra import Collected, angles, read_collected
+from ..measure.collected import Collected, read_collected
+from ..measure.spectra import angles
 from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer,
                                 probed, remark, template, upright, wrapped)
 
