@@ -33,7 +33,7 @@ import style  # noqa: E402
 IMPORTS = {row["name"]: row["imports"] for row in style.survey(RECORDS.parent)}
 # A run passes through these, and its bits depend on none of them: they write, read, watch or steer.
 PASSED = {"behaviour", "core/source", "training/checkpoint", "training/control", "record/record", "measure/listening",
-          "measure/moments", "measure/moves", "measure/overlap", "measure/schedule", "measure/similarity", "measure/watch"}
+          "measure/moments", "measure/moves", "measure/overlap", "measure/schedule", "measure/similarity", "measure/spectra", "measure/watch"}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from twin import edit, make_coin, make_twin
 from cit_workbench import Run, get_stream
 from cit_workbench.core.errors import CitError
 from cit_workbench.metrics import count_words
-from cit_workbench.data.registry import all_streams
+from cit_workbench.data.stream import all_streams
 from cit_workbench.files import images
 from cit_workbench.files.export import export
 from cit_workbench.files.formats import guess_scorer, make_format

@@ -8,7 +8,7 @@ import pytest
 from cit_workbench.models.backbone import start_hash
 from cit_workbench.contract.registry import all_methods
 from cit_workbench.record.record import Record
-from cit_workbench.data.registry import all_streams
+from cit_workbench.data.stream import all_streams
 from cit_workbench.data.stream import get_stream
 from cit_workbench.experiments.gates import gate_runs, judged, stale
 from cit_workbench.experiments.overview import methods_index, overview

@@ -16,7 +16,7 @@ from cit_workbench.models.chat import Chat
 from cit_workbench.core.errors import CitError
 from cit_workbench.measure.tokens import content_tokens
 from cit_workbench.contract.net import Net
-from cit_workbench.data.registry import all_streams
+from cit_workbench.data.stream import all_streams
 from cit_workbench.data.task import Example
 
 QUESTIONS = ["What is the color?\nAnswer with a word.", "red", " blanks around \n", "日本語 {{ x }} <b>?"]

@@ -15,8 +15,8 @@ from cit_workbench.core.errors import CitError
 from cit_workbench.training.control import answer_asks, reply_of
 from cit_workbench.contract.net import Net
 from cit_workbench.contract.registry import get_method
-from cit_workbench.data.registry import all_streams
-from cit_workbench.data.stream import _streams
+from cit_workbench.data.stream import all_streams
+from cit_workbench.data.registry import streams
 from cit_workbench.data.task import Example, Format, Stream, Task
 from cit_workbench.measure.answers import ask
 
@@ -189,9 +189,9 @@ def task(name, question, answer="red", n=40, room=4, choices=()):
 @pytest.fixture
 def given():
     "Put a stream of two tasks, the first an ordinary one, under a name that runs know."
-    def put(**fields): _streams["given"] = lambda: Stream("given", [task("plain", {}), task("long", **fields)])
+    def put(**fields): streams["given"] = lambda: Stream("given", [task("plain", {}), task("long", **fields)])
     yield put
-    _streams.pop("given", None)
+    streams.pop("given", None)
 
 
 def run(tmp_path, method="finetune", **fields):

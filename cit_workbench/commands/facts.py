@@ -24,7 +24,7 @@ def entries(what:str, # "methods", "streams" or "backbones"
     if what == "backbones":
         embedded = sorted(path.parent.name for path in assets().glob("*/config.json"))
         return [*((name, "embedded") for name in embedded), ("FOLDER", "a LLaVA checkpoint in the Hugging Face format")]
-    from cit_workbench.data.registry import all_streams
+    from cit_workbench.data.stream import all_streams
     streams = [(name, "embedded") for name in all_streams()]
     return streams + [(f"{name}:FOLDER", line) for name, line in _modules("suites")]
 

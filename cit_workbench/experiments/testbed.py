@@ -7,7 +7,7 @@ __all__ = ['frozen']
 
 # %% ../../nbs/experiments/testbed.ipynb #b8b8fde0
 from ..core.errors import CitError
-from ..data.registry import all_streams
+from ..data.stream import all_streams
 from ..data.stream import get_stream
 from ..protocol import content, drawn, recipe
 

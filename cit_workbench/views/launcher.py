@@ -18,7 +18,7 @@ from IPython import get_ipython
 
 from ..core.errors import CitError
 from ..live.live import read_ahead
-from ..data.registry import all_streams
+from ..data.stream import all_streams
 
 # %% ../../nbs/views/launcher.ipynb #cfa38aed
 class Field(NamedTuple):
