@@ -38,11 +38,11 @@ DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
 SCATTERED = {("measure/evaluate", "Net"), ("training/train", "Net"), ("live/live", "Record")}
 # Modules that are still longer than 300 lines, or still have more than 12 public names; the lists only get shorter.
-LONG = {"cli", "contract/method", "dashboard", "data/stream", "live/live", "measure/evaluate", "measure/watch", "models/backbone",
+LONG = {"cli", "contract/method", "dashboard", "data/stream", "live/live", "measure/evaluate", "measure/watch",
         "record/record", "starts", "suites/coin", "training/control", "training/train", "views/compare", "views/similarity",
         "views/view"}
 MANY = {"behaviour", "cli", "contract/method", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
-        "models/backbone", "record/record", "starts", "suites/coin", "training/checkpoint", "training/control", "training/train",
+        "record/record", "starts", "suites/coin", "training/checkpoint", "training/control", "training/train",
         "views/launcher", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
