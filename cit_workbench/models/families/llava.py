@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..family import Family
 
-# %% ../../../nbs/models/families/llava.ipynb #c51f93dd
+# %% ../../../nbs/models/families/llava.ipynb #648fec85
 _block = r".*language_model\.layers\.\d+"
 linears = _block + r"\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
@@ -30,6 +30,11 @@ class Llava(Family):
         "ffn": _block + r"\.mlp",
         "linears": linears,
     }
+
+    _sizes = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tiny = dict(text_config=dict(model_type="llama", hidden_size=16, vocab_size=284, max_position_embeddings=512, **_sizes),
+                vision_config=dict(model_type="clip_vision_model", hidden_size=24, image_size=48, patch_size=16, **_sizes),
+                image_token_index=4, image_seq_length=9)
 
     def elsewhere(self, config:dict) -> str|None: # The end of a sentence
         "Recognise LLaVA as its authors store it, with the sizes of the language model at the top."
