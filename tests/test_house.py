@@ -43,7 +43,7 @@ LONG = {"cli", "dashboard", "data/stream", "live/live", "measure/watch", "models
         "views/view"}
 MANY = {"behaviour", "cli", "data/stream", "live/live", "measure/similarity", "measure/spectra", "metrics",
         "models/backbone", "record/record", "starts", "suites/coin", "training/checkpoint", "training/control",
-        "views/launcher", "views/view"}
+        "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
                      r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)

@@ -7,11 +7,12 @@ __all__ = ['EMA']
 
 # %% ../../nbs/methods/ema.ipynb #a5a23464
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from fastcore.basics import patch
 
-from ..core.errors import CitError
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -20,15 +21,11 @@ from ..data.stream import Task
 @dataclass
 class EMA(Method):
     "End every task at the exponential moving average of its weights."
-    beta: float = .99 # Share β of the average that is kept at each step
+    beta: Annotated[float, Interval(ge=0, le=1)] = .99 # Share β of the average that is kept at each step
     first: bool = False # Average the first task too? It has nothing to keep
     strength = "beta"
     needs = {"old"}
     paper = "Polyak & Juditsky, SIAM J. Control Optim. 30(4), 1992; as a baseline: arXiv 2410.10868"
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise CitError(f"method 'ema': beta is {self.beta}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/ema.ipynb #f6607dfa
 @patch

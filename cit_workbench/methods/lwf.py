@@ -7,9 +7,11 @@ __all__ = ['LwF', 'distilled']
 
 # %% ../../nbs/methods/lwf.ipynb #09c857ea
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
@@ -22,19 +24,14 @@ from ..data.stream import Task
 @dataclass
 class LwF(Method):
     "Keep the last model's probabilities on the new task's inputs."
-    lam: float = 1. # Strength λ of the distillation
-    T: float = 2. # Temperature of both softmaxes
+    lam: Annotated[float, Ge(0)] = 1. # Strength λ of the distillation
+    T: Annotated[float, Gt(0)] = 2. # Temperature of both softmaxes
     start: bool = False # Is the start model the teacher on the first task, as in released code?
     strength = "lam"
     called = "lwf"
     later = {"start": False} # The first task had no teacher before
+    keeps = ("teacher",)
     paper = "Li and Hoiem, arXiv 1606.09282"
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lam < 0:
-            raise CitError(f"method 'lwf': lam is {self.lam}; allowed: 0 and above")
-        if self.T <= 0:
-            raise CitError(f"method 'lwf': T is {self.T}; allowed: above 0")
 
 # %% ../../nbs/methods/lwf.ipynb #f7fefced
 def distilled(old:torch.Tensor, # The teacher's logits [n, V]

@@ -7,9 +7,11 @@ __all__ = ['MoELoRA', 'MoELinear']
 
 # %% ../../nbs/methods/moelora.ipynb #d813f319
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from fastcore.basics import patch
 from torch import nn
 
@@ -24,12 +26,9 @@ from ..contract.net import Net
 @dataclass
 class MoELoRA(Method):
     "Put experts of low rank into every layer, mixed for every token by a learned router."
-    experts: int = 8 # Experts per layer; they share the run's rank
+    experts: Annotated[int, Ge(1)] = 8 # Experts per layer; they share the run's rank
     called = "moelora"
     paper = "arXiv 2403.08350"
-    def __post_init__(self):
-        super().__post_init__()
-        if self.experts < 1: raise CitError(f"method 'moelora': experts is {self.experts}; allowed: 1 and above")
 
 # %% ../../nbs/methods/moelora.ipynb #8896fe57
 class MoELinear(nn.Module):
