@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Interval
 from fastcore.basics import patch
 from torch import nn
 
@@ -20,6 +20,7 @@ from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, Out, current
 from ..core.errors import CitError, refuse
+from ..core.fields import Count, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -28,12 +29,11 @@ from ..data.stream import Task
 @dataclass
 class ContinualLLaVA(Method):
     "Mix increments of the attention output per question: some chosen by its words, and the averages of earlier tasks."
-    slots: Annotated[int, Ge(1)] = 8 # Increments, and proxies, added for every task
-    top: Annotated[int, Ge(1)] = 4 # Increments M chosen for a question
-    r: Annotated[int, Ge(1)]|None = None # Rank R of an increment; None: the run's rank divided by `top`
-    key_lr: Annotated[float, Gt(0)] = 1e-2 # Learning rate of the proxies; increments learn at the run's
-    # Steps that align the proxies, without the language model; None: as many as the run's
-    steps: Annotated[int, Ge(1)]|None = None
+    slots: Count = 8 # Increments, and proxies, added for every task
+    top: Count = 4 # Increments M chosen for a question
+    r: Count|None = None # Rank R of an increment; None: the run's rank divided by `top`
+    key_lr: Positive = 1e-2 # Learning rate of the proxies; increments learn at the run's
+    steps: Count|None = None # Steps that align the proxies, without the language model; None: as many as the run's
     w: Annotated[float, Interval(gt=0, lt=1)] = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
     weights: Literal["linear", "softmax"] = "linear" # "linear": cosines divided by their sum; "softmax"
     # Averages of which tasks are added: "before" the current one, "through" it, or "none"

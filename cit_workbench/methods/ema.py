@@ -7,12 +7,11 @@ __all__ = ['EMA']
 
 # %% ../../nbs/methods/ema.ipynb #a5a23464
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Interval
 from fastcore.basics import patch
 
+from ..core.fields import Share
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -21,7 +20,7 @@ from ..data.stream import Task
 @dataclass
 class EMA(Method):
     "End every task at the exponential moving average of its weights."
-    beta: Annotated[float, Interval(ge=0, le=1)] = .99 # Share β of the average that is kept at each step
+    beta: Share = .99 # Share β of the average that is kept at each step
     first: bool = False # Average the first task too? It has nothing to keep
     strength = "beta"
     needs = {"old"}

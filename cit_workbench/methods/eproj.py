@@ -7,12 +7,11 @@ __all__ = ['EProj', 'ExpertLinear']
 
 # %% ../../nbs/methods/eproj.ipynb #0f5eb60c
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
 from fastcore.basics import patch
 from torch import nn
 
@@ -20,6 +19,7 @@ from ..models.lora import seeded
 from ..models.slots import inserted, swap_linears
 from ..models.backbone import Batch, Out, current
 from ..core.digests import rng
+from ..core.fields import Count, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -35,10 +35,10 @@ class EProj(Method):
     encoder: str = "instruction"
     routing: Literal["nearest", "random"] = "nearest" # At test: "nearest": by keys; "random": any task's, as a control
     held_in: bool = True # Give keys to the tasks that the start model already knew
-    lr: Annotated[float, Gt(0)]|None = None # Learning rate of projectors; None: the run's
-    key_lr: Annotated[float, Gt(0)] = .01 # Learning rate of keys
-    key_steps: Annotated[int, Ge(1)] = 800 # Steps of the keys' phase
-    n: Annotated[int, Ge(1)] = 500 # Training rows in the mean of queries
+    lr: Positive|None = None # Learning rate of projectors; None: the run's
+    key_lr: Positive = .01 # Learning rate of keys
+    key_steps: Count = 800 # Steps of the keys' phase
+    n: Count = 500 # Training rows in the mean of queries
     keeps = ("held", "tasks")
     paper, called = "arXiv 2311.16206", "eproj"
     @property

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge
 from fastcore.basics import patch
 
 from ..models.backbone import Batch
+from ..core.fields import Share
 from ..contract.memory import rebalance
 from ..contract.method import Method, Step
 from ..contract.net import Net
@@ -24,7 +25,7 @@ from ..data.stream import Task
 class ER(Method):
     "Replay old examples from one buffer of fixed size; replayed rows replace new ones."
     size: Annotated[int, Ge(0)] = 160 # Examples kept in all: 1 % of the stream shapes
-    share: Annotated[float, Interval(ge=0, le=1)] = .25 # Share β of a batch, and of the loss, that is replayed
+    share: Share = .25 # Share β of a batch, and of the loss, that is replayed
     strength = "share"
     leaks = {"old_data"}
     paper = "arXiv 1902.10486"

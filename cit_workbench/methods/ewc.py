@@ -7,13 +7,13 @@ __all__ = ['EWC']
 
 # %% ../../nbs/methods/ewc.ipynb #854b250e
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
+from ..core.fields import Count, NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.stream import Task
@@ -22,8 +22,8 @@ from ..data.stream import Task
 @dataclass
 class EWC(Method):
     "Hold every weight by a quadratic penalty, as strong as that weight mattered to earlier tasks."
-    lam: Annotated[float, Ge(0)] = 100. # Strength λ of the springs
-    n: Annotated[int, Ge(1)] = 200 # Examples of a task from which its importance is measured
+    lam: NonNegative = 100. # Strength λ of the springs
+    n: Count = 200 # Examples of a task from which its importance is measured
     gamma: float = 1. # What is left of earlier importance after each task; "online" only
     # "separate": springs of all earlier tasks; "online": one spring, to the last task's end
     variant: Literal["separate", "online"] = "separate"

@@ -7,14 +7,14 @@ __all__ = ['FinetunePart']
 
 # %% ../../nbs/methods/finetune_part.ipynb #dee3583d
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.backbone import Batch
 from ..core.digests import rng
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -24,7 +24,7 @@ class FinetunePart(Method):
     "Tune one part of the model, one task after another, plainly."
     # "o_proj": LoRA on attention outputs; "projector": the start's own; "prompt": a soft prompt
     part: Literal["o_proj", "projector", "prompt"] = "o_proj"
-    length: Annotated[int, Ge(1)] = 20 # Tokens of the soft prompt
+    length: Count = 20 # Tokens of the soft prompt
     paper = "He et al., arXiv 2311.16206; Lester et al., arXiv 2104.08691"
 
 # %% ../../nbs/methods/finetune_part.ipynb #a723478c

@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Interval
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError, refuse
+from ..core.fields import Count, NonNegative, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -27,14 +28,14 @@ from ..data.stream import Task
 class FwdPrompt(Method):
     "A slice of soft prompts per task, whose steps are projected away from old tasks and into the pre-trained space."
     size: int = 4 # Entries of a task's slice: image key, text key, prompt
-    length: Annotated[int, Ge(1)] = 5 # Tokens of a prompt
-    top: Annotated[int, Ge(1)] = 2 # Prompts put before each row
-    pull: Annotated[float, Ge(0)] = .5 # Weight of the mean score of the chosen entries
-    lr: Annotated[float, Gt(0)] = .03 # Peak learning rate of prompts and keys
+    length: Count = 5 # Tokens of a prompt
+    top: Count = 2 # Prompts put before each row
+    pull: NonNegative = .5 # Weight of the mean score of the chosen entries
+    lr: Positive = .03 # Peak learning rate of prompts and keys
     eps_old: Annotated[float, Interval(gt=0, le=1)] = .8 # Share of a task's energy that the old space must hold
     # Share of the held-in data's energy that the pre-trained space must hold
     eps_pre: Annotated[float, Interval(gt=0, le=1)] = .99
-    n: Annotated[int, Ge(1)] = 200 # Rows of a task that the spaces are measured on
+    n: Count = 200 # Rows of a task that the spaces are measured on
     # "ordered": into the pre-trained space, then out of the old; "intersection"; "additive";
     # controls "residual", "random", "none"
     variant: Literal["ordered", "intersection", "additive", "residual", "random", "none"] = "ordered"

@@ -8,17 +8,16 @@ __all__ = ['Grouping', 'instruction', 'alike', 'nearest']
 # %% ../../nbs/methods/grouping.ipynb #60465015
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from fastcore.basics import patch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch
+from ..core.fields import Share
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.stream import Task
@@ -27,7 +26,7 @@ from ..data.stream import Task
 @dataclass
 class Grouping(Method):
     "Tune one LoRA per group of tasks with similar instructions."
-    threshold: Annotated[float, Interval(ge=0, le=1)] = .9 # Least similarity to a group that a task joins
+    threshold: Share = .9 # Least similarity to a group that a task joins
     keeps = ("books", "of", "slot")
     paper = "LLaCA, arXiv 2410.10868"
 

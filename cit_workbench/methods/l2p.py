@@ -7,17 +7,16 @@ __all__ = ['L2P']
 
 # %% ../../nbs/methods/l2p.ipynb #2ff3fe59
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
 from ..models.backbone import Batch, Out
 from ..core.errors import refuse
+from ..core.fields import Count, NonNegative, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -27,10 +26,10 @@ from ..data.stream import Task
 class L2P(Method):
     "Choose soft prompts from a pool for every row, by the similarity of a frozen query to their keys."
     size: int = 10 # Prompts in the pool
-    length: Annotated[int, Ge(1)] = 5 # Tokens of a prompt
-    top: Annotated[int, Ge(1)] = 5 # Prompts put before each row
-    pull: Annotated[float, Ge(0)] = .5 # Weight λ of the mean similarity between query and chosen keys
-    lr: Annotated[float, Gt(0)] = .03 # Peak learning rate of prompts and keys
+    length: Count = 5 # Tokens of a prompt
+    top: Count = 5 # Prompts put before each row
+    pull: NonNegative = .5 # Weight λ of the mean similarity between query and chosen keys
+    lr: Positive = .03 # Peak learning rate of prompts and keys
     strength = "pull"
     called = "l2p"
     paper = "arXiv 2112.08654"

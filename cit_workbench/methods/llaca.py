@@ -7,14 +7,14 @@ __all__ = ['LLaCA', 'share']
 
 # %% ../../nbs/methods/llaca.ipynb #e2df8cae
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Interval
 from fastcore.basics import patch
 
 from ..core.digests import digest
 from ..core.errors import CitError
+from ..core.fields import Share
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -25,7 +25,7 @@ class LLaCA(Method):
     "Average the weights of a task, with a separate β for every tensor and step."
     # "paper": norm per tensor; "elementwise": per weight; "released": their code; "fixed": beta
     variant: Literal["paper", "elementwise", "released", "fixed"] = "paper"
-    beta: Annotated[float, Interval(ge=0, le=1)] = .99 # β where the formula leaves (0, 1), and at the first step
+    beta: Share = .99 # β where the formula leaves (0, 1), and at the first step
     needs = {"old"}
     version = 2 # A step without a gradient, and the one after it, take `beta`
     called = "llaca"

@@ -7,15 +7,14 @@ __all__ = ['LwF', 'distilled']
 
 # %% ../../nbs/methods/lwf.ipynb #09c857ea
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError
+from ..core.fields import NonNegative, Positive
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.stream import Task
@@ -24,8 +23,8 @@ from ..data.stream import Task
 @dataclass
 class LwF(Method):
     "Keep the last model's probabilities on the new task's inputs."
-    lam: Annotated[float, Ge(0)] = 1. # Strength λ of the distillation
-    T: Annotated[float, Gt(0)] = 2. # Temperature of both softmaxes
+    lam: NonNegative = 1. # Strength λ of the distillation
+    T: Positive = 2. # Temperature of both softmaxes
     start: bool = False # Is the start model the teacher on the first task, as in released code?
     strength = "lam"
     called = "lwf"

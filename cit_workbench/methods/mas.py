@@ -8,13 +8,13 @@ __all__ = ['MAS', 'answer_norm', 'springs', 'away']
 # %% ../../nbs/methods/mas.ipynb #fc01907a
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge
 from fastcore.basics import patch
 
 from ..models.backbone import Batch, Out
+from ..core.fields import Count, NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.stream import Task
@@ -23,8 +23,8 @@ from ..data.stream import Task
 @dataclass
 class MAS(Method):
     "Hold every weight by a quadratic penalty, as strong as the outputs of earlier tasks feel that weight."
-    lam: Annotated[float, Ge(0)] = .01 # Strength λ of the springs
-    n: Annotated[int, Ge(1)] = 200 # Examples of a task from which its importance is measured
+    lam: NonNegative = .01 # Strength λ of the springs
+    n: Count = 200 # Examples of a task from which its importance is measured
     # "logits": logits less their mean over the vocabulary; "raw": as they are
     variant: Literal["logits", "raw"] = "logits"
     strength = "lam"

@@ -7,11 +7,9 @@ __all__ = ['MoELoRA', 'MoELinear']
 
 # %% ../../nbs/methods/moelora.ipynb #d813f319
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from fastcore.basics import patch
 from torch import nn
 
@@ -19,6 +17,7 @@ from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.backbone import Batch, at
 from ..core.errors import CitError
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -26,7 +25,7 @@ from ..contract.net import Net
 @dataclass
 class MoELoRA(Method):
     "Put experts of low rank into every layer, mixed for every token by a learned router."
-    experts: Annotated[int, Ge(1)] = 8 # Experts per layer; they share the run's rank
+    experts: Count = 8 # Experts per layer; they share the run's rank
     called = "moelora"
     paper = "arXiv 2403.08350"
 

@@ -7,17 +7,17 @@ __all__ = ['OLoRA', 'SumLinear']
 
 # %% ../../nbs/methods/olora.ipynb #16d1b629
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from fastcore.basics import patch
 
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.backbone import Batch, Out
 from ..core.errors import CitError
+from ..core.fields import NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.stream import Task
@@ -26,11 +26,11 @@ from ..data.stream import Task
 @dataclass
 class OLoRA(Method):
     "Add an adapter per task to the sum of all, and push its rows to be orthogonal to earlier ones."
-    lam: Annotated[float, Ge(0)] = .5 # Strength λ of the penalty
+    lam: NonNegative = .5 # Strength λ of the penalty
     # "entrywise": absolute values, as released; "squared": squares, as in the paper
     variant: Literal["entrywise", "squared"] = "entrywise"
     # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
-    lam2: Annotated[float, Ge(0)]|list[Annotated[float, Ge(0)]] = 0.
+    lam2: NonNegative|list[NonNegative] = 0.
     strength = "lam"
     called = "olora"
     later = {"lam2": 0.} # No norms were counted before

@@ -9,11 +9,10 @@ __all__ = ['SMoLoRA', 'SMoLinear']
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
 from fastcore.basics import patch
 from torch import nn
 
@@ -22,6 +21,7 @@ from ..models.slots import inserted, swap_linears
 from ..models.tune import Tune
 from ..models.backbone import Batch, at, current
 from ..core.errors import CitError, refuse
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -29,7 +29,7 @@ from ..contract.net import Net
 @dataclass
 class SMoLoRA(Method):
     "Mix experts for what is seen and experts for what is asked, fused token by token."
-    experts: Annotated[int, Ge(1)] = 8 # Experts per layer, of both kinds together; they share the run's rank
+    experts: Count = 8 # Experts per layer, of both kinds together; they share the run's rank
     k: int = 2 # Experts of a kind that a row takes; "soft_topk" only
     # "hard_frozen": the best one, routers stay random; "soft_topk": the best k;
     # "straight_through": the best one, softmax gradients

@@ -8,14 +8,14 @@ __all__ = ['TIR', 'embedding', 'relative', 'similarity', 'per_position']
 # %% ../../nbs/methods/tir.ipynb #e7a7499e
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge
 from fastcore.basics import patch
 from torch.nn.functional import normalize
 
 from ..models.backbone import Batch, Out
+from ..core.fields import Count, NonNegative
 from ..contract.gradients import row_nll
 from ..contract.method import Method
 from ..contract.net import Net
@@ -26,8 +26,8 @@ from ..data.stream import Task
 @dataclass
 class TIR(Method):
     "Hold weights by a quadratic penalty, weaker where the new task resembles the one that a weight belongs to."
-    lam: Annotated[float, Ge(0)] = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
-    n: Annotated[int, Ge(1)] = 200 # Examples of a task from which its importance and its embeddings are measured
+    lam: NonNegative = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
+    n: Count = 200 # Examples of a task from which its importance and its embeddings are measured
     # "ewc": squared gradients of log-likelihood; "mas": absolute gradients of the answer logits' length
     importance: Literal["ewc", "mas"] = "ewc"
     # or "compound": discounts last; "released": as public code;
