@@ -31,7 +31,7 @@ SCATTERED = {("live/live", "Record")}
 LONG = {"dashboard", "live/live", "record/record", "training/control", "views/compare",
         "views/similarity", "views/view"}
 MANY = {"live/live", "record/record", "training/checkpoint",
-        "training/control", "views/launcher", "views/view"}
+        "training/control", "views/view"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
                      r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)

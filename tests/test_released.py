@@ -217,8 +217,8 @@ def test_olora_has_a_strength_for_each_task(tmp_path):
     assert second[0]["stats"]["penalty"] == 0. and second[0]["stats"]["overlap"] > 0
 
 
-@pytest.mark.parametrize("lam2, says", [(-1., "0 and above"), ([0., -1.], "0 and above"), ([True], "0 and above"),
-                                        (["a"], "0 and above"), (float("nan"), "must be a finite number"), ("a", "lam2")])
+@pytest.mark.parametrize("lam2, says", [(-1., "of at least 0"), ([0., -1.], "of at least 0"), ([True], "of at least 0"),
+                                        (["a"], "of at least 0"), (float("nan"), "must be a finite number"), ("a", "lam2")])
 def test_olora_refuses_other_strengths(lam2, says):
     with pytest.raises(CitError, match=says): get_method("olora", lam2=lam2)
 

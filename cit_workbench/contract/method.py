@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import camel2snake, patch
 
 from ..core.errors import CitError
+from ..core.fields import check_fields
 from ..data.task import Stream, Task
 from ..models.batch import Batch, Out
 
@@ -52,10 +53,12 @@ class Method:
     leaks: ClassVar[set] = set() # What it receives beyond the data of its task, such as total_T or old_data
     needs: ClassVar[set] = set() # "old" and/or "task_grad"
     soft: ClassVar[int] = 0 # Tokens of the longest soft prompt that `route` puts before a row
+    keeps: ClassVar[tuple] = () # What `mem` holds from task to task, besides references to examples
     paper: ClassVar[str] = "" # Where it is from
     version: ClassVar[int] = 1 # Raised when the method computes something else than before
     later: ClassVar[dict] = {} # Fields that were added later: the value that means what was computed before
     def __post_init__(self):
+        check_fields(self, f"method {self.name!r}")
         self.mem = {}
     @property
     def name(self) -> str:

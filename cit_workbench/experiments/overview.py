@@ -27,11 +27,6 @@ def about(name:str, # A method
     if "+" in name: return _joined([about(part) for part in name.split("+")])
     method = get_method(name)
     page = inspect.getmodule(type(method))
-    source, ending = inspect.getsource(page), inspect.getsource(type(method).end)
-    written = re.findall(r'mem(?:\.setdefault\(|\[)"(\w+)"', source)
-    names = {*written} - {*re.findall(r'mem\.pop\("(\w+)"', source)}
-    if "self.mem = {" in ending:
-        names = {*re.findall(r'"(\w+)":', ending)} # What a task leaves is listed there
     kinds = []
     if overrides(method, "wrap"):
         kinds.append("modules of its own")
@@ -42,7 +37,7 @@ def about(name:str, # A method
         "idea": (page.__doc__ or "").split("\n")[0],
         "paper": method.paper,
         "told": sorted(method.leaks),
-        "keeps": kinds + sorted(names - {"refs"}),
+        "keeps": kinds + sorted(method.keeps),
     }
 
 def _joined(each:list, # What `about` says of the parts of a chain

@@ -8,16 +8,19 @@ __all__ = ['ContinualLLaVA', 'PoolLinear']
 # %% ../../nbs/methods/continual_llava.ipynb #4929d2c2
 import math, re
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.batch import Batch, Out, current
-from ..core.errors import CitError, one_of
+from ..core.errors import CitError, refuse
+from ..core.fields import Count, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -26,34 +29,25 @@ from ..data.task import Task
 @dataclass
 class ContinualLLaVA(Method):
     "Mix increments of the attention output per question: some chosen by its words, and the averages of earlier tasks."
-    slots: int = 8 # Increments, and proxies, added for every task
-    top: int = 4 # Increments M chosen for a question
-    r: int|None = None # Rank R of an increment; None: the run's rank divided by `top`
-    key_lr: float = 1e-2 # Learning rate of the proxies; increments learn at the run's
-    steps: int|None = None # Steps that align the proxies, without the language model; None: as many as the run's
-    w: float = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
-    weights: str = "linear" # "linear": cosines divided by their sum; "softmax"
-    context: str = "before" # Averages of which tasks are added: "before" the current one, "through" it, or "none"
+    slots: Count = 8 # Increments, and proxies, added for every task
+    top: Count = 4 # Increments M chosen for a question
+    r: Count|None = None # Rank R of an increment; None: the run's rank divided by `top`
+    key_lr: Positive = 1e-2 # Learning rate of the proxies; increments learn at the run's
+    steps: Count|None = None # Steps that align the proxies, without the language model; None: as many as the run's
+    w: Annotated[float, Interval(gt=0, lt=1)] = .5 # Where the weights of earlier tasks' averages start, between 0 and 1
+    weights: Literal["linear", "softmax"] = "linear" # "linear": cosines divided by their sum; "softmax"
+    # Averages of which tasks are added: "before" the current one, "through" it, or "none"
+    context: Literal["before", "through", "none"] = "before"
     # What a question is compared by: "instruction" (hashed words), "embedding", or a sentence encoder's folder or
     # hub id
     feature: str = "instruction"
     called = "continual_llava"
+    keeps = ("tasks", "used")
     paper = "arXiv 2411.02564"
     def __post_init__(self):
         super().__post_init__()
-        choices = {"weights": ("linear", "softmax"), "context": ("before", "through", "none")}
-        for name, allowed in choices.items():
-            one_of(f"{name} of method 'continual_llava'", getattr(self, name), allowed)
-        bounds = {
-            "top": (1 <= self.top <= self.slots, f"1 to {self.slots}, the number of slots"),
-            "key_lr": (self.key_lr > 0, "above 0"),
-            "r": (self.r is None or self.r >= 1, "1 and above, or None"),
-            "w": (0 < self.w < 1, "between 0 and 1"),
-            "steps": (self.steps is None or self.steps >= 1, "1 and above, or None"),
-        }
-        for name, (fine, allowed) in bounds.items():
-            if not fine:
-                raise CitError(f"method 'continual_llava': {name} is {getattr(self, name)}; allowed: {allowed}")
+        if self.top > self.slots:
+            refuse("method 'continual_llava': field 'top'", self.top, f"at most {self.slots}, the number of slots")
 
 # %% ../../nbs/methods/continual_llava.ipynb #3e48ffb7
 class PoolLinear(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from ..core.errors import CitError
+from ..core.fields import Share
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -20,15 +20,11 @@ from ..data.task import Task
 @dataclass
 class EMA(Method):
     "End every task at the exponential moving average of its weights."
-    beta: float = .99 # Share β of the average that is kept at each step
+    beta: Share = .99 # Share β of the average that is kept at each step
     first: bool = False # Average the first task too? It has nothing to keep
     strength = "beta"
     needs = {"old"}
     paper = "Polyak & Juditsky, SIAM J. Control Optim. 30(4), 1992; as a baseline: arXiv 2410.10868"
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise CitError(f"method 'ema': beta is {self.beta}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/ema.ipynb #f6607dfa
 @patch

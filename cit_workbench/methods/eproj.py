@@ -7,6 +7,7 @@ __all__ = ['EProj', 'ExpertLinear']
 
 # %% ../../nbs/methods/eproj.ipynb #0f5eb60c
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..models.lora import seeded
 from ..models.slots import inserted, swap_linears
 from ..models.batch import Batch, Out, current
 from ..core.digests import rng
-from ..core.errors import CitError, one_of
+from ..core.fields import Count, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -28,30 +29,20 @@ from ..data.task import Task
 class EProj(Method):
     "Give every task a projector and two keys; the nearest keys choose the projector."
     # How keys are found: "trained": by descent on the pull loss; "closed": as the mean of unit queries
-    variant: str = "trained"
+    variant: Literal["trained", "closed"] = "trained"
     # Of instructions: "instruction": hashed n-grams; "embedding": the start's own token embeddings;
     # or a sentence encoder's folder or hub id
     encoder: str = "instruction"
-    routing: str = "nearest" # At test: "nearest": by keys; "random": any task's, as a control
+    routing: Literal["nearest", "random"] = "nearest" # At test: "nearest": by keys; "random": any task's, as a control
     held_in: bool = True # Give keys to the tasks that the start model already knew
-    lr: float|None = None # Learning rate of projectors; None: the run's
-    key_lr: float = .01 # Learning rate of keys
-    key_steps: int = 800 # Steps of the keys' phase
-    n: int = 500 # Training rows in the mean of queries
+    lr: Positive|None = None # Learning rate of projectors; None: the run's
+    key_lr: Positive = .01 # Learning rate of keys
+    key_steps: Count = 800 # Steps of the keys' phase
+    n: Count = 500 # Training rows in the mean of queries
+    keeps = ("held", "tasks")
     paper, called = "arXiv 2311.16206", "eproj"
     @property
     def leaks(self) -> set: return {"pretrain_data"} if self.held_in else set()
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("variant of method 'eproj'", self.variant, ("trained", "closed"))
-        one_of("routing of method 'eproj'", self.routing, ("nearest", "random"))
-        for name in ("key_steps", "n"):
-            value = getattr(self, name)
-            if value < 1: raise CitError(f"method 'eproj': {name} is {value}; allowed: 1 and above")
-        for name in ("lr", "key_lr"):
-            value = getattr(self, name)
-            if value is None: continue
-            if value <= 0: raise CitError(f"method 'eproj': {name} is {value}; allowed: above 0")
 
 # %% ../../nbs/methods/eproj.ipynb #4fece2f5
 class ExpertLinear(nn.Module):

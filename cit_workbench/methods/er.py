@@ -7,12 +7,14 @@ __all__ = ['ER']
 
 # %% ../../nbs/methods/er.ipynb #a378e826
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from fastcore.basics import patch
 
 from ..models.batch import Batch
-from ..core.errors import CitError
+from ..core.fields import Share
 from ..contract.memory import rebalance
 from ..contract.method import Method, Step
 from ..contract.net import Net
@@ -22,17 +24,11 @@ from ..data.task import Task
 @dataclass
 class ER(Method):
     "Replay old examples from one buffer of fixed size; replayed rows replace new ones."
-    size: int = 160 # Examples kept in all: 1 % of the stream shapes
-    share: float = .25 # Share β of a batch, and of the loss, that is replayed
+    size: Annotated[int, Ge(0)] = 160 # Examples kept in all: 1 % of the stream shapes
+    share: Share = .25 # Share β of a batch, and of the loss, that is replayed
     strength = "share"
     leaks = {"old_data"}
     paper = "arXiv 1902.10486"
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.share <= 1:
-            raise CitError(f"method 'er': share is {self.share}; allowed: 0 to 1")
-        if self.size < 0:
-            raise CitError(f"method 'er': size is {self.size}; allowed: 0 and above")
 
 # %% ../../nbs/methods/er.ipynb #8dd2e68b
 @patch

@@ -7,12 +7,13 @@ __all__ = ['EWC']
 
 # %% ../../nbs/methods/ewc.ipynb #854b250e
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
 
 from ..models.batch import Batch, Out
-from ..core.errors import CitError, one_of
+from ..core.fields import Count, NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.task import Task
@@ -21,19 +22,14 @@ from ..data.task import Task
 @dataclass
 class EWC(Method):
     "Hold every weight by a quadratic penalty, as strong as that weight mattered to earlier tasks."
-    lam: float = 100. # Strength λ of the springs
-    n: int = 200 # Examples of a task from which its importance is measured
+    lam: NonNegative = 100. # Strength λ of the springs
+    n: Count = 200 # Examples of a task from which its importance is measured
     gamma: float = 1. # What is left of earlier importance after each task; "online" only
-    variant: str = "separate" # "separate": springs of all earlier tasks; "online": one spring, to the last task's end
+    # "separate": springs of all earlier tasks; "online": one spring, to the last task's end
+    variant: Literal["separate", "online"] = "separate"
     strength = "lam"
+    keeps = ("anchor", "fisher")
     paper = "arXiv 1612.00796; online: arXiv 1805.06370"
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("variant of method 'ewc'", self.variant, ("separate", "online"))
-        if self.lam < 0:
-            raise CitError(f"method 'ewc': lam is {self.lam}; allowed: 0 and above")
-        if self.n < 1:
-            raise CitError(f"method 'ewc': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/ewc.ipynb #b8719ae1
 @patch

@@ -7,13 +7,14 @@ __all__ = ['FinetunePart']
 
 # %% ../../nbs/methods/finetune_part.ipynb #dee3583d
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.batch import Batch
 from ..core.digests import rng
-from ..core.errors import CitError, one_of
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -21,14 +22,10 @@ from ..contract.net import Net
 @dataclass
 class FinetunePart(Method):
     "Tune one part of the model, one task after another, plainly."
-    part: str = "o_proj" # "o_proj": LoRA on attention outputs; "projector": the start's own; "prompt": a soft prompt
-    length: int = 20 # Tokens of the soft prompt
+    # "o_proj": LoRA on attention outputs; "projector": the start's own; "prompt": a soft prompt
+    part: Literal["o_proj", "projector", "prompt"] = "o_proj"
+    length: Count = 20 # Tokens of the soft prompt
     paper = "He et al., arXiv 2311.16206; Lester et al., arXiv 2104.08691"
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("part of method 'finetune_part'", self.part, ("projector", "prompt", "o_proj"))
-        if self.length < 1:
-            raise CitError(f"method 'finetune_part': length is {self.length}; allowed: 1 and above")
 
 # %% ../../nbs/methods/finetune_part.ipynb #a723478c
 @patch(as_prop=True)

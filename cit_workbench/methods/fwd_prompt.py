@@ -7,15 +7,18 @@ __all__ = ['FwdPrompt', 'project', 'common']
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #1ae8a8f9
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from fastcore.basics import patch
 from torch import nn
 
 from ..models.lora import seeded
 from ..models.batch import Batch, Out
-from ..core.errors import CitError, one_of
+from ..core.errors import CitError, refuse
+from ..core.fields import Count, NonNegative, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -26,37 +29,26 @@ from ..contract.spaces import extend
 class FwdPrompt(Method):
     "A slice of soft prompts per task, whose steps are projected away from old tasks and into the pre-trained space."
     size: int = 4 # Entries of a task's slice: image key, text key, prompt
-    length: int = 5 # Tokens of a prompt
-    top: int = 2 # Prompts put before each row
-    pull: float = .5 # Weight of the mean score of the chosen entries
-    lr: float = .03 # Peak learning rate of prompts and keys
-    eps_old: float = .8 # Share of a task's energy that the old space must hold
-    eps_pre: float = .99 # Share of the held-in data's energy that the pre-trained space must hold
-    n: int = 200 # Rows of a task that the spaces are measured on
+    length: Count = 5 # Tokens of a prompt
+    top: Count = 2 # Prompts put before each row
+    pull: NonNegative = .5 # Weight of the mean score of the chosen entries
+    lr: Positive = .03 # Peak learning rate of prompts and keys
+    eps_old: Annotated[float, Interval(gt=0, le=1)] = .8 # Share of a task's energy that the old space must hold
+    # Share of the held-in data's energy that the pre-trained space must hold
+    eps_pre: Annotated[float, Interval(gt=0, le=1)] = .99
+    n: Count = 200 # Rows of a task that the spaces are measured on
     # "ordered": into the pre-trained space, then out of the old; "intersection"; "additive";
     # controls "residual", "random", "none"
-    variant: str = "ordered"
-    start: str = "copy" # A new slice's prompts: "copy" of the nearest old slice's; "zeros"
+    variant: Literal["ordered", "intersection", "additive", "residual", "random", "none"] = "ordered"
+    start: Literal["copy", "zeros"] = "copy" # A new slice's prompts: "copy" of the nearest old slice's; "zeros"
     leaks = {"pretrain_data"}
     needs = {"old"}
+    keeps = ("old", "pre", "tasks")
     paper = "arXiv 2401.09181 (reconstruction)"
     def __post_init__(self):
         super().__post_init__()
-        variants = ("ordered", "intersection", "additive", "residual", "random", "none")
-        one_of("variant of method 'fwd_prompt'", self.variant, variants)
-        one_of("start of method 'fwd_prompt'", self.start, ("copy", "zeros"))
-        bounds = {
-            "top": (1 <= self.top <= self.size, "from 1 to size"),
-            "length": (self.length >= 1, "from 1"),
-            "n": (self.n >= 1, "from 1"),
-            "pull": (self.pull >= 0, "from 0"),
-            "lr": (self.lr > 0, "above 0"),
-            "eps_old": (0 < self.eps_old <= 1, "above 0, up to 1"),
-            "eps_pre": (0 < self.eps_pre <= 1, "above 0, up to 1"),
-        }
-        for name, (fine, allowed) in bounds.items():
-            if not fine:
-                raise CitError(f"method 'fwd_prompt': {name} is {getattr(self, name)}; allowed: {allowed}")
+        if self.top > self.size:
+            refuse("method 'fwd_prompt': field 'top'", self.top, f"at most {self.size}, the size of a slice")
         if self.variant in ("residual", "none"): self.leaks = set()
 
 # %% ../../nbs/methods/fwd_prompt.ipynb #00b12506

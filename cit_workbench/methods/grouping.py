@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.batch import Batch
-from ..core.errors import CitError
+from ..core.fields import Share
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.task import Task
@@ -26,12 +26,9 @@ from ..data.task import Task
 @dataclass
 class Grouping(Method):
     "Tune one LoRA per group of tasks with similar instructions."
-    threshold: float = .9 # Least similarity to a group that a task joins
+    threshold: Share = .9 # Least similarity to a group that a task joins
+    keeps = ("books", "of", "slot")
     paper = "LLaCA, arXiv 2410.10868"
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.threshold <= 1:
-            raise CitError(f"method 'grouping': threshold is {self.threshold}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/grouping.ipynb #98deee1b
 def instruction(question:str) -> str: # Its last line, up to a colon

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..models.lora import seeded
 from ..models.batch import Batch, Out
-from ..core.errors import CitError
+from ..core.errors import refuse
+from ..core.fields import Count, NonNegative, Positive
 from ..contract.method import Method, Phase, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -25,20 +26,17 @@ from ..data.task import Task
 class L2P(Method):
     "Choose soft prompts from a pool for every row, by the similarity of a frozen query to their keys."
     size: int = 10 # Prompts in the pool
-    length: int = 5 # Tokens of a prompt
-    top: int = 5 # Prompts put before each row
-    pull: float = .5 # Weight λ of the mean similarity between query and chosen keys
-    lr: float = .03 # Peak learning rate of prompts and keys
+    length: Count = 5 # Tokens of a prompt
+    top: Count = 5 # Prompts put before each row
+    pull: NonNegative = .5 # Weight λ of the mean similarity between query and chosen keys
+    lr: Positive = .03 # Peak learning rate of prompts and keys
     strength = "pull"
     called = "l2p"
     paper = "arXiv 2112.08654"
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.top <= self.size:
-            raise CitError(f"method 'l2p': top is {self.top} and size is {self.size}; allowed: top from 1 to size")
-        if self.length < 1: raise CitError(f"method 'l2p': length is {self.length}; allowed: 1 and above")
-        if self.pull < 0: raise CitError(f"method 'l2p': pull is {self.pull}; allowed: 0 and above")
-        if not self.lr > 0: raise CitError(f"method 'l2p': lr is {self.lr}; allowed: above 0")
+        if self.top > self.size:
+            refuse("method 'l2p': field 'top'", self.top, f"at most {self.size}, the size of the pool")
 
 # %% ../../nbs/methods/l2p.ipynb #49ecc801
 @patch(as_prop=True)

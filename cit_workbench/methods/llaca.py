@@ -7,12 +7,14 @@ __all__ = ['LLaCA', 'share']
 
 # %% ../../nbs/methods/llaca.ipynb #e2df8cae
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
 
 from ..core.digests import digest
-from ..core.errors import CitError, one_of
+from ..core.errors import CitError
+from ..core.fields import Share
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -21,17 +23,14 @@ from ..data.task import Task
 @dataclass
 class LLaCA(Method):
     "Average the weights of a task, with a separate β for every tensor and step."
-    variant: str = "paper" # "paper": norm per tensor; "elementwise": per weight; "released": their code; "fixed": beta
-    beta: float = .99 # β where the formula leaves (0, 1), and at the first step
+    # "paper": norm per tensor; "elementwise": per weight; "released": their code; "fixed": beta
+    variant: Literal["paper", "elementwise", "released", "fixed"] = "paper"
+    beta: Share = .99 # β where the formula leaves (0, 1), and at the first step
     needs = {"old"}
     version = 2 # A step without a gradient, and the one after it, take `beta`
     called = "llaca"
+    keeps = ("known",)
     paper = "arXiv 2410.10868"
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("variant of method 'llaca'", self.variant, ("paper", "elementwise", "released", "fixed"))
-        if not 0 <= self.beta <= 1:
-            raise CitError(f"method 'llaca': beta is {self.beta}; allowed: 0 to 1")
 
 # %% ../../nbs/methods/llaca.ipynb #2bd9bdf8
 def share(variant:str, # "paper", "elementwise" or "released"

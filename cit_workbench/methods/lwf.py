@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from ..models.batch import Batch, Out
 from ..core.errors import CitError
+from ..core.fields import NonNegative, Positive
 from ..contract.method import Method, Step
 from ..contract.net import Net
 from ..data.task import Task
@@ -22,19 +23,14 @@ from ..data.task import Task
 @dataclass
 class LwF(Method):
     "Keep the last model's probabilities on the new task's inputs."
-    lam: float = 1. # Strength λ of the distillation
-    T: float = 2. # Temperature of both softmaxes
+    lam: NonNegative = 1. # Strength λ of the distillation
+    T: Positive = 2. # Temperature of both softmaxes
     start: bool = False # Is the start model the teacher on the first task, as in released code?
     strength = "lam"
     called = "lwf"
     later = {"start": False} # The first task had no teacher before
+    keeps = ("teacher",)
     paper = "Li and Hoiem, arXiv 1606.09282"
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lam < 0:
-            raise CitError(f"method 'lwf': lam is {self.lam}; allowed: 0 and above")
-        if self.T <= 0:
-            raise CitError(f"method 'lwf': T is {self.T}; allowed: above 0")
 
 # %% ../../nbs/methods/lwf.ipynb #f7fefced
 def distilled(old:torch.Tensor, # The teacher's logits [n, V]

@@ -8,12 +8,13 @@ __all__ = ['MAS', 'answer_norm', 'springs', 'away']
 # %% ../../nbs/methods/mas.ipynb #fc01907a
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
 
 from ..models.batch import Batch, Out
-from ..core.errors import CitError, one_of
+from ..core.fields import Count, NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.task import Task
@@ -22,18 +23,13 @@ from ..data.task import Task
 @dataclass
 class MAS(Method):
     "Hold every weight by a quadratic penalty, as strong as the outputs of earlier tasks feel that weight."
-    lam: float = .01 # Strength λ of the springs
-    n: int = 200 # Examples of a task from which its importance is measured
-    variant: str = "logits" # "logits": logits less their mean over the vocabulary; "raw": as they are
+    lam: NonNegative = .01 # Strength λ of the springs
+    n: Count = 200 # Examples of a task from which its importance is measured
+    # "logits": logits less their mean over the vocabulary; "raw": as they are
+    variant: Literal["logits", "raw"] = "logits"
     strength = "lam"
+    keeps = ("anchor", "omega")
     paper = "Aljundi et al., arXiv 1711.09601"
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("variant of method 'mas'", self.variant, ("logits", "raw"))
-        if self.lam < 0:
-            raise CitError(f"method 'mas': lam is {self.lam}; allowed: 0 and above")
-        if self.n < 1:
-            raise CitError(f"method 'mas': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/mas.ipynb #1dbd8232
 def answer_norm(out:Out, # Of a forward

@@ -17,6 +17,7 @@ from ..models.lora import seeded
 from ..models.slots import inserted, mixed, swap_linears
 from ..models.batch import Batch, at
 from ..core.errors import CitError
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -24,12 +25,9 @@ from ..contract.net import Net
 @dataclass
 class MoELoRA(Method):
     "Put experts of low rank into every layer, mixed for every token by a learned router."
-    experts: int = 8 # Experts per layer; they share the run's rank
+    experts: Count = 8 # Experts per layer; they share the run's rank
     called = "moelora"
     paper = "arXiv 2403.08350"
-    def __post_init__(self):
-        super().__post_init__()
-        if self.experts < 1: raise CitError(f"method 'moelora': experts is {self.experts}; allowed: 1 and above")
 
 # %% ../../nbs/methods/moelora.ipynb #8896fe57
 class MoELinear(nn.Module):

@@ -7,6 +7,7 @@ __all__ = ['OLoRA', 'SumLinear']
 
 # %% ../../nbs/methods/olora.ipynb #16d1b629
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from fastcore.basics import patch
 from ..models.lora import seeded
 from ..models.slots import SlotLinear, add_slots, inserted
 from ..models.batch import Batch, Out
-from ..core.errors import CitError, one_of
+from ..core.errors import CitError
+from ..core.fields import NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
 from ..data.task import Task
@@ -24,21 +26,16 @@ from ..data.task import Task
 @dataclass
 class OLoRA(Method):
     "Add an adapter per task to the sum of all, and push its rows to be orthogonal to earlier ones."
-    lam: float = .5 # Strength λ of the penalty
-    variant: str = "entrywise" # "entrywise": absolute values, as released; "squared": squares, as in the paper
-    lam2: float|list = 0. # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
+    lam: NonNegative = .5 # Strength λ of the penalty
+    # "entrywise": absolute values, as released; "squared": squares, as in the paper
+    variant: Literal["entrywise", "squared"] = "entrywise"
+    # Strength λ₂ of the norms of the new pair; a list has one number for each task in turn
+    lam2: NonNegative|list[NonNegative] = 0.
     strength = "lam"
     called = "olora"
     later = {"lam2": 0.} # No norms were counted before
+    keeps = ("slots",)
     paper = "arXiv 2310.14152"
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("variant of method 'olora'", self.variant, ("entrywise", "squared"))
-        if self.lam < 0: raise CitError(f"method 'olora': lam is {self.lam}; allowed: 0 and above")
-        for value in self.lam2 if isinstance(self.lam2, list) else [self.lam2]:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf"):
-                raise CitError(f"method 'olora': lam2 is {self.lam2}; allowed: 0 and above, or a list of such numbers")
 
 # %% ../../nbs/methods/olora.ipynb #744439b4
 class SumLinear(SlotLinear):

@@ -24,6 +24,7 @@ from ..data.task import Task
 class Single(Method):
     "Give each task a fresh adapter, chosen by the true task at test."
     leaks = {"task_id_at_test"}
+    keeps = ("slots",)
     paper = "Rusu et al., arXiv 1606.04671"
 
 # %% ../../nbs/methods/single.ipynb #22f8cde0

@@ -9,6 +9,7 @@ __all__ = ['SMoLoRA', 'SMoLinear']
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from ..models.lora import seeded
 from ..models.slots import inserted, swap_linears
 from ..models.tune import Tune
 from ..models.batch import Batch, at, current
-from ..core.errors import CitError, one_of
+from ..core.errors import CitError, refuse
+from ..core.fields import Count
 from ..contract.method import Method
 from ..contract.net import Net
 
@@ -27,18 +29,20 @@ from ..contract.net import Net
 @dataclass
 class SMoLoRA(Method):
     "Mix experts for what is seen and experts for what is asked, fused token by token."
-    experts: int = 8 # Experts per layer, of both kinds together; they share the run's rank
+    experts: Count = 8 # Experts per layer, of both kinds together; they share the run's rank
     k: int = 2 # Experts of a kind that a row takes; "soft_topk" only
     # "hard_frozen": the best one, routers stay random; "soft_topk": the best k;
     # "straight_through": the best one, softmax gradients
-    variant: str = "hard_frozen"
-    use: str = "both" # "both"; controls: "vu" or "if" alone, "hash": the IF expert by hashing the question's last line
+    variant: Literal["hard_frozen", "soft_topk", "straight_through"] = "hard_frozen"
+    # "both"; controls: "vu" or "if" alone, "hash": the IF expert by hashing the question's last line
+    use: Literal["both", "vu", "if", "hash"] = "both"
     # "prompt": mean over prompt positions, kept while answering;
     # "released": over all there are, anew for each token
-    pool: str = "prompt"
+    pool: Literal["prompt", "released"] = "prompt"
     # Of instructions: "instruction": hashed n-grams; "embedding"; or a sentence encoder's folder or hub id
     encoder: str = "instruction"
-    layers: str = "run" # "run": as `tune` says; "paper" and "released", the same: of these the FFN, and the projector
+    # "run": as `tune` says; "paper" and "released", the same: of these the FFN, and the projector
+    layers: Literal["run", "paper", "released"] = "run"
     version = 2
     # 2: layers="released" leaves the attention's output out; pool="released" routes each choice by its own tokens
     called = "smolora"
@@ -49,18 +53,11 @@ class SMoLoRA(Method):
     def n(self) -> int: return self.experts//len(self.kinds) # Experts of a kind
     def __post_init__(self):
         super().__post_init__()
-        choices = {
-            "variant": ("hard_frozen", "soft_topk", "straight_through"),
-            "use": ("both", "vu", "if", "hash"),
-            "pool": ("prompt", "released"),
-            "layers": ("run", "paper", "released"),
-        }
-        for name, allowed in choices.items():
-            one_of(f"{name} of method 'smolora'", getattr(self, name), allowed)
-        if self.experts < 1 or self.experts % len(self.kinds):
-            raise CitError(f"method 'smolora': experts is {self.experts}; allowed: {len(self.kinds)} and its multiples")
+        kinds = len(self.kinds)
+        if self.experts % kinds:
+            refuse("method 'smolora': field 'experts'", self.experts, f"a multiple of {kinds}, the kinds of experts")
         if self.variant == "soft_topk" and not 2 <= self.k <= self.n:
-            raise CitError(f"method 'smolora': k is {self.k}; allowed: 2 to {self.n}, the experts of a kind")
+            refuse("method 'smolora': field 'k'", self.k, f"from 2 to {self.n}, the experts of a kind")
 
 # %% ../../nbs/methods/smolora.ipynb #d677ed49
 class SMoLinear(nn.Module):

@@ -8,13 +8,14 @@ __all__ = ['TIR', 'embedding', 'relative', 'similarity', 'per_position']
 # %% ../../nbs/methods/tir.ipynb #e7a7499e
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
 from torch.nn.functional import normalize
 
 from ..models.batch import Batch, Out
-from ..core.errors import CitError, one_of
+from ..core.fields import Count, NonNegative
 from ..contract.gradients import row_nll
 from ..contract.method import Method
 from ..contract.net import Net
@@ -25,24 +26,18 @@ from ..data.task import Task
 @dataclass
 class TIR(Method):
     "Hold weights by a quadratic penalty, weaker where the new task resembles the one that a weight belongs to."
-    lam: float = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
-    n: int = 200 # Examples of a task from which its importance and its embeddings are measured
+    lam: NonNegative = 5e4 # Strength λ of the springs, whose stiffnesses sum to 1 for each task
+    n: Count = 200 # Examples of a task from which its importance and its embeddings are measured
     # "ewc": squared gradients of log-likelihood; "mas": absolute gradients of the answer logits' length
-    importance: str = "ewc"
+    importance: Literal["ewc", "mas"] = "ewc"
     # or "compound": discounts last; "released": as public code;
     # controls: "shuffled", "inverted", "constant", "none"
-    variant: str = "similarity"
+    variant: Literal["similarity", "compound", "released", "shuffled", "inverted", "constant", "none"] = "similarity"
     strength = "lam"
+    keeps = ("anchor", "id", "omega", "tasks")
     paper = "He et al., arXiv 2311.16206"
     @property
     def leaks(self) -> set: return {"pretrain_data"} if self.variant == "released" else set()
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("importance of method 'tir'", self.importance, ("ewc", "mas"))
-        variants = ("similarity", "compound", "released", "shuffled", "inverted", "constant", "none")
-        one_of("variant of method 'tir'", self.variant, variants)
-        if self.lam < 0: raise CitError(f"method 'tir': lam is {self.lam}; allowed: 0 and above")
-        if self.n < 1: raise CitError(f"method 'tir': n is {self.n}; allowed: 1 and above")
 
 # %% ../../nbs/methods/tir.ipynb #f6499660
 def embedding(net:Net,
