@@ -7,23 +7,21 @@ __all__ = ['at_launch', 'Watch', 'due', 'planned', 'short']
 
 # %% ../../nbs/measure/schedule.ipynb #1a7c198d
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Interval
 
-from ..core.errors import CitError
+from ..core.fields import Whole
 
 # %% ../../nbs/measure/schedule.ipynb #596f3e6c
 @dataclass
 class Watch:
     "Say when old tasks are probed while a model trains, and on how much."
-    every: int = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
-    full: int = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
-    rows: int = 4 # Validation rows per task, at least 3: of two, CKA is always 1
-    share: float = .03 # Of a task's training that its probes may cost; light ones go until they fit; 0: no bound
-
-    def __post_init__(self):
-        if not 0 <= self.share < 1:
-            raise CitError(f"watch: field 'share' is {self.share}, but must be at least 0 and below 1")
+    every: Whole = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
+    full: Whole = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
+    rows: Annotated[int, Ge(3)] = 4 # Validation rows per task, at least 3: of two, CKA is always 1
+    share: Annotated[float, Interval(ge=0, lt=1)] = .03 # Of a task's training that its probes may cost; light ones go until they fit; 0: no bound
 
 at_launch = {"every": 10} # What `Watch` is where a run is started to be watched: by the form, by `launch`, by `cit run`
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..core.fields import Count, NonNegative
 from .families.llava import linears
 from .family import family_of
 
@@ -18,12 +19,12 @@ from .family import family_of
 @dataclass
 class Tune:
     "Describe what is trained when a method inserts nothing itself."
-    r: int = 16 # Rank of LoRA
+    r: Count = 16 # Rank of LoRA
     alpha: float = 64. # Its scale is alpha / r
     # Full-match regex over names of linear layers; None: all of the language model, but the first block of a tiny start
     targets: str|None = None
     train: str|None = None # Full-match regex of the start model's own parameters to train too, e.g. the projector's
-    dropout: float = 0. # On LoRA's input
+    dropout: NonNegative = 0. # On LoRA's input
 
     @property
     def layers(self) -> str: return self.targets or linears
