@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cit_workbench.cli import COMMANDS, main, parse, run
+from cit_workbench.cli import COMMANDS, main
+from cit_workbench.commands.parser import parse
+from cit_workbench.commands.training import run
 from cit_workbench.experiments.search import nested
 
 SMALL = ["--stream-args", "tasks=['col-mcq', 'col-word']", "n_train=16", "n_val=4", "n_test=4",
