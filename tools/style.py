@@ -4,6 +4,7 @@
     python tools/style.py                       every module, and the totals
     python tools/style.py --totals              the totals alone
     python tools/style.py core methods/ewc      these modules, with the functions and names to look at
+    python tools/style.py --lessons             pages that have fewer than three lessons for two export cells
     python tools/style.py --tree FOLDER         another checkout, to compare with
 """
 import argparse
@@ -148,18 +149,30 @@ def survey(tree: Path) -> list[dict]:
     return [measure(path, name, set(paths)) for name, path in paths.items()]
 
 
+def does_more(source: str) -> bool:
+    "Tell whether a cell does more than import: there is something to teach, or to learn from."
+    lines = [line for line in source.splitlines() if not line.startswith(("%", "!", "#"))]
+    try:
+        body = ast.parse("\n".join(lines)).body
+    except SyntaxError:
+        return True
+    return any(not isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
+def lessons_of(page: Path) -> tuple[int, int]:
+    "Count the visible code cells and the export cells of a page that exports, cells of imports left out."
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    code = [source for cell in cells if cell["cell_type"] == "code" and does_more(source := "".join(cell["source"]))]
+    marks = [set(re.findall(r"#\|\s*(\w+)", re.match(r"(?:#\|.*\n?)*", source).group())) for source in code]
+    exported = sum(bool(mark & {"export", "exporti"}) for mark in marks)
+    shown = sum(not mark & {"export", "exporti", "hide", "default_exp"} for mark in marks)
+    return (shown, exported) if exported else (0, 0)
+
+
 def lessons(tree: Path) -> tuple[int, int]:
-    "Count the visible code cells and the export cells of all pages that export."
-    shown = exported = 0
-    for page in sorted(tree.glob("nbs/**/*.ipynb")):
-        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
-        marks = [re.findall(r"^#\|\s*(\w+)", source, re.M) for source in code]
-        export = sum("export" in mark and len(source.splitlines()) > 3 for mark, source in zip(marks, code))
-        if any("export" in mark for mark in marks):
-            exported += export
-            shown += sum(not {"export", "hide", "default_exp"} & set(mark) for mark in marks)
-    return shown, exported
+    "Count the lessons and the export cells of all pages that export."
+    counts = [lessons_of(page) for page in sorted(tree.glob("nbs/**/*.ipynb"))]
+    return sum(shown for shown, _ in counts), sum(exported for _, exported in counts)
 
 
 def members(rows: list[dict], kind: str) -> set[str]:
@@ -235,13 +248,25 @@ def explain(row: dict) -> None:
         print("  no verb:", line)
 
 
+def want_lessons(tree: Path) -> None:
+    "Print the pages that have fewer than three lessons for two export cells, and how many are missing."
+    for page in sorted(tree.glob("nbs/**/*.ipynb")):
+        shown, exported = lessons_of(page)
+        if 2*shown < 3*exported:
+            print(f"{page.relative_to(tree)}: {exported} export cells, {shown} lessons; {(3*exported + 1)//2 - shown} more are wanted")
+
+
 def main() -> int:
     "Measure the package of a checkout."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="modules to explain, such as core or methods/ewc")
     parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="the checkout to measure")
     parser.add_argument("--totals", action="store_true", help="print the totals alone")
+    parser.add_argument("--lessons", action="store_true", help="print the pages that want lessons")
     args = parser.parse_args()
+    if args.lessons:
+        want_lessons(args.tree)
+        return 0
     rows = survey(args.tree)
     unknown = set(args.modules) - {row["name"] for row in rows}
     if unknown:
