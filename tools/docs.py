@@ -170,7 +170,7 @@ def sidebar(pages, nbs):
     "The folders of `nbs` as the trees of the home page; what that names comes first, in its order."
     home = (nbs/"index.ipynb").read_text()
     def place(p): return (at := home.find(p.relative_to(nbs).as_posix())) < 0, at, p
-    folders = sorted({p.relative_to(nbs).parent.as_posix() for p in pages}, key=lambda f: (f == ".", FIRST.index(f) if f in FIRST else 9, home.find(f"`{f}`"), f))
+    folders = sorted({p.relative_to(nbs).parent.as_posix() for p in pages}, key=lambda f: (f == ".", FIRST.index(f) if f in FIRST else 9, home.find(f"`{f.split('/')[0]}`"), f))
     def tree(f):
         own = [p.relative_to(nbs).with_suffix("").as_posix() for p in sorted(pages, key=place) if p.parent == nbs/f and p.stem != "index"]
         if f == "." and (nbs.parent/"CONTRIBUTING.md").is_file(): own.append("CONTRIBUTING")

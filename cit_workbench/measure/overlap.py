@@ -15,7 +15,7 @@ from .similarity import cosine
 # %% ../../nbs/measure/overlap.ipynb #eeb243ad
 def layer_of(name:str) -> str:
     "Name the layer of the language model that a parameter belongs to: \"layer 3\", or \"other\"."
-    match = re.search(r"\.layers\.(\d+)\.", name)
+    match = re.search(r"language_model\.layers\.(\d+)\.", name)
     return f"layer {match[1]}" if match else "other"
 
 def _flat(table:dict, names) -> np.ndarray:

@@ -21,7 +21,8 @@ class Watch:
     every: Whole = 0 # Steps between probes; before the first of them at steps 0, 1, 2, 4, 8, …; 0: no probes
     full: Whole = 200 # Steps between probes with answers and gradients, too; 0: at task ends only
     rows: Annotated[int, Ge(3)] = 4 # Validation rows per task, at least 3: of two, CKA is always 1
-    share: Annotated[float, Interval(ge=0, lt=1)] = .03 # Of a task's training that its probes may cost; light ones go until they fit; 0: no bound
+    # Of a task's training that its probes may cost; light ones go until they fit; 0: no bound
+    share: Annotated[float, Interval(ge=0, lt=1)] = .03
 
 at_launch = {"every": 10} # What `Watch` is where a run is started to be watched: by the form, by `launch`, by `cit run`
 

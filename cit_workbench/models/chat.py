@@ -61,7 +61,7 @@ def begin_ids(tokenizer:PreTrainedTokenizerBase) -> list:
     starts = (start for start in range(len(full)) if full[start:start + len(alone)] == alone)
     return full[:next(starts)]
 
-# %% ../../nbs/models/chat.ipynb #6f5b87bf
+# %% ../../nbs/models/chat.ipynb #e5e20fbf
 @patch
 def _turn(self:Chat, head:str, ask:str, gap:str, after:str) -> Turn:
     "Write a turn in private characters, cut after the token that ends the answer."
@@ -114,7 +114,7 @@ def length(self:Chat,
     "Count the tokens of an answer, its end token among them."
     return len(self.encode("?", answer, False)[1])
 
-# %% ../../nbs/models/chat.ipynb #34c9c98e
+# %% ../../nbs/models/chat.ipynb #0a1f3a59
 def end_ids(model:PreTrainedModel,
             tokenizer:PreTrainedTokenizerBase, # Its tokenizer
             name:str="given", # How messages call the checkpoint

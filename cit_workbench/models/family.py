@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['needed_parts', 'as_llama', 'Family', 'all_families', 'get_family', 'family_of']
 
-# %% ../../nbs/models/family.ipynb #38e27d1d
+# %% ../../nbs/models/family.ipynb #ac6ddd29
 import importlib
 import re
 from functools import cache
@@ -15,7 +15,8 @@ import transformers
 from fastcore.basics import patch
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import ProcessorMixin
 
 from ..core.errors import CitError
 from ..core.paths import assets
@@ -53,7 +54,7 @@ class Family:
             raise CitError(f"{type(model).__name__} has {len(found)} modules that are its {part}; one is needed")
         return [*found.values()][0]
 
-# %% ../../nbs/models/family.ipynb #6cedb676
+# %% ../../nbs/models/family.ipynb #9c323cbf
 as_llama = "language models built as Llama is, with embed_tokens, layers and norm"
 
 @patch(as_prop=True)
@@ -113,9 +114,9 @@ def processor(self:Family,
              ) -> ProcessorMixin:
     "Load the processor, its image processor in the form that uses Pillow."
     local = dict(local_files_only=True, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(where, **local)
-    processor.image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **local)
-    return processor
+    found = AutoProcessor.from_pretrained(where, **local)
+    found.image_processor = AutoImageProcessor.from_pretrained(where, backend="pil", **local)
+    return found
 
 @patch
 def prepares(self:Family,
@@ -217,7 +218,7 @@ def positions(self:Family,
     "Say which positions tokens have and which of them may be seen."
     return dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
-# %% ../../nbs/models/family.ipynb #dec0951a
+# %% ../../nbs/models/family.ipynb #2cb99f05
 @cache
 def all_families() -> dict: # {model type: family}
     "Find the families in the folder."
@@ -231,7 +232,8 @@ def get_family(model_type:str|None) -> Family:
     "Return the family of a model type; raise `CitError` that lists those supported."
     found = all_families()
     if model_type not in found:
-        raise CitError(f"model_type {model_type} is of another family; supported: model_type {', '.join(sorted(found))}")
+        supported = ", ".join(sorted(found))
+        raise CitError(f"model_type {model_type} is of another family; supported: model_type {supported}")
     return found[model_type]
 
 def family_of(model:nn.Module) -> Family:

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['all_backbones', 'folder_of', 'lasting_name', 'described', 'judge', 'start_hash']
 
-# %% ../../nbs/models/loading.ipynb #38bd04c6
+# %% ../../nbs/models/loading.ipynb #d7efe16d
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from ..core.errors import CitError
-from ..core.files import read_json
 from ..core.paths import assets
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, needed
 from .family import all_families, get_family
 
 # %% ../../nbs/models/loading.ipynb #e5c83653
@@ -21,33 +20,17 @@ def all_backbones() -> list:
     "List the names of the embedded start models."
     return sorted(path.parent.name for path in assets().glob("*/config.json"))
 
-# %% ../../nbs/models/loading.ipynb #4334405b
-_wanted = "a checkpoint in the Hugging Face format is needed"
-
-def _no_checkpoint(folder:Path) -> str|None: # The end of a sentence that begins with the folder
-    "Say why a folder cannot be a start model; None where it has what one needs."
-    if (folder/"adapter_config.json").is_file():
-        adapter = read_json(folder/"adapter_config.json", "adapter")
-        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
-        return f"holds a peft adapter and not a start model; name the model that it was trained on ({base})"
-    if Checkpoint(folder).whole: return None
-    if any(folder.glob("*.gguf")): return f"holds GGUF weights; {_wanted}"
-    patterns = "*/config.json", "*/*/config.json"
-    deeper = sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
-    hint = f"; {deeper[0]} has one" if deeper else ""
-    return f"has no config.json{hint}; {_wanted}"
-
-# %% ../../nbs/models/loading.ipynb #f5a68836
+# %% ../../nbs/models/loading.ipynb #15397b9e
 def folder_of(name:str) -> str:
     "Return the folder of an embedded model, the folder itself, or a hub id's folder in the local cache."
     if name in all_backbones(): return str(assets(name))
     path = Path(name).expanduser()
     if path.is_dir():
-        why = _no_checkpoint(path)
+        why = Checkpoint(path).unfit()
         if why: raise CitError(f"backbone folder {path} {why}")
         return str(path.absolute())
     if path.is_file():
-        raise CitError(f"backbone {name!r} is a file; name the folder that holds it: {_wanted}")
+        raise CitError(f"backbone {name!r} is a file; name the folder that holds it: {needed}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CitError(f"unknown backbone {name!r}; allowed: {', '.join(all_backbones())}, a folder that holds a "
                        "checkpoint, or a hub id org/name that is already in the local cache")
@@ -64,7 +47,7 @@ def lasting_name(name:str, # As `get_backbone` takes it
         return str(Path(folder_of(name)).absolute())
     return name
 
-# %% ../../nbs/models/loading.ipynb #63c0b312
+# %% ../../nbs/models/loading.ipynb #022b09ff
 def _part_type(config:dict, part:str) -> str|None:
     "Return the model type of a part of a configuration."
     found = config.get(part)
@@ -85,7 +68,7 @@ def described(config:dict, # config.json
         if text: lines.append(f"{what} {text}")
     return ", ".join(lines) or "no model type"
 
-# %% ../../nbs/models/loading.ipynb #a57e6683
+# %% ../../nbs/models/loading.ipynb #806664db
 def _other_family(config:dict) -> str|None: # The end of a sentence
     "Say that no family here has the layout or the model type of a configuration."
     layouts = (one.elsewhere(config) for one in all_families().values())
@@ -104,8 +87,9 @@ def _unfit(config:dict) -> str|None: # The end of a sentence
         return (f"whose weights are quantised (quantization_config: {how}); weights of 16 or 32 bits are needed, "
                 "`compute four_bit=true` holds them in 4")
     if "auto_map" in config:
-        return ("that asks for Python code from its folder (auto_map), and such code is never run; take auto_map out of "
-                f"config.json where the model is plain {get_family(config['model_type']).title}")
+        plain = get_family(config["model_type"]).title
+        return ("that asks for Python code from its folder (auto_map), and such code is never run; "
+                f"take auto_map out of config.json where the model is plain {plain}")
     return None
 
 def judge(name:str, # As `get_backbone` takes it

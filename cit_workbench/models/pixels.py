@@ -21,7 +21,7 @@ def pad_square(image:Image.Image, # Any image
     square.paste(image, ((side - image.width)//2, (side - image.height)//2))
     return square
 
-# %% ../../nbs/models/pixels.ipynb #59a860e9
+# %% ../../nbs/models/pixels.ipynb #6f80d620
 def opened(images:list, # Arrays, PIL images or paths
            processor:ProcessorMixin, # Of the checkpoint
            image_mode:str="plain", # "plain": as they are; "pad": made square first

@@ -29,7 +29,7 @@ class Tune:
     @property
     def layers(self) -> str: return self.targets or linears
 
-# %% ../../nbs/models/tune.ipynb #22649183
+# %% ../../nbs/models/tune.ipynb #98017675
 def within_block(model:nn.Module, # Tells its family
                  name:str, # Of a layer or parameter
                 ) -> str|None:
@@ -43,7 +43,7 @@ def block_linears(model:nn.Module) -> list: # Names
     return [name for name in linear if within_block(model, name)]
 
 def every_linear(model:nn.Module) -> str: # Full-match regex
-    "Name all linear layers in the blocks of the language model: by the family's expression, else by the names they have."
+    "Name all linear layers in the blocks of the language model: in the family's words or by the names they have."
     family, names = family_of(model), block_linears(model)
     if all(re.fullmatch(family.named("linears"), name) for name in names):
         return family.named("linears")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unreadable', 'filled', 'tried', 'check_device', 'in_four_bits', 'check_whole', 'loaded']
 
-# %% ../../nbs/models/weights.ipynb #dd2e9273
+# %% ../../nbs/models/weights.ipynb #bd9ba11c
 import re
 from textwrap import shorten
 
@@ -77,7 +77,7 @@ def in_four_bits(device:str, dtype:str, family:Family) -> dict: # Options of `fr
                               bnb_4bit_compute_dtype=getattr(torch, dtype))
     return dict(quantization_config=four, device_map={"": device})
 
-# %% ../../nbs/models/weights.ipynb #58396f7b
+# %% ../../nbs/models/weights.ipynb #17f390ad
 def check_whole(name:str, # As `get_backbone` takes it
                 family:Family,
                 info:dict, # What transformers says about its loading
@@ -85,8 +85,8 @@ def check_whole(name:str, # As `get_backbone` takes it
     "Raise `CitError` unless a checkpoint's weights are those of the model, all of them and no others."
     lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lost:
-        raise CitError(f"backbone {name!r} is not a whole {family.title} checkpoint: {len(lost)} weights are missing or "
-                       f"of another shape, the first is {lost[0]}")
+        raise CitError(f"backbone {name!r} is not a whole {family.title} checkpoint: "
+                       f"{len(lost)} weights are missing or of another shape, the first is {lost[0]}")
     more = sorted(info["unexpected_keys"])
     if more:
         raise CitError(f"backbone {name!r} is not {family.title} alone: it holds {len(more)} weights that "

@@ -12,9 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..family import Family
 
-# %% ../../../nbs/models/families/llava.ipynb #648fec85
+# %% ../../../nbs/models/families/llava.ipynb #4d97c0a0
 _block = r".*language_model\.layers\.\d+"
 linears = _block + r"\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+_few = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_text = _few | {"model_type": "llama", "hidden_size": 16, "vocab_size": 284, "max_position_embeddings": 512}
+_vision = _few | {"model_type": "clip_vision_model", "hidden_size": 24, "image_size": 48, "patch_size": 16}
 
 class Llava(Family):
     "Say where LLaVA's parts lie, and compute features as its projector takes them."
@@ -31,10 +35,7 @@ class Llava(Family):
         "linears": linears,
     }
 
-    _sizes = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    tiny = dict(text_config=dict(model_type="llama", hidden_size=16, vocab_size=284, max_position_embeddings=512, **_sizes),
-                vision_config=dict(model_type="clip_vision_model", hidden_size=24, image_size=48, patch_size=16, **_sizes),
-                image_token_index=4, image_seq_length=9)
+    tiny = {"text_config": _text, "vision_config": _vision, "image_token_index": 4, "image_seq_length": 9}
 
     def elsewhere(self, config:dict) -> str|None: # The end of a sentence
         "Recognise LLaVA as its authors store it, with the sizes of the language model at the top."
