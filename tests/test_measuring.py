@@ -8,7 +8,7 @@ import pytest
 from cit_workbench.core.paths import cache_dir
 from cit_workbench.measure.evaluate import Net, collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
-from cit_workbench.views.similarity import collected_for
+from cit_workbench.views.measured import collected_for
 from cit_workbench.measure.spectra import read_collected
 
 ARGS = {"tasks": ["col-word", "cap-day"], "n_train": 96, "n_val": 8, "n_test": 8}

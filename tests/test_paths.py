@@ -15,7 +15,7 @@ from cit_workbench.core.paths import cache_dir, expanded, placed
 from cit_workbench.live.live import branch, run_of
 from cit_workbench.record.record import Record, find_runs
 from cit_workbench.training.train import Run, resume
-from cit_workbench.views.view import stream_of
+from cit_workbench.views.story import stream_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import sys; from cit_workbench import main; sys.exit(main())"

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from lab import HALF
 
-from cit_workbench.views.launcher import comments, method_classes
+from cit_workbench.views.fields import comments
+from cit_workbench.views.launcher import method_classes
 from cit_workbench.training.train import Compute, Optim, Spec, Tune
-from cit_workbench.views.view import toy_run
+from cit_workbench.views.toy import toy_run
 from cit_workbench.measure.watch import Watch
 
 WATCH = """
