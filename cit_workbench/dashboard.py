@@ -25,9 +25,12 @@ from .live.live import branch, places
 from .live.measuring import Measuring, log_of, measured_by
 from .data.pictures import load_image, reading_of
 from .record.record import Record
-from .views.similarity import Similarity, collected_for
+from .views.measured import collected_for
+from .views.similarity import Similarity
 from .views.spectra import Spectra
-from .views.view import View, doing, knobs, offer, picture, stream_of
+from .views.pieces import knobs, offer, picture
+from .views.story import doing, stream_of
+from .views.view import View
 
 _all_ = ["Compare", "Forgetting", "Similarity", "Spectra"]
 

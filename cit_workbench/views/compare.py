@@ -20,8 +20,12 @@ from ..figures.methods import front
 from ..record.record import table
 from .clouds import cloud_traces, sides
 from .runs import counted, interval, Runs
-from .view import axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks, noted
-from .view import number, Panel, readable, room_for, slant, template, View
+from .panels import colour_bar, noted, Panel, readable, room_for, slant
+from .parts import axes, heat_map
+from .pieces import choice, grid, knobs
+from .theme import marks, template
+from .view import figure, framed, View
+from .story import number
 
 # %% ../../nbs/views/compare.ipynb #7a1212a0
 _costs = {"train_seconds": "training, seconds", "seconds": "training and evaluation, seconds",

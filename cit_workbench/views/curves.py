@@ -8,7 +8,7 @@ __all__ = ['score_names', 'hover_text', 'curve_traces']
 # %% ../../nbs/views/curves.ipynb #73d07daa
 import plotly.graph_objects as go
 
-from .view import marks
+from .theme import marks
 
 # %% ../../nbs/views/curves.ipynb #d37915d8
 score_names = {"formatted": "score as formatted, %", "valid": "format-valid, %", "content": "content by forced choice, %",

@@ -17,9 +17,12 @@ from ..core.errors import CitError
 from ..record.record import Record
 from .answers import Answers, Samples
 from .curves import curve_traces, hover_text, score_names
-from .view import axes, bands, choice, colour_bar, doing, figure, framed, heat_map, knobs, layered
-from .view import nearest, noted, offer, Panel, probed, readable, room_for, slant, Story, template
-from .view import upright, View
+from .panels import colour_bar, noted, Panel, readable, room_for, slant
+from .parts import axes, bands, heat_map, upright
+from .pieces import choice, knobs, offer
+from .story import doing, layered, nearest, probed, Story
+from .view import figure, framed, View
+from .theme import template
 
 # %% ../../nbs/views/forgetting.ipynb #21ef281f
 class Forgetting(View):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..metrics import order_means, t_interval
 from ..record.record import find_runs, labels_of, scale_of
-from .view import number
+from .story import number
 
 # %% ../../nbs/views/runs.ipynb #f9e6fed7
 def _left_out(record, keep) -> bool:

@@ -20,9 +20,12 @@ from ..measure.similarity import adjacent_forgetting, mantel, pair_matrices, rea
 from ..measure.spectra import Collected, read_collected
 from ..record.record import find_runs, Record
 from .measured import clustered
-from .view import axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, noted, Panel
-from .view import picture, readable, remark, room_for, slant, Story, stream_of, template, View
-from .view import wrapped
+from .panels import colour_bar, noted, Panel, readable, room_for, slant, wrapped
+from .parts import axes, heat_map, remark
+from .pieces import choice, grid, knobs, picture
+from .view import figure, framed, View
+from .story import Story, stream_of
+from .theme import template
 
 # %% ../../nbs/views/similarity.ipynb #c133fca8
 class Similarity(View):

@@ -17,8 +17,12 @@ from fastcore.basics import patch
 from ..core.errors import CitError
 from ..record.record import Record
 from ..measure.spectra import Collected, angles, read_collected
-from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer,
-                                probed, remark, template, upright, wrapped)
+from .panels import Panel, noted, wrapped
+from .parts import axes, remark, upright
+from .pieces import choice, knobs, offer
+from .story import Story, layered, probed
+from .theme import marks, template
+from .view import View, figure, framed
 
 # %% ../../nbs/views/spectra.ipynb #44f39032
 class Spectra(View):
