@@ -12,12 +12,11 @@ from pathlib import Path
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
-import traitlets
 from fastcore.basics import patch
 
 from ..core.errors import CitError
 from ..figures.methods import front
-from ..record.record import table
+from ..record.record import Record, table
 from .clouds import cloud_traces, sides
 from .runs import counted, interval, Runs
 from .panels import colour_bar, noted, Panel, readable, room_for, slant
@@ -35,7 +34,8 @@ _costs = {"train_seconds": "training, seconds", "seconds": "training and evaluat
 # %% ../../nbs/views/compare.ipynb #7ec4cc51
 class Compare(View):
     "Show result matrices side by side, intervals, and what accuracy costs; `picked` is the run that was clicked."
-    picked = traitlets.Any(None) # A Record or None
+    title, order = "Compare", 40
+    needs = {"folder"}
     def __init__(self, where:list|str|Path="runs", # Folder of runs, or a list of records
                  keep:tuple=(), # "interactive", "tuning": runs to show although they are usually left out
                  dark:bool|None=None):
@@ -64,6 +64,12 @@ class Compare(View):
         self.chosen = W.SelectMultiple(description="matrices", rows=4, layout=look, style={"description_width": "60px"})
         self.what = choice("score", ["formatted", "valid", "content"], 170, 50)
         self.cost = choice("cost", [(said, name) for name, said in _costs.items()], 280)
+
+# %% ../../nbs/views/compare.ipynb #5208a760
+@patch(cls_method=True)
+def open_run(cls:Compare, rec:Record, dark:bool|None=None, *, folder:Path) -> Compare:
+    "Open it with all runs of the folder, those made by hand among them."
+    return cls(folder, ("interactive",), dark)
 
 # %% ../../nbs/views/compare.ipynb #a6f0880a
 @patch

@@ -27,6 +27,8 @@ from .theme import template
 # %% ../../nbs/views/forgetting.ipynb #21ef281f
 class Forgetting(View):
     "Show scores of every task through all steps; layers, gradients and formats at one of them; the answers below."
+    title, order = "Forgetting", 10
+    step = property(lambda self: self.at.value)
     def __init__(self, rec:Record|str|Path, # Run folder, packed file or Record
                  other:Record|str|Path|None=None, # A second run, for the answers side by side
                  dark:bool|None=None):

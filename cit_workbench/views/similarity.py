@@ -30,6 +30,8 @@ from .theme import template
 # %% ../../nbs/views/similarity.ipynb #c133fca8
 class Similarity(View):
     "Show matrices of tasks side by side; a click on a cell shows what happened between the two."
+    title, order = "Similarity", 20
+    needs = {"collected"}
     def __init__(self,
                  collected:Collected|str|Path, # What `collect` gave, or its file
                  rec:Record|str|Path|None=None, # A run: its curves and drops; preferably one with a watcher
@@ -51,6 +53,12 @@ class Similarity(View):
         super().__init__([knobs(*menus), self.frame, self.examples], dark)
         for menu in menus:
             menu.observe(lambda _: self.safely(self.draw), "value")
+
+# %% ../../nbs/views/similarity.ipynb #da0640cf
+@patch(cls_method=True)
+def open_run(cls:Similarity, rec:Record, dark:bool|None=None, *, collected:Path) -> Similarity:
+    "Open it with the file of measured tasks."
+    return cls(collected, rec, dark=dark)
 
 # %% ../../nbs/views/similarity.ipynb #a8a1a593
 @patch

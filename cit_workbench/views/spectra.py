@@ -27,6 +27,8 @@ from .view import View, figure, framed
 # %% ../../nbs/views/spectra.ipynb #44f39032
 class Spectra(View):
     "Show spectra of each task, energy in each other's directions, principal angles; hidden layers through a run."
+    title, order = "Spectra", 30
+    needs = {"collected"}
     def __init__(self,
                  collected:Collected|str|Path, # What `collect` gave, or its file
                  rec:Record|str|Path|None=None, # A run with a watcher
@@ -50,6 +52,12 @@ class Spectra(View):
         self.level.observe(lambda change: self.safely(lambda: fit(change)), "value")
         for menu in menus[1:]:
             menu.observe(lambda _: self.safely(self.draw), "value")
+
+# %% ../../nbs/views/spectra.ipynb #b3b76f7c
+@patch(cls_method=True)
+def open_run(cls:Spectra, rec:Record, dark:bool|None=None, *, collected:Path) -> Spectra:
+    "Open it with the file of measured tasks."
+    return cls(collected, rec, dark=dark)
 
 # %% ../../nbs/views/spectra.ipynb #342a9996
 _rows = {"as they are": "raw", "centred": "centred", "capped": "capped"}

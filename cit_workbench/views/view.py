@@ -25,6 +25,10 @@ from .theme import palette, Theme
 # %% ../../nbs/views/view.ipynb #3410ef28
 class View(W.VBox):
     "Redraw what is shown while it grows."
+    title, order = "", 50 # Of its tab; a view without a title has none
+    needs = frozenset() # What it draws from next to the run: names of `needs_known`
+    picked = traitlets.Any(None) # The run that was clicked: a Record or None
+    step = None # The step that is looked at, where there is one
     frame = None # What holds the figure, if there is one
     fig = property(lambda self: self.frame.children[0])
     colors = property(lambda self: palette(self.theme.dark))
@@ -46,6 +50,17 @@ class View(W.VBox):
         self.thread.start()
         _take_over(self)
     def __del__(self): pass # the thread holds the view until close() is called
+
+# %% ../../nbs/views/view.ipynb #dbb0cb4a
+@patch(cls_method=True)
+def open_run(cls:View,
+             rec, # Record of the run that is shown
+             dark:bool|None=None, # As a view takes it
+             **needed, # A value for each name in `needs`
+            ) -> View:
+    "Make the view for a run; a view that takes its arguments otherwise says how."
+    return cls(rec, dark=dark, **needed)
+
 
 # %% ../../nbs/views/view.ipynb #8f7928ad
 @patch
