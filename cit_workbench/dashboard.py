@@ -8,9 +8,10 @@ __all__ = ['Ask', 'Compare', 'Forgetting', 'Similarity', 'Spectra', 'Workbench',
 # %% ../nbs/dashboard.ipynb #91697931
 from .views.ask import Ask
 from .views.compare import Compare
+from .views.folder import runs_in
 from .views.forgetting import Forgetting
 from .views.similarity import Similarity
 from .views.spectra import Spectra
-from .views.workbench import Workbench, runs_in
+from .views.workbench import Workbench
 
 _all_ = ["Ask", "Compare", "Forgetting", "Similarity", "Spectra", "Workbench", "runs_in"]

@@ -16,20 +16,15 @@ from fastcore.basics import patch
 
 from ..core.errors import CitError
 from ..figures.methods import front
-from ..record.record import Record, table
-from .clouds import cloud_traces, sides
-from .runs import counted, interval, Runs
+from ..record.record import Record
+from .clouds import cloud_traces, draw_means, interval_traces, metrics_shown, span_of
+from .runs import costs_known, counted, interval, located, Runs, same_cells, table_of
 from .panels import colour_bar, noted, Panel, readable, room_for, slant
 from .parts import axes, heat_map
-from .pieces import choice, grid, knobs
+from .pieces import choice, knobs
 from .theme import marks, template
 from .view import figure, framed, View
-from .story import number
 
-# %% ../../nbs/views/compare.ipynb #7a1212a0
-_costs = {"train_seconds": "training, seconds", "seconds": "training and evaluation, seconds",
-          "trainable": "trainable parameters", "stored_bytes": "stored, bytes",
-          "extra_forwards": "extra forward passes, examples"}
 
 # %% ../../nbs/views/compare.ipynb #7ec4cc51
 class Compare(View):
@@ -63,7 +58,7 @@ class Compare(View):
         look = {"width": "380px", "max_width": "98%"}
         self.chosen = W.SelectMultiple(description="matrices", rows=4, layout=look, style={"description_width": "60px"})
         self.what = choice("score", ["formatted", "valid", "content"], 170, 50)
-        self.cost = choice("cost", [(said, name) for name, said in _costs.items()], 280)
+        self.cost = choice("cost", [(said, name) for name, said in costs_known.items()], 280)
 
 # %% ../../nbs/views/compare.ipynb #5208a760
 @patch(cls_method=True)
@@ -90,14 +85,7 @@ def _tabulate(self:Compare):
     "Make the table of `table` when it is opened."
     if self.more.selected_index is None:
         return
-    records = [record for line in self.lines.values() for record, _ in line]
-    lines = [line for line in table(records).markdown().splitlines() if line.startswith("|")]
-    if not lines:
-        self.table.value = "The table comes when a run of this stream has finished."
-        return
-    cells = [line.strip("|").split("|") for line in lines]
-    head, _, *rows = [[cell.strip() for cell in line] for line in cells]
-    self.table.value = grid(head, rows)
+    self.table.value = table_of([record for line in self.lines.values() for record, _ in line])
 
 # %% ../../nbs/views/compare.ipynb #96cba116
 _square = {"tickfont": {"size": 9.5}, "showgrid": False}
@@ -114,7 +102,7 @@ def _make(self:Compare) -> go.FigureWidget:
     layout |= axes("5", {"title": "percent", "type": "linear"}, settings)
     for place, title in (("6", "forgetting, points"), ("7", "")):
         layout |= axes(place, {"title": title}, {"title": "average accuracy, %"})
-    return figure([*heats, *_interval_traces(), *cloud_traces(6), *cloud_traces(7)], layout, 720)
+    return figure([*heats, *interval_traces(), *cloud_traces(6), *cloud_traces(7)], layout, 720)
 
 @patch
 def _panels(self:Compare, shown:list, # (title, records) of each matrix
@@ -132,19 +120,6 @@ def _panels(self:Compare, shown:list, # (title, records) of each matrix
             [Panel("5", "kept ●, just learned ○, forgotten ◆", 170, left=room_for(settings), **low),
              Panel("6", "accuracy against forgetting", 190, left=62, **low),
              Panel("7", "accuracy against cost", 190, left=62, **low)]]
-
-# %% ../../nbs/views/compare.ipynb #3cee845c
-_shown = {"average_accuracy": ("kept", "circle"), "learning_accuracy": ("just learned", "circle-open"),
-          "forgetting": ("forgotten", "diamond")} # Metrics with an interval
-
-def _interval_traces() -> list:
-    "Make one trace per metric."
-    out = []
-    for name, symbol in _shown.values():
-        hover = "%{y}<br>" + name + " %{x:.1f}<extra></extra>"
-        out.append(go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", name=name,
-                              marker={"symbol": symbol, "size": 9}, hovertemplate=hover))
-    return out
 
 # %% ../../nbs/views/compare.ipynb #aa4bfb91
 @patch
@@ -172,7 +147,7 @@ def draw(self:Compare):
         some = self._intervals()
         cost = self.cost.value
         known = {"6": self._cloud(7, "forgetting"), "7": self._cloud(10, cost), "5": some}
-        self.fig.layout.xaxis7.title = _costs[cost]
+        self.fig.layout.xaxis7.title = costs_known[cost]
         heads = [spot.title for spot in spots.values()]
         empty = [spots[number] for number, on in known.items() if not on]
         soon = [noted("comes when a run of this stream has finished", spot, self.colors) for spot in empty]
@@ -187,18 +162,13 @@ def _shown(self:Compare) -> list: # [(title, records)]
         shown = [(self.picked.name, [self.picked]), *shown]
     return [(self._titled(name, records), records) for name, records in shown[:4]]
 
-def _same_cells(records:list) -> list:
-    "Keep the records that have the first one's rows and columns."
-    first = records[0].rows, records[0].columns
-    return [record for record in records if (record.rows, record.columns) == first]
-
 @patch
 def _titled(self:Compare, name:str, records:list) -> str:
     "Say what a matrix is the mean of."
     count = len(records)
     if self.picked in records and count == 1:
         return f"▸ {name[:28]}"
-    same = len(_same_cells(records))
+    same = len(same_cells(records))
     how = f"{same} of {count} runs" if same < count else counted(count)
     return f"{name[:24]} ({how})"
 
@@ -217,7 +187,7 @@ def _matrix(self:Compare, index:int, # Of the heat map
         return
     first = records[0]
     rows = [f"{at} {name}" if first.rows.count(name) > 1 else name for at, name in enumerate(first.rows)]
-    scores = [record.matrix(self.what.value) for record in _same_cells(records)]
+    scores = [record.matrix(self.what.value) for record in same_cells(records)]
     mean = np.mean(scores, 0)[:, first.of("stream")]
     heat.x, heat.y, heat.z = first.tasks, rows, mean
     high = self.high*(spot.y1 - spot.y0)
@@ -233,7 +203,7 @@ def _intervals(self:Compare) -> bool: # Is there anything to show?
     "Draw means and intervals per setting, best average accuracy on top; an unfinished run has none."
     order = list(self.chosen.options)[::-1]
     known = False
-    for trace, key in zip(self.fig.data[4:7], _shown):
+    for trace, key in zip(self.fig.data[4:7], metrics_shown):
         found = [interval(self.lines[name], key) for name in order]
         known |= any(np.isfinite(mean) for mean, _ in found)
         trace.x = [mean if np.isfinite(mean) else None for mean, _ in found]
@@ -251,14 +221,15 @@ def _cloud(self:Compare, at:int, # Number of its first trace
           ) -> bool: # Is there anything to show?
     "Draw runs as small dots, means as large ones, and the front through them; an unfinished run has no place yet."
     line, dots, means = self.fig.data[at:at + 3]
-    runs = self._located(key)
+    runs = located(self.lines, key)
     self._draw_dots(dots, runs)
     places = defaultdict(list)
     for x, y, _, name in runs:
         places[name].append((x, y))
     names, mids = list(places), [np.mean(own, 0).tolist() for own in places.values()]
-    self._draw_means(means, mids, names)
-    self._axes_of(at, bool(mids))
+    draw_means(means, mids, names)
+    self._mark(means, names)
+    self._axes_of(at, runs)
     best = [mids[index] for index in front(mids, (-1, 1))] if mids else []
     line.x = [x for x, _ in best]
     line.y = [y for _, y in best]
@@ -266,18 +237,7 @@ def _cloud(self:Compare, at:int, # Number of its first trace
     return bool(mids)
 
 @patch
-def _located(self:Compare, key:str) -> list: # [(x, y, record, setting)]
-    "Find the places of finished runs: what is on the x axis, and average accuracy."
-    out = []
-    for name, line in self.lines.items():
-        for record, summary in line:
-            place = number(summary[key]), number(summary["average_accuracy"])
-            if np.isfinite(place).all():
-                out.append((*place, record, name))
-    return out
-
-@patch
-def _draw_dots(self:Compare, dots, runs:list): # As `_located` gives them
+def _draw_dots(self:Compare, dots, runs:list): # As `located` gives them
     "Draw runs; the picked one is larger and has a rim."
     dots.x = [x for x, *_ in runs]
     dots.y = [y for _, y, *_ in runs]
@@ -288,22 +248,13 @@ def _draw_dots(self:Compare, dots, runs:list): # As `_located` gives them
     dots.marker.line = {"color": self.colors["ink"], "width": [1.5*own for own in picked]}
 
 @patch
-def _draw_means(self:Compare, means, mids:list, names:list):
-    "Draw the mean of each setting, with its name where there are few."
-    means.text = [name[:22] for name in names]
-    means.x = [x for x, _ in mids]
-    means.y = [y for _, y in mids]
-    means.mode = "markers+text" if len(mids) <= 8 else "markers"
-    means.textposition = sides(mids) if mids else []
-    self._mark(means, names)
-
-@patch
-def _axes_of(self:Compare, at:int, known:bool):
-    "Run the axes from 0 to 100 while there is nothing that they could fit."
+def _axes_of(self:Compare, at:int, runs:list):
+    "Let the axes fit the runs; without any, or around a single one, they have a width that can be read."
     place = {7: "6", 10: "7"}[at]
-    for side in "xy":
-        self.fig.layout[f"{side}axis{place}"].update(range=None if known else [0, 100], autorange=known)
-    self.fig.layout[f"xaxis{place}"].showticklabels = known
+    for side, values in zip("xy", ([x for x, *_ in runs], [y for _, y, *_ in runs])):
+        span = span_of(values)
+        self.fig.layout[f"{side}axis{place}"].update(range=span, autorange=span is None)
+    self.fig.layout[f"xaxis{place}"].showticklabels = bool(runs)
 
 # %% ../../nbs/views/compare.ipynb #949e50b9
 @patch

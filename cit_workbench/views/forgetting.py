@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from ..core.errors import CitError
 from ..record.record import Record
 from .answers import Answers, Samples
-from .curves import curve_traces, hover_text, score_names
+from .curves import curve_traces, step_heats, hover_text, score_names
 from .panels import colour_bar, noted, Panel, readable, room_for, slant
-from .parts import axes, bands, heat_map, upright
+from .parts import axes, bands, upright
 from .pieces import choice, knobs, offer
 from .story import doing, layered, nearest, probed, Story
 from .view import figure, framed, View
@@ -58,8 +58,6 @@ class Forgetting(View):
                                      tooltip="keep the slider at the newest step")
 
 # %% ../../nbs/views/forgetting.ipynb #de5af18e
-_cells = {2: "%{x}<br>layer %{y}<br>%{z:.3g}", 3: "%{x}<br>layer %{y}<br>cosine %{z:.2f}",
-          4: "asked %{y}<br>answered as %{x}<br>%{z:.0f} %"} # What hovering says, by panel
 _square = {"showgrid": False, "tickfont": {"size": 10}}
 
 @patch
@@ -72,11 +70,8 @@ def _make(self:Forgetting) -> go.FigureWidget:
         layout[f"yaxis{number}"] |= {"title": "layer"}
     layout["yaxis4"] |= {"autorange": "reversed"}
 
-    heats = [heat_map(number, hovertemplate=f"{hover}<extra></extra>") for number, hover in _cells.items()]
-    heats[1].update(zmin=-1, zmax=1)
-    heats[2].update(zmin=0, zmax=100)
     acts = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines", showlegend=False, hovertemplate=hover_text)
-    return figure([*curve_traces(self.tasks), *heats, acts], layout, 720)
+    return figure([*curve_traces(self.tasks), *step_heats(), acts], layout, 720)
 
 # %% ../../nbs/views/forgetting.ipynb #c9f105a7
 @patch

@@ -22,10 +22,11 @@ from ..record.record import find_runs, Record
 from .measured import clustered
 from .panels import colour_bar, noted, Panel, readable, room_for, slant, wrapped
 from .parts import axes, heat_map, remark
-from .pieces import choice, grid, knobs, picture
+from .pieces import choice, knobs
 from .view import figure, framed, View
 from .story import Story, stream_of
 from .theme import template
+from .pairs import examples_table, in_words, lost_between, measures_in, pair_traces
 
 # %% ../../nbs/views/similarity.ipynb #c133fca8
 class Similarity(View):
@@ -45,7 +46,7 @@ class Similarity(View):
         self.runs = [] if runs is None else find_runs(runs)
         self.tasks = [task for task in (self.rec or self.c).tasks if task in self.c.tasks]
         self.pairs = pair_matrices(read_pairs(pairs)[1], self.tasks) if pairs else (None, None)
-        self.place = choice("similarity", self._measures(), 300)
+        self.place = choice("similarity", measures_in(self.c), 300)
         self.what = choice("drop of", ["formatted", "valid", "content"], 190)
         self.order = choice("order", ["stream", "clustered"], 170)
         self.frame, self.examples = framed(self._make()), W.HTML()
@@ -59,14 +60,6 @@ class Similarity(View):
 def open_run(cls:Similarity, rec:Record, dark:bool|None=None, *, collected:Path) -> Similarity:
     "Open it with the file of measured tasks."
     return cls(collected, rec, dark=dark)
-
-# %% ../../nbs/views/similarity.ipynb #a8a1a593
-@patch
-def _measures(self:Similarity) -> list:
-    "List where similarity was measured, gradients and importance last."
-    places = sorted(self.c.places(), key=lambda place: place.startswith("gradient"))
-    weighed = "importance/overlap" in self.c.arrays
-    return places + ["importance"]*weighed
 
 # %% ../../nbs/views/similarity.ipynb #c029819e
 _squares = ("similarity", "drop in the stream, points", "drop in pairs alone, points",
@@ -85,7 +78,7 @@ def _make(self:Similarity) -> go.FigureWidget:
     layout |= axes("5", {"title": "optimiser steps"}, {"title": "score, %"})
     layout |= axes("6", {"title": "layer"}, {"title": "cosine", "range": [-1, 1]})
     layout |= axes("7", {}, {"title": "points"})
-    return figure(heats + _pair_traces(), layout, 680)
+    return figure(heats + pair_traces(), layout, 680)
 
 @patch
 def _panels(self:Similarity,
@@ -105,19 +98,6 @@ def _panels(self:Similarity,
     cosines = Panel("6", "gradient cosine: start ▮, in training ◆", 150, **low)
     lost = Panel("7", f"what {old} lost", 150, **low)
     return [*rows, [course, cosines, lost]]
-
-# %% ../../nbs/views/similarity.ipynb #9000a0e2
-def _pair_traces() -> list:
-    "Make the old task's course and its rows of R; cosines at the start and in training; what was lost."
-    def on(panel): return {"x": [], "y": [], "xaxis": f"x{panel}", "yaxis": f"y{panel}"}
-    def saying(text): return {"hovertemplate": f"{text}<extra></extra>"}
-    step, layer = saying("step %{x}: %{y:.1f}"), saying("layer %{x}: %{y:.2f}")
-    course = go.Scatter(mode="lines+markers", marker={"size": 6}, **step, **on(5))
-    rows = go.Scatter(mode="markers", marker={"size": 10, "symbol": "circle-open"}, **step, **on(5))
-    start = go.Bar(**layer, **on(6))
-    seen = go.Scatter(mode="markers", marker={"symbol": "diamond", "size": 9}, **layer, **on(6))
-    lost = go.Bar(**saying("%{x}: %{y:.1f} points"), **on(7))
-    return [course, rows, start, seen, lost]
 
 # %% ../../nbs/views/similarity.ipynb #d817b51c
 @patch
@@ -229,16 +209,10 @@ def _says(self:Similarity, matrices:list) -> str:
     said = ""
     if matrices[index] is not None:
         what = _squares[index].partition(",")[0]
-        try: said = _in_words(mantel(matrices[0], matrices[index]), what)
+        try: said = in_words(mantel(matrices[0], matrices[index]), what)
         except CitError: said = "No test of similarity against the drop: some pairs of tasks were never neighbours."
     hint = "" if self.cell else _hint
     return f"{said} {hint}".strip()
-
-def _in_words(found:dict, # From `mantel`
-              what:str) -> str:
-    "Say a correlation."
-    r, p = f"{found['pearson']:.2f}", f"{found['p_pearson']:.3f}"
-    return f"Similarity and {what}: r = {r}, p = {p} ({found['cells']} pairs, tasks permuted)."
 
 # %% ../../nbs/views/similarity.ipynb #a89f81ca
 @patch
@@ -276,7 +250,7 @@ def _pair(self:Similarity):
     (start.x, start.y), (seen.x, seen.y) = self.cosines
     layers, _ = self.cosines[0]
     start.visible = bool(len(layers)) # Plotly draws bars without an x at NaN
-    lost.x, lost.y = ["as formatted", "format", "content"], self._split(old, new)
+    lost.x, lost.y = ["as formatted", "format", "content"], lost_between(self.rec, old, new)
 
 @patch
 def _lacking(self:Similarity, spot) -> list: # Annotations
@@ -314,27 +288,9 @@ def _cosines(self:Similarity, old:str, new:str) -> tuple: # ((layers, at the sta
     numbers = [str(layer) for layer in range(len(mean))]
     return (layers, cosines), (numbers, mean)
 
-@patch
-def _split(self:Similarity, old:str, new:str) -> list: # Points: as formatted, of format, of content
-    "Return how the old task's three scores fell from the row before the new task to the one after it."
-    if not self.rec or new not in self.rec.rows: return [0, 0, 0]
-    row = self.rec.rows.index(new)
-    column = [name for name, _ in self.rec.columns].index(old)
-    scores = map(self.rec.matrix, ("formatted", "valid", "content"))
-    return [float(R[row - 1, column] - R[row, column]) for R in scores]
-
 # %% ../../nbs/views/similarity.ipynb #d6738703
 @patch
 def _show_examples(self:Similarity, count:int=3):
     "Show examples of both tasks."
     stream = stream_of(self.rec) if self.rec else get_stream(self.c.about["stream"])
-    def said(example):
-        question, answer = html.escape(example.question), html.escape(example.answer)
-        return f'<div style="max-width:170px">{question}</div><b>{answer}</b>'.replace("\n", "<br>")
-    def cells(name):
-        for index in range(count):
-            example = stream.task(name).example("train", index)
-            yield picture(example.image, 90)
-            yield said(example)
-    rows = [[html.escape(task), *cells(task)] for task in dict.fromkeys(self.cell)]
-    self.examples.value = grid(["task"] + ["example", ""]*count, rows)
+    self.examples.value = examples_table(stream, self.cell, count)

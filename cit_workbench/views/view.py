@@ -15,6 +15,7 @@ from copy import deepcopy
 
 import ipywidgets as W
 import plotly.graph_objects as go
+import traitlets
 from IPython import get_ipython
 from fastcore.basics import patch
 
