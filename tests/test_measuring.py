@@ -8,7 +8,7 @@ import pytest
 from cit_workbench.core.paths import cache_dir
 from cit_workbench.measure.evaluate import Net, collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
-from cit_workbench.views.measured import collected_for
+from cit_workbench.views.measured import Measures, collected_for
 from cit_workbench.measure.spectra import read_collected
 
 ARGS = {"tasks": ["col-word", "cap-day"], "n_train": 96, "n_val": 8, "n_test": 8}
@@ -81,12 +81,11 @@ def test_a_run_started_elsewhere_is_measured_where_its_data_are(run, tmp_path, m
 
 def test_measures_of_something_else_do_not_begin_again():
     "A process that ends well and leaves nothing that fits is not started once more."
-    from cit_workbench.dashboard import Workbench
     over = SimpleNamespace(failed=lambda: "", over=lambda: True)
-    bench = SimpleNamespace(measure=lambda: over, collected=lambda: None)
-    assert "the same names have changed" in Workbench._measured(bench)
-    bench.collected = lambda: "x.npz"
-    assert Workbench._measured(bench) == ""
+    measures = SimpleNamespace(begin=lambda rec: over, file=lambda rec: None)
+    assert "the same names have changed" in Measures.awaited(measures, None)
+    measures.file = lambda rec: "x.npz"
+    assert Measures.awaited(measures, None) == ""
 
 
 def test_what_cannot_be_measured_is_a_sentence(run):

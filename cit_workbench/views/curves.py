@@ -12,7 +12,8 @@ from .parts import heat_map
 from .theme import marks
 
 # %% ../../nbs/views/curves.ipynb #d37915d8
-score_names = {"formatted": "score as formatted, %", "valid": "format-valid, %", "content": "content by forced choice, %",
+score_names = {"formatted": "score as formatted, %", "valid": "format-valid, %",
+               "content": "content by forced choice, %",
            "nll": "NLL of the answer, nats per token"}
 hover_text = "%{fullData.name}<br>step %{x}<br>%{y:.3g}<extra></extra>"
 
