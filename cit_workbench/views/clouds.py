@@ -10,15 +10,17 @@ import numpy as np
 import plotly.graph_objects as go
 
 # %% ../../nbs/views/clouds.ipynb #8615390a
-def cloud_traces(number:int, # Of the axes
-                 ) -> list:
+def cloud_traces(of:str, # What is on the x axis
+                 number:int, # Of the axes
+                 ) -> dict: # {name: trace}
     "Make the front, the runs, and the means of settings."
     at = {"xaxis": f"x{number}", "yaxis": f"y{number}", "x": [], "y": []}
     hover = "%{text}<br>%{x:.3g}, %{y:.1f} %<extra></extra>"
     name = {"textfont": {"size": 10}, "cliponaxis": False}
-    return [go.Scatter(mode="lines", line={"width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip", **at),
-            go.Scatter(mode="markers", opacity=.5, marker={"size": 6}, hovertemplate=hover, **at),
-            go.Scatter(mode="markers+text", marker={"size": 10}, hovertemplate=hover, **name, **at)]
+    line = go.Scatter(mode="lines", line={"width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip", **at)
+    runs = go.Scatter(mode="markers", opacity=.5, marker={"size": 6}, hovertemplate=hover, **at)
+    means = go.Scatter(mode="markers+text", marker={"size": 10}, hovertemplate=hover, **name, **at)
+    return {f"{of} front": line, f"{of} runs": runs, f"{of} means": means}
 
 # %% ../../nbs/views/clouds.ipynb #097a7e4d
 def _side(places, own:int) -> str:
@@ -44,13 +46,13 @@ def sides(points:list|np.ndarray, # [n, 2]
 metrics_shown = {"average_accuracy": ("kept", "circle"), "learning_accuracy": ("just learned", "circle-open"),
           "forgetting": ("forgotten", "diamond")} # Metrics with an interval
 
-def interval_traces() -> list:
+def interval_traces() -> dict: # {name: trace}
     "Make one trace per metric."
-    out = []
+    out = {}
     for name, symbol in metrics_shown.values():
         hover = "%{y}<br>" + name + " %{x:.1f}<extra></extra>"
-        out.append(go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", name=name,
-                              marker={"symbol": symbol, "size": 9}, hovertemplate=hover))
+        out[name] = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="markers", name=name,
+                               marker={"symbol": symbol, "size": 9}, hovertemplate=hover)
     return out
 
 # %% ../../nbs/views/clouds.ipynb #b8d3086e

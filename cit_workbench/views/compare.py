@@ -93,16 +93,16 @@ _square = {"tickfont": {"size": 9.5}, "showgrid": False}
 @patch
 def _make(self:Compare) -> go.FigureWidget:
     "Make four matrices above; intervals and two clouds below."
-    layout, heats = {"showlegend": False}, []
+    layout, heats = {"showlegend": False}, {}
     hover = "after %{y}<br>%{x}: %{z:.1f} %<extra></extra>"
     for place in range(1, 5):
         layout |= axes(str(place), _square, _square)
-        heats.append(heat_map(place, zmin=0, zmax=100, hovertemplate=hover))
+        heats[f"matrix {place}"] = heat_map(place, zmin=0, zmax=100, hovertemplate=hover)
     settings = {"dtick": 1, "tickfont": {"size": 10}, "type": "category"}
     layout |= axes("5", {"title": "percent", "type": "linear"}, settings)
     for place, title in (("6", "forgetting, points"), ("7", "")):
         layout |= axes(place, {"title": title}, {"title": "average accuracy, %"})
-    return figure([*heats, *interval_traces(), *cloud_traces(6), *cloud_traces(7)], layout, 720)
+    return figure(heats | interval_traces() | cloud_traces("forgetting", 6) | cloud_traces("cost", 7), layout, 720)
 
 @patch
 def _panels(self:Compare, shown:list, # (title, records) of each matrix
@@ -125,15 +125,15 @@ def _panels(self:Compare, shown:list, # (title, records) of each matrix
 @patch
 def paint(self:Compare):
     "Give all traces the colours of the theme."
-    colours, data = self.colors, self.fig.data
+    colours, trace = self.colors, self.trace
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for heat in data[:4]:
-            heat.colorscale = colours["amount"]
-        for trace, index in zip(data[4:7], (0, 0, 1)):
-            trace.marker.color = trace.error_x.color = colours["hues"][index]
-        for line in (data[7], data[10]):
-            line.line.color = colours["faint"]
+        for place in range(1, 5):
+            trace[f"matrix {place}"].colorscale = colours["amount"]
+        for name, index in (("kept", 0), ("just learned", 0), ("forgotten", 1)):
+            trace[name].marker.color = trace[name].error_x.color = colours["hues"][index]
+        for cloud in ("forgetting", "cost"):
+            trace[f"{cloud} front"].line.color = colours["faint"]
 
 @patch
 def draw(self:Compare):
@@ -146,7 +146,7 @@ def draw(self:Compare):
             self._matrix(index, spots.get(str(index + 1)), records)
         some = self._intervals()
         cost = self.cost.value
-        known = {"6": self._cloud(7, "forgetting"), "7": self._cloud(10, cost), "5": some}
+        known = {"6": self._cloud("forgetting", "forgetting"), "7": self._cloud("cost", cost), "5": some}
         self.fig.layout.xaxis7.title = costs_known[cost]
         heads = [spot.title for spot in spots.values()]
         empty = [spots[number] for number, on in known.items() if not on]
@@ -178,8 +178,8 @@ def _matrix(self:Compare, index:int, # Of the heat map
             spot, # Where it lies; None: nowhere
             records:list): # The first says what rows and columns are
     "Draw the mean R of those records that have the first one's rows and columns."
-    heat, layout = self.fig.data[index], self.fig.layout
     place = index + 1
+    heat, layout = self.trace[f"matrix {place}"], self.fig.layout
     heat.visible = spot is not None
     for side in "xy":
         layout[f"{side}axis{place}"].visible = heat.visible
@@ -203,7 +203,8 @@ def _intervals(self:Compare) -> bool: # Is there anything to show?
     "Draw means and intervals per setting, best average accuracy on top; an unfinished run has none."
     order = list(self.chosen.options)[::-1]
     known = False
-    for trace, key in zip(self.fig.data[4:7], metrics_shown):
+    for key, (said, _) in metrics_shown.items():
+        trace = self.trace[said]
         found = [interval(self.lines[name], key) for name in order]
         known |= any(np.isfinite(mean) for mean, _ in found)
         trace.x = [mean if np.isfinite(mean) else None for mean, _ in found]
@@ -216,11 +217,11 @@ def _intervals(self:Compare) -> bool: # Is there anything to show?
 
 # %% ../../nbs/views/compare.ipynb #b090bb42
 @patch
-def _cloud(self:Compare, at:int, # Number of its first trace
+def _cloud(self:Compare, at:str, # "forgetting" or "cost"
            key:str, # What is on the x axis
           ) -> bool: # Is there anything to show?
     "Draw runs as small dots, means as large ones, and the front through them; an unfinished run has no place yet."
-    line, dots, means = self.fig.data[at:at + 3]
+    line, dots, means = (self.trace[f"{at} {part}"] for part in ("front", "runs", "means"))
     runs = located(self.lines, key)
     self._draw_dots(dots, runs)
     places = defaultdict(list)
@@ -248,9 +249,9 @@ def _draw_dots(self:Compare, dots, runs:list): # As `located` gives them
     dots.marker.line = {"color": self.colors["ink"], "width": [1.5*own for own in picked]}
 
 @patch
-def _axes_of(self:Compare, at:int, runs:list):
+def _axes_of(self:Compare, at:str, runs:list):
     "Let the axes fit the runs; without any, or around a single one, they have a width that can be read."
-    place = {7: "6", 10: "7"}[at]
+    place = {"forgetting": "6", "cost": "7"}[at]
     for side, values in zip("xy", ([x for x, *_ in runs], [y for _, y, *_ in runs])):
         span = span_of(values)
         self.fig.layout[f"{side}axis{place}"].update(range=span, autorange=span is None)
@@ -269,13 +270,12 @@ def _mark(self:Compare, trace, names:list):
 @patch
 def listen(self:Compare):
     "Pick what is clicked in the clouds."
-    for at in (7, 10):
-        dots, means = self.fig.data[at + 1:at + 3]
-        dots.on_click(lambda *clicked, at=at: self._on_run(at, *clicked))
-        means.on_click(lambda *clicked, at=at: self._on_mean(at, *clicked))
+    for at in ("forgetting", "cost"):
+        self.trace[f"{at} runs"].on_click(lambda *clicked, at=at: self._on_run(at, *clicked))
+        self.trace[f"{at} means"].on_click(lambda *clicked, at=at: self._on_mean(at, *clicked))
 
 @patch
-def _on_run(self:Compare, at:int, trace, points, state):
+def _on_run(self:Compare, at:str, trace, points, state):
     "Pick a run, or let it go when it is picked."
     if not points.point_inds:
         return
@@ -284,7 +284,7 @@ def _on_run(self:Compare, at:int, trace, points, state):
     self.picked = None if run is self.picked else run
 
 @patch
-def _on_mean(self:Compare, at:int, trace, points, state):
+def _on_mean(self:Compare, at:str, trace, points, state):
     "Put a setting's matrix first."
     if not points.point_inds:
         return

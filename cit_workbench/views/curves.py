@@ -14,29 +14,30 @@ from .theme import marks
 # %% ../../nbs/views/curves.ipynb #d37915d8
 score_names = {"formatted": "score as formatted, %", "valid": "format-valid, %",
                "content": "content by forced choice, %",
-           "nll": "NLL of the answer, nats per token"}
+               "nll": "NLL of the answer, nats per token"}
 hover_text = "%{fullData.name}<br>step %{x}<br>%{y:.3g}<extra></extra>"
 
 def curve_traces(tasks:list, # Names
-                ) -> list:
+                ) -> dict: # {name: trace}
     "Make two traces per task: its curve, and its column of R."
-    out = []
+    out = {}
     for index, task in enumerate(tasks):
         shape = marks[index % 8]
         mark = {"symbol": shape, "size": 6.5}
         hollow = {"symbol": f"{shape}-open", "size": 10, "line": {"width": 2}}
         line = {"legendgroup": task, "x": [], "y": [], "hovertemplate": hover_text}
-        out += [go.Scatter(name=task, mode="lines+markers", line={"width": 2}, marker=mark, **line),
-                go.Scatter(name=f"{task}, row of R", showlegend=False, mode="markers", marker=hollow, **line)]
+        out[f"{task} curve"] = go.Scatter(name=task, mode="lines+markers", line={"width": 2}, marker=mark, **line)
+        out[f"{task} rows"] = go.Scatter(name=f"{task}, row of R", showlegend=False, mode="markers", marker=hollow,
+                                         **line)
     return out
 
 # %% ../../nbs/views/curves.ipynb #8b0e4fcd
 _cells = {2: "%{x}<br>layer %{y}<br>%{z:.3g}", 3: "%{x}<br>layer %{y}<br>cosine %{z:.2f}",
           4: "asked %{y}<br>answered as %{x}<br>%{z:.0f} %"} # What hovering says, by panel
 
-def step_heats() -> list: # Heat maps
+def step_heats() -> dict: # {name: heat map}
     "Make the panels of layers, of gradient cosines, and of the formats of answers."
     heats = [heat_map(number, hovertemplate=f"{hover}<extra></extra>") for number, hover in _cells.items()]
     heats[1].update(zmin=-1, zmax=1)
     heats[2].update(zmin=0, zmax=100)
-    return heats
+    return dict(zip(("layers", "cosines", "formats"), heats))

@@ -71,22 +71,22 @@ def _make(self:Forgetting) -> go.FigureWidget:
     layout["yaxis4"] |= {"autorange": "reversed"}
 
     acts = go.Scatter(x=[], y=[], xaxis="x5", yaxis="y5", mode="lines", showlegend=False, hovertemplate=hover_text)
-    return figure([*curve_traces(self.tasks), *step_heats(), acts], layout, 720)
+    return figure(curve_traces(self.tasks) | step_heats() | {"acts": acts}, layout, 720)
 
 # %% ../../nbs/views/forgetting.ipynb #c9f105a7
 @patch
 def paint(self:Forgetting):
     "Give all traces the colours of the theme."
     colours = self.colors
-    count = 2*len(self.tasks)
-    curves, rest = self.fig.data[:count], self.fig.data[count:]
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for index, trace in enumerate(curves):
-            trace.line.color = trace.marker.color = colours["hues"][index//2 % 8]
-        for heat, scale in zip(rest, ("amount", "sign", "amount")):
-            heat.colorscale = colours[scale]
-        rest[-1].line.color = colours["ink"]
+        for index, task in enumerate(self.tasks):
+            for part in ("curve", "rows"):
+                trace = self.trace[f"{task} {part}"]
+                trace.line.color = trace.marker.color = colours["hues"][index % 8]
+        for name, scale in (("layers", "amount"), ("cosines", "sign"), ("formats", "amount")):
+            self.trace[name].colorscale = colours[scale]
+        self.trace["acts"].line.color = colours["ink"]
 
 # %% ../../nbs/views/forgetting.ipynb #b1a26756
 @patch
@@ -111,8 +111,8 @@ def _moved(self:Forgetting, change):
 @patch
 def listen(self:Forgetting):
     "Go to the step of a curve's mark that is clicked."
-    for curve in self.fig.data[:2*len(self.tasks):2]:
-        curve.on_click(self._clicked)
+    for task in self.tasks:
+        self.trace[f"{task} curve"].on_click(self._clicked)
 
 @patch
 def _clicked(self:Forgetting, trace, points, state):
@@ -182,7 +182,7 @@ def _curves(self:Forgetting):
     story, score = self.story, self.score.value
     self.known = []
     for index, task in enumerate(self.tasks):
-        line, ends = self.fig.data[2*index:2*index + 2]
+        line, ends = self.trace[f"{task} curve"], self.trace[f"{task} rows"]
         curve, column = story.line(task, score), story.ends(task, score)
         probed_at, measured_at = np.isfinite(curve[1]), np.isfinite(column[1])
         self.known += [*curve[1][probed_at], *column[1][measured_at]]
@@ -221,7 +221,7 @@ def _acts(self:Forgetting) -> bool: # Does it say anything?
     "Draw what the method says of itself, through the same steps."
     name = self.stat.value
     on = bool(name)
-    line, layout = self.fig.data[-1], self.fig.layout
+    line, layout = self.trace["acts"], self.fig.layout
     self.stat.layout.display = None if on else "none"
     line.x, line.y = zip(*self.story.stats[name]) if on else ([], [])
     line.name = name or ""
@@ -237,8 +237,7 @@ def _show(self:Forgetting, number:str, # Of the panel's axes
           x, y, z,
           form:str, chars:int): # Of the longest value
     "Fill a panel; without values it is not there."
-    heats, layout = self.fig.data[2*len(self.tasks):], self.fig.layout
-    heat = heats[int(number) - 2]
+    heat, layout = self.trace[{"2": "layers", "3": "cosines", "4": "formats"}[number]], self.fig.layout
     on = bool(np.size(z))
     heat.x, heat.y, heat.z, heat.visible = x, y, z, on
     high = self.high*(spot.y1 - spot.y0)

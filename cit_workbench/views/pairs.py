@@ -16,7 +16,7 @@ from ..record.record import Record
 from .pieces import grid, picture
 
 # %% ../../nbs/views/pairs.ipynb #6fc275ff
-def pair_traces() -> list:
+def pair_traces() -> dict: # {name: trace}
     "Make the old task's course and its rows of R; cosines at the start and in training; what was lost."
     def on(panel): return {"x": [], "y": [], "xaxis": f"x{panel}", "yaxis": f"y{panel}"}
     def saying(text): return {"hovertemplate": f"{text}<extra></extra>"}
@@ -26,7 +26,7 @@ def pair_traces() -> list:
     start = go.Bar(**layer, **on(6))
     seen = go.Scatter(mode="markers", marker={"symbol": "diamond", "size": 9}, **layer, **on(6))
     lost = go.Bar(**saying("%{x}: %{y:.1f} points"), **on(7))
-    return [course, rows, start, seen, lost]
+    return {"course": course, "rows": rows, "start": start, "seen": seen, "lost": lost}
 
 # %% ../../nbs/views/pairs.ipynb #ecca1b0f
 def in_words(found:dict, # From `mantel`

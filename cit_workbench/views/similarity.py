@@ -62,23 +62,24 @@ def open_run(cls:Similarity, rec:Record, dark:bool|None=None, *, collected:Path)
     return cls(collected, rec, dark=dark)
 
 # %% ../../nbs/views/similarity.ipynb #c029819e
+_heats = ("similarity", "drops", "pair drops", "pair transfer") # Names of their traces
 _squares = ("similarity", "drop in the stream, points", "drop in pairs alone, points",
             "transfer in pairs alone, points")
 
 @patch
 def _make(self:Similarity) -> go.FigureWidget:
     "Make four matrices above, three panels for a pair below."
-    layout, heats = {"showlegend": False}, []
+    layout, heats = {"showlegend": False}, {}
     look = {"tickfont": {"size": 9.5}, "showgrid": False}
     for number in range(1, 5):
         layout |= axes(str(number), look, {**look, "autorange": "reversed"})
         between = " and" if number == 1 else ", then"
         hover = f"%{{y}}{between} %{{x}}: %{{z:.2f}}<extra></extra>"
-        heats.append(heat_map(number, hovertemplate=hover))
+        heats[_heats[number - 1]] = heat_map(number, hovertemplate=hover)
     layout |= axes("5", {"title": "optimiser steps"}, {"title": "score, %"})
     layout |= axes("6", {"title": "layer"}, {"title": "cosine", "range": [-1, 1]})
     layout |= axes("7", {}, {"title": "points"})
-    return figure(heats + pair_traces(), layout, 680)
+    return figure(heats | pair_traces(), layout, 680)
 
 @patch
 def _panels(self:Similarity,
@@ -112,12 +113,12 @@ def paint(self:Similarity):
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
         scales = "amount", "sign", "sign", "sign"
-        for heat, scale in zip(self.fig.data[:4], scales):
-            heat.colorscale = colors[scale]
-        hues = 0, 0, 4, 1, 2
-        for trace, hue in zip(self.fig.data[4:], hues):
-            trace.marker.color = colors["hues"][hue]
-        self.fig.data[4].line.color = colors["hues"][0]
+        for name, scale in zip(_heats, scales):
+            self.trace[name].colorscale = colors[scale]
+        hues = {"course": 0, "rows": 0, "start": 4, "seen": 1, "lost": 2}
+        for name, hue in hues.items():
+            self.trace[name].marker.color = colors["hues"][hue]
+        self.trace["course"].line.color = colors["hues"][0]
 
 # %% ../../nbs/views/similarity.ipynb #7f3d847a
 @patch
@@ -167,7 +168,7 @@ def _square(self:Similarity,
             spot, # None: it is not shown
            ) -> list: # Annotations
     "Fill a matrix; one that is still to come says when."
-    heat, layout = self.fig.data[index], self.fig.layout
+    heat, layout = self.trace[_heats[index]], self.fig.layout
     names = [self.tasks[i] for i in order]
     heat.visible = matrix is not None
     for letter in "xy":
@@ -218,8 +219,8 @@ def _says(self:Similarity, matrices:list) -> str:
 @patch
 def listen(self:Similarity):
     "Hear clicks on cells of all matrices: the row's task is the old one."
-    for heat in self.fig.data[:4]:
-        heat.on_click(self._clicked)
+    for name in _heats:
+        self.trace[name].on_click(self._clicked)
 
 @patch
 def _clicked(self:Similarity, trace, points, state):
@@ -244,7 +245,7 @@ def _pair(self:Similarity):
             self.fig.layout[f"{letter}axis{number}"].visible = self.cell is not None
     if not self.cell: return
     old, new = self.cell
-    course, rows, start, seen, lost = self.fig.data[4:]
+    course, rows, start, seen, lost = (self.trace[name] for name in ("course", "rows", "start", "seen", "lost"))
     (course.x, course.y), (rows.x, rows.y) = self._course(old, new)
     self.cosines = self._cosines(old, new)
     (start.x, start.y), (seen.x, seen.y) = self.cosines

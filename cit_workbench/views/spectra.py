@@ -83,6 +83,7 @@ _names = (("direction", "√eigenvalue, per token"),
           ("k, directions of the task chosen", "share of energy"),
           ("principal angle, by rank", "angle, degrees"),
           ("optimiser steps", "")) # Of the axes, by panel
+_parts = ("spectrum", "energy", "angles", "course") # Of a task's traces, by panel
 _dashes = ("solid", "dash", "dot", "dashdot")
 
 @patch
@@ -96,8 +97,9 @@ def _make(self:Spectra) -> go.FigureWidget:
     layout["yaxis2"]["range"] = [0, 1.03]
     layout["yaxis3"]["range"] = [-2, 92]
     layout["xaxis3"]["rangemode"] = "tozero"
-    lines = [self._line(panel, number) for panel in range(1, 5) for number in range(len(self.tasks))]
-    return figure(lines + _bound_traces(), layout, 700)
+    lines = {f"{task} {part}": self._line(panel, number) for panel, part in enumerate(_parts, 1)
+             for number, task in enumerate(self.tasks)}
+    return figure(lines | _bound_traces(), layout, 700)
 
 # %% ../../nbs/views/spectra.ipynb #4aa9a866
 @patch
@@ -116,7 +118,7 @@ def _line(self:Spectra,
 
 _bounds_said = "k/d, by chance", "itself, other half"
 
-def _bound_traces() -> list:
+def _bound_traces() -> dict: # {name: trace}
     "Make lines for the chosen task's bootstrap band, for chance, and for its own other half."
     def line(name, **look):
         "Make a line in the panel of energy."
@@ -124,19 +126,20 @@ def _bound_traces() -> list:
     band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0},
                       fill="toself", opacity=.3, hoverinfo="skip", showlegend=False)
     chance, half = _bounds_said
-    return [band, line(chance, dash="dot", width=1), line(half, width=1.5)]
+    return {"band": band, "chance": line(chance, dash="dot", width=1), "half": line(half, width=1.5)}
 
 # %% ../../nbs/views/spectra.ipynb #6ecb9683
 @patch
 def paint(self:Spectra):
     "Set the colours of the theme."
-    colors, count = self.colors, len(self.tasks)
+    colors, named = self.colors, self.trace
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for index, trace in enumerate(self.fig.data[:4*count]):
-            trace.line.color = trace.marker.color = colors["hues"][index % count % 8]
-        *_, chance, half = self.fig.data
-        chance.line.color, half.line.color = colors["faint"], colors["ink"]
+        for index, task in enumerate(self.tasks):
+            for part in _parts:
+                trace = named[f"{task} {part}"]
+                trace.line.color = trace.marker.color = colors["hues"][index % 8]
+        named["chance"].line.color, named["half"].line.color = colors["faint"], colors["ink"]
 
 @patch
 def look(self:Spectra) -> bool:
@@ -183,8 +186,7 @@ def _task(self:Spectra,
           own:int, # Position of this task there
           directions:int):
     "Draw the four lines of a task; to itself it has neither energy nor angles."
-    count = len(self.tasks)
-    spectrum, energy, angle, course = self.fig.data[number:4*count:count]
+    spectrum, energy, angle, course = (self.trace[f"{self.tasks[number]} {part}"] for part in _parts)
     values = np.sqrt(get("values")[own])
     shown = int((values > 1e-4*values[0]).sum())
     spectrum.x = np.arange(1, shown + 1)
@@ -216,7 +218,7 @@ def _course(self:Spectra, task:str) -> tuple: # (steps, values)
 @patch
 def _bounds(self:Spectra, get, chosen:int):
     "Draw the chosen task's band, chance, and its own other half."
-    band, chance, half = self.fig.data[-3:]
+    band, chance, half = (self.trace[name] for name in ("band", "chance", "half"))
     low, high = get("band")[chosen]
     shown = int((low > 1e-4*high[0]).sum())
     x = np.arange(1, shown + 1)

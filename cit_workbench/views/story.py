@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+import cit_workbench.live.live # noqa: F401 (gives a record its state)
 from ..core.paths import placed
 from ..data.stream import get_stream, Stream
 from ..record.record import Lines, Record

@@ -32,6 +32,7 @@ class View(W.VBox):
     step = None # The step that is looked at, where there is one
     frame = None # What holds the figure, if there is one
     fig = property(lambda self: self.frame.children[0])
+    trace = property(lambda self: self.fig.trace) # {name: trace}
     colors = property(lambda self: palette(self.theme.dark))
     wide = property(lambda self: max(220, self.theme.width or 900)) # Pixels of the figure
     def __init__(self,
@@ -189,14 +190,21 @@ def _take_over(view):
 # %% ../../nbs/views/view.ipynb #d0bbb3ac
 class Figure(go.FigureWidget):
     "Let the kernel alone say what a figure holds: a page that lags behind deletes nothing."
+    _names = () # Of its traces
+    trace = property(lambda self: dict(zip(self._names, self.data)))
     def _handler_js2py_traceDeltas(self, change): pass
     def _handler_js2py_layoutDelta(self, change): pass
 
 _buttons = ["select2d", "lasso2d", "autoScale2d"]
 
-def figure(data:list, layout:dict, height:int) -> Figure:
+def figure(traces:dict|list, # {name: trace}, to be found again in `fig.trace`
+           layout:dict,
+           height:int, # Pixels
+          ) -> Figure:
     "Make a figure as wide as the page, without Plotly's logo."
-    fig = Figure(go.Figure(data, {"height": height, "autosize": True, "uirevision": "same", **layout}))
+    named = traces if isinstance(traces, dict) else dict(enumerate(traces))
+    fig = Figure(go.Figure([*named.values()], {"height": height, "autosize": True, "uirevision": "same", **layout}))
+    fig._names = tuple(named)
     fig._config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": _buttons}
     return fig
 
