@@ -20,7 +20,7 @@ from tiny import CHAINS, MORE, TASKS, train
 
 from cit_workbench.behaviour import COLUMNS, VERSIONS
 from cit_workbench.core.digests import canonical, digest
-from cit_workbench.views.launcher import fields_of
+from cit_workbench.views.fields import fields_of
 from cit_workbench.contract.registry import all_methods, method_class
 from cit_workbench.data.scorers import scorers
 from cit_workbench.data.stream import all_scorers, get_stream

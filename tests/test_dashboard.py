@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from cit_workbench.views.view import toy_run  # noqa: E402
+from cit_workbench.views.toy import toy_run # noqa: E402
 from lab import CHROMIUM, HALF, Lab, browser, notebook, server  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")

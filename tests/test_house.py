@@ -16,8 +16,7 @@ ROWS = {row["name"]: row for row in style.survey(ROOT)}
 # A room may import late, inside functions, for one of these reasons.
 LATE = {
     "commands": "a command imports what it needs, so that `cit --help` is there at once",
-    "dashboard": "the workbench opens before torch is loaded",
-    "views": "the form opens before torch is loaded",
+    "views": "the form and the workbench open before torch is loaded",
     "training": "whoever follows a run loads no torch",
     "live": "whoever follows a run loads no torch",
     "experiments": "plans and tables of sweeps and of the testbed load no torch",
@@ -28,10 +27,8 @@ DOWN = {("training/train", "live/live")}
 # Classes that still have methods on other pages; the list only gets shorter.
 SCATTERED = {("live/live", "Record")}
 # Modules that are still longer than 300 lines, or still have more than 12 public names; the lists only get shorter.
-LONG = {"dashboard", "live/live", "record/record", "training/control", "views/compare",
-        "views/similarity", "views/view"}
-MANY = {"live/live", "record/record", "training/checkpoint",
-        "training/control", "views/view"}
+LONG = {"live/live", "record/record", "training/control"}
+MANY = {"live/live", "record/record", "training/checkpoint", "training/control"}
 # Words that made sentences hard to read; pages say it in the field's words.
 RETIRED = re.compile(r"\bbeside\b|\bstands? in\b|\b(?:is|are|was|were) told\b|\bof (?:its|their|his) own\b|\balike\b|\blikeness\b"
                      r"|\bforetell|\bmend(?:s|ed)?\b|\bthe arms\b", re.I)

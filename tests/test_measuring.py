@@ -9,7 +9,7 @@ from cit_workbench.core.paths import cache_dir
 from cit_workbench.contract.examples import Examples
 from cit_workbench.measure.collect import collect
 from cit_workbench.live.measuring import Measuring, log_of, measured_by
-from cit_workbench.views.similarity import collected_for
+from cit_workbench.views.measured import Measures, collected_for
 from cit_workbench.measure.collected import read_collected
 
 ARGS = {"tasks": ["col-word", "cap-day"], "n_train": 96, "n_val": 8, "n_test": 8}
@@ -82,7 +82,7 @@ def test_a_run_started_elsewhere_is_measured_where_its_data_are(run, tmp_path, m
 
 def test_measures_of_something_else_do_not_begin_again():
     "A process that ends well and leaves nothing that fits is not started once more."
-    from cit_workbench.dashboard import Workbench
+    from cit_workbench.views.workbench import Workbench
     over = SimpleNamespace(failed=lambda: "", over=lambda: True)
     bench = SimpleNamespace(measure=lambda: over, collected=lambda: None)
     assert "the same names have changed" in Workbench._measured(bench)

@@ -15,7 +15,7 @@ from cit_workbench.core.paths import cache_dir, expanded, placed
 from cit_workbench.live.live import branch, run_of
 from cit_workbench.record.record import Record, find_runs
 from cit_workbench.training.train import Run, resume
-from cit_workbench.views.view import stream_of
+from cit_workbench.views.story import stream_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "import sys; from cit_workbench import main; sys.exit(main())"
@@ -51,7 +51,7 @@ def test_home_is_home_for_a_run_and_all_that_reads_it(home, capsys):
 
 
 def test_home_is_home_for_sweeps_figures_exports_and_the_workbench(home, capsys):
-    from cit_workbench.dashboard import Workbench
+    from cit_workbench.views.workbench import Workbench
     from cit_workbench.experiments.cells import plan
     (home/"s.toml").write_text("[sweep]\npages = ['finetune']\nrecords = '~/kept'\n")
     cell, = plan("~/s.toml", "~/sweeps")

@@ -17,7 +17,7 @@ from cit_workbench import CitError, Run, get_backbone
 from cit_workbench.cli import main
 from cit_workbench.live.live import _array
 from cit_workbench.data.pictures import load_image
-from cit_workbench.views.view import picture
+from cit_workbench.views.pieces import picture
 from cit_workbench.measure.store import state_key
 
 TURNED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
@@ -326,7 +326,7 @@ def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
 
 def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkeypatch):
     from cit_workbench.live import live
-    from cit_workbench.views.view import toy_run
+    from cit_workbench.views.toy import toy_run
     Image.fromarray(letters()).save(tmp_path/"a.png")
     asked = []
     def kept(at):

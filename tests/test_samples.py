@@ -5,7 +5,7 @@ import pytest
 
 from cit_workbench.views.answers import Samples
 from cit_workbench.record.record import Record
-from cit_workbench.views.view import toy_run
+from cit_workbench.views.toy import toy_run
 
 
 def rewritten(run, change):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from lab import HALF
 
-from cit_workbench.views.launcher import comments, method_classes
+from cit_workbench.views.fields import comments
+from cit_workbench.views.launcher import method_classes
 from cit_workbench.models.tune import Tune
 from cit_workbench.training.config import Compute, Optim, Spec
-from cit_workbench.views.view import toy_run
+from cit_workbench.views.toy import toy_run
 from cit_workbench.measure.schedule import Watch
 
 WATCH = """
@@ -120,7 +121,7 @@ def test_no_thread_of_the_workbench_imports_or_parses(runs):
 
 FIRST_CLICK = WATCH + """
 import asyncio, json
-from cit_workbench.dashboard import Workbench
+from cit_workbench.views.workbench import Workbench
 
 def opened():
     bench = Workbench(sys.argv[1], dark=False)

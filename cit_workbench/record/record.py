@@ -8,6 +8,7 @@ __all__ = ['Lines', 'differences', 'identity', 'RecordWriter', 'file_name', 'Rec
            'query']
 
 # %% ../../nbs/record/record.ipynb #1d5b9e78
+from textwrap import shorten
 import importlib, io, json, os, re, tempfile, warnings, zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -840,7 +841,7 @@ def _blocks(records:list) -> dict: # {heading: records}
     def heading(old, protocol):
         parts = []
         if len(fields) > 1:
-            values = {name: str(_at(fields[protocol], name))[:40] for name in odd}
+            values = {name: shorten(str(_at(fields[protocol], name)), 40, placeholder=" …") for name in odd}
             shown = ", ".join(f"{name} = {value}" for name, value in values.items())
             parts.append(f"protocol {str(protocol)[:8]}: {shown}")
         if old: parts.append("used validation data of old tasks: not ranked")

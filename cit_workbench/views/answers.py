@@ -19,7 +19,8 @@ from ..core.errors import CitError
 from ..data.pictures import reading_of
 from ..record.record import Record
 from ..data.task import Stream
-from .view import choice, grid, picture, stream_of
+from .pieces import choice, grid, picture
+from .story import stream_of
 
 # %% ../../nbs/views/answers.ipynb #99f0810f
 def whose(accepted:list, # Per answer: names of the formats that accept it

@@ -18,12 +18,18 @@ from ..core.errors import CitError
 from ..record.record import Record
 from ..measure.collected import Collected, read_collected
 from ..measure.spectra import angles
-from .view import (Panel, Story, View, axes, choice, figure, framed, knobs, layered, marks, noted, offer,
-                                probed, remark, template, upright, wrapped)
+from .panels import Panel, noted, wrapped
+from .parts import axes, remark, upright
+from .pieces import choice, knobs, offer
+from .story import Story, layered, probed
+from .theme import marks, template
+from .view import View, figure, framed
 
 # %% ../../nbs/views/spectra.ipynb #44f39032
 class Spectra(View):
     "Show spectra of each task, energy in each other's directions, principal angles; hidden layers through a run."
+    title, order = "Spectra", 30
+    needs = {"collected"}
     def __init__(self,
                  collected:Collected|str|Path, # What `collect` gave, or its file
                  rec:Record|str|Path|None=None, # A run with a watcher
@@ -47,6 +53,12 @@ class Spectra(View):
         self.level.observe(lambda change: self.safely(lambda: fit(change)), "value")
         for menu in menus[1:]:
             menu.observe(lambda _: self.safely(self.draw), "value")
+
+# %% ../../nbs/views/spectra.ipynb #b3b76f7c
+@patch(cls_method=True)
+def open_run(cls:Spectra, rec:Record, dark:bool|None=None, *, collected:Path) -> Spectra:
+    "Open it with the file of measured tasks."
+    return cls(collected, rec, dark=dark)
 
 # %% ../../nbs/views/spectra.ipynb #342a9996
 _rows = {"as they are": "raw", "centred": "centred", "capped": "capped"}
@@ -72,6 +84,7 @@ _names = (("direction", "√eigenvalue, per token"),
           ("k, directions of the task chosen", "share of energy"),
           ("principal angle, by rank", "angle, degrees"),
           ("optimiser steps", "")) # Of the axes, by panel
+_parts = ("spectrum", "energy", "angles", "course") # Of a task's traces, by panel
 _dashes = ("solid", "dash", "dot", "dashdot")
 
 @patch
@@ -85,8 +98,9 @@ def _make(self:Spectra) -> go.FigureWidget:
     layout["yaxis2"]["range"] = [0, 1.03]
     layout["yaxis3"]["range"] = [-2, 92]
     layout["xaxis3"]["rangemode"] = "tozero"
-    lines = [self._line(panel, number) for panel in range(1, 5) for number in range(len(self.tasks))]
-    return figure(lines + _bound_traces(), layout, 700)
+    lines = {f"{task} {part}": self._line(panel, number) for panel, part in enumerate(_parts, 1)
+             for number, task in enumerate(self.tasks)}
+    return figure(lines | _bound_traces(), layout, 700)
 
 # %% ../../nbs/views/spectra.ipynb #4aa9a866
 @patch
@@ -105,7 +119,7 @@ def _line(self:Spectra,
 
 _bounds_said = "k/d, by chance", "itself, other half"
 
-def _bound_traces() -> list:
+def _bound_traces() -> dict: # {name: trace}
     "Make lines for the chosen task's bootstrap band, for chance, and for its own other half."
     def line(name, **look):
         "Make a line in the panel of energy."
@@ -113,19 +127,20 @@ def _bound_traces() -> list:
     band = go.Scatter(x=[], y=[], xaxis="x1", yaxis="y1", mode="lines", line={"width": 0},
                       fill="toself", opacity=.3, hoverinfo="skip", showlegend=False)
     chance, half = _bounds_said
-    return [band, line(chance, dash="dot", width=1), line(half, width=1.5)]
+    return {"band": band, "chance": line(chance, dash="dot", width=1), "half": line(half, width=1.5)}
 
 # %% ../../nbs/views/spectra.ipynb #6ecb9683
 @patch
 def paint(self:Spectra):
     "Set the colours of the theme."
-    colors, count = self.colors, len(self.tasks)
+    colors, named = self.colors, self.trace
     with self.fig.batch_update():
         self.fig.layout.template = template(self.theme.dark)
-        for index, trace in enumerate(self.fig.data[:4*count]):
-            trace.line.color = trace.marker.color = colors["hues"][index % count % 8]
-        *_, chance, half = self.fig.data
-        chance.line.color, half.line.color = colors["faint"], colors["ink"]
+        for index, task in enumerate(self.tasks):
+            for part in _parts:
+                trace = named[f"{task} {part}"]
+                trace.line.color = trace.marker.color = colors["hues"][index % 8]
+        named["chance"].line.color, named["half"].line.color = colors["faint"], colors["ink"]
 
 @patch
 def look(self:Spectra) -> bool:
@@ -172,8 +187,7 @@ def _task(self:Spectra,
           own:int, # Position of this task there
           directions:int):
     "Draw the four lines of a task; to itself it has neither energy nor angles."
-    count = len(self.tasks)
-    spectrum, energy, angle, course = self.fig.data[number:4*count:count]
+    spectrum, energy, angle, course = (self.trace[f"{self.tasks[number]} {part}"] for part in _parts)
     values = np.sqrt(get("values")[own])
     shown = int((values > 1e-4*values[0]).sum())
     spectrum.x = np.arange(1, shown + 1)
@@ -205,7 +219,7 @@ def _course(self:Spectra, task:str) -> tuple: # (steps, values)
 @patch
 def _bounds(self:Spectra, get, chosen:int):
     "Draw the chosen task's band, chance, and its own other half."
-    band, chance, half = self.fig.data[-3:]
+    band, chance, half = (self.trace[name] for name in ("band", "chance", "half"))
     low, high = get("band")[chosen]
     shown = int((low > 1e-4*high[0]).sum())
     x = np.arange(1, shown + 1)
