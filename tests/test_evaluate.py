@@ -9,7 +9,7 @@ from tiny import OTHERS, TASKS, jitter, opened
 
 from cit_workbench.models.backbone import Backbone
 from cit_workbench.models.batch import at
-from cit_workbench.statistics.captions import cider
+from cit_workbench.metrics import cider
 from cit_workbench.data.stream import get_stream
 from cit_workbench.measure.answers import ask, evaluate
 

@@ -82,12 +82,11 @@ def test_a_run_started_elsewhere_is_measured_where_its_data_are(run, tmp_path, m
 
 def test_measures_of_something_else_do_not_begin_again():
     "A process that ends well and leaves nothing that fits is not started once more."
-    from cit_workbench.views.workbench import Workbench
     over = SimpleNamespace(failed=lambda: "", over=lambda: True)
-    bench = SimpleNamespace(measure=lambda: over, collected=lambda: None)
-    assert "the same names have changed" in Workbench._measured(bench)
-    bench.collected = lambda: "x.npz"
-    assert Workbench._measured(bench) == ""
+    measures = SimpleNamespace(begin=lambda rec: over, file=lambda rec: None)
+    assert "the same names have changed" in Measures.awaited(measures, None)
+    measures.file = lambda rec: "x.npz"
+    assert Measures.awaited(measures, None) == ""
 
 
 def test_what_cannot_be_measured_is_a_sentence(run):

@@ -51,7 +51,7 @@ def test_home_is_home_for_a_run_and_all_that_reads_it(home, capsys):
 
 
 def test_home_is_home_for_sweeps_figures_exports_and_the_workbench(home, capsys):
-    from cit_workbench.views.workbench import Workbench
+    from cit_workbench.dashboard import Workbench
     from cit_workbench.experiments.cells import plan
     (home/"s.toml").write_text("[sweep]\npages = ['finetune']\nrecords = '~/kept'\n")
     cell, = plan("~/s.toml", "~/sweeps")

@@ -16,7 +16,7 @@ from cit_workbench import get_stream
 from cit_workbench.figures import style
 from cit_workbench.core.errors import CitError
 from cit_workbench.measure.scores import column_scores, score_line
-from cit_workbench.statistics.captions import caption_words, cider, cider_scores
+from cit_workbench.metrics import caption_words, cider, cider_scores
 from cit_workbench.data.stream import all_streams
 from cit_workbench.data.scorers import box_in, scorer_version, scorers
 from cit_workbench.data.task import Example

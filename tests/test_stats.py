@@ -15,9 +15,9 @@ from cit_workbench.commands.training import again
 from cit_workbench.experiments import search
 from cit_workbench.core.digests import digest
 from cit_workbench.core.errors import CitError
-from cit_workbench.statistics.claims import holm, tost
-from cit_workbench.statistics.orders import order_means, paired, t_interval
-from cit_workbench.statistics.transfer import ap_norm
+from cit_workbench.metrics import holm, tost
+from cit_workbench.metrics import order_means, paired, t_interval
+from cit_workbench.metrics import ap_norm
 from cit_workbench.record.record import Record, RecordWriter, pack, table
 
 TASKS = ("a", "b", "c")

@@ -121,7 +121,7 @@ def test_no_thread_of_the_workbench_imports_or_parses(runs):
 
 FIRST_CLICK = WATCH + """
 import asyncio, json
-from cit_workbench.views.workbench import Workbench
+from cit_workbench.dashboard import Workbench
 
 def opened():
     bench = Workbench(sys.argv[1], dark=False)

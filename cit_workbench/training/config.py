@@ -35,7 +35,8 @@ from .control import watch_of
 class Optim:
     "Describe the optimiser: AdamW with linear warm-up and cosine decay, built afresh for every task and phase."
     lr: Positive|None = None # Peak learning rate; None: the testbed's for the tiny starts, 2e-4 otherwise
-    steps: Count|None = None # Steps per task; None: the stream's, else the testbed's for the tiny starts, else one epoch
+    # Steps per task; None: the stream's, else the testbed's for the tiny starts, else one epoch
+    steps: Count|None = None
     batch: Count = 32 # Rows per optimiser step, over all micro-batches and processes
     accum: Count = 1 # Micro-batches the rows are split into
     warmup: NonNegative = .03 # Share of the steps
@@ -60,7 +61,8 @@ class Compute:
     four_bit: bool = False # Frozen weights in 4 bits (CUDA)
     checkpointing: bool = False # Compute activations again in the backward, to save memory
     image_mode: Literal["plain", "pad"]|None = None # "plain" or "pad"; None: what the stream asks for
-    image_reading: Literal["seen", "published"]|None = None # "seen" (as None): upright, on white; "published": EXIF, alpha ignored
+    # "seen" (as None): upright, on white; "published": EXIF, alpha ignored
+    image_reading: Literal["seen", "published"]|None = None
     workers: Whole = 2 # Threads that open images of the next step
     save_every: Whole = 0 # Steps between checkpoints inside a task, 0: at task ends only
 

@@ -266,14 +266,14 @@ def arrange(self:View,
         if number and not number.isdigit(): continue
         layout[f"xaxis{number}"].domain = [spot.x0, spot.x1]
         layout[f"yaxis{number}"].domain = [spot.y0, spot.y1]
-    if names: layout.legend = _legend(spots, beside, entry, self.wide)
+    if names: layout.legend = _legend(spots, beside, entry, self.wide, height)
     return spots
 
-def _legend(spots:dict, beside:int, entry:int, wide:int) -> dict:
+def _legend(spots:dict, beside:int, entry:int, wide:int, high:int) -> dict:
     "Place the legend at the right, from the top of the first panel on; or above all, in columns."
     corner = {"xanchor": "left", "yanchor": "top"}
     if beside:
         first = next(iter(spots.values()))
-        return {"orientation": "v", "x": 1 - beside/wide, "y": first.y1, **corner}
+        return {"orientation": "v", "x": 1 - beside/wide, "y": first.y1 - 14/high, **corner} # Below Plotly's buttons
     return {"orientation": "h", "x": 0, "y": spots["legend"].y1, **corner,
             "entrywidth": entry - 52, "entrywidthmode": "pixels"}

@@ -21,7 +21,7 @@ from ..core.paths import expanded
 from ..live.live import branch
 from ..record.record import Record
 from .ask import Ask
-from .folder import places_in, progress_in, runs_in
+from .folder import place_of, places_in, progress_in, runs_in
 from .found import all_views
 from .launcher import Form, method_classes, run_fields
 from .measured import Measures
@@ -59,7 +59,7 @@ class Workbench(View):
 @patch
 def _controls(self:Workbench):
     "Make the menu of runs, the state of the chosen one, and buttons."
-    wide = {"width": "300px", "max_width": "98%"}
+    wide = {"width": "240px", "max_width": "98%"}
     self.run = W.Dropdown(description="run", options=[], layout=wide, style={"description_width": "30px"})
     self.at = W.Dropdown(description="from", options=[], layout=wide, style={"description_width": "92px"})
     self.state = W.HTML(layout={"flex": "1 1 190px", "margin": "2px 12px"})
@@ -141,12 +141,13 @@ def draw(self:Workbench):
     "Write the state, and enable the buttons that make sense in it."
     state, task, step, position = (self.live.get(key) for key in ("state", "task", "step", "position"))
     place = f", place {position}" if position else ""
-    if task and state not in ("finished", "loading"): place = f", {task} step {step}"
+    if task and state not in ("finished", "loading"): place = f", {place_of(self.rec, task, step)}"
     said = state
     if "seconds" in self.live:
         said = self.live["does"] or state
         place = f"{place} … {self.live['seconds']} s"
-    self.state.value = f"<b>{said}</b>{html.escape(place)}" if said else "no run yet: Start begins one"
+    none = f"no run yet in {self.where.resolve()}: Start begins one"
+    self.state.value = f"<b>{said}</b>{html.escape(place)}" if said else html.escape(none)
 
     for name, button in self.buttons.items():
         button.disabled = state not in _can[name]
