@@ -210,7 +210,7 @@ def collate(self:Backbone,
         group = torch.zeros(len(examples), dtype=torch.long, device=self.device)
     return Batch(refs, ids, mask, labels, feats, task, group, examples=list(examples), **kw)
 
-# %% ../../nbs/models/backbone.ipynb #1afdaed5
+# %% ../../nbs/models/backbone.ipynb #5706e524
 @patch
 def embed(self:Backbone,
           batch:Batch,
@@ -237,7 +237,7 @@ def hidden(self:Backbone,
     causal = self.family.causal and not cached and bool(mask[:, 0].all()) # right-padded: no token looks at padding
     place = {} if causal else self.family.positions(batch.ids, mask)
 
-    short = keep is not None and bare(self.lm)
+    short = keep is not None and self.family.causal and bare(self.lm)
     if short:
         before = torch.arange(embedded.shape[1], device=keep.device) <= keep[..., None]
         kw |= dict(keep=keep, seen=before & (mask == 1)[:, None])

@@ -54,7 +54,7 @@ class Family:
             raise CitError(f"{type(model).__name__} has {len(found)} modules that are its {part}; one is needed")
         return [*found.values()][0]
 
-# %% ../../nbs/models/family.ipynb #9c323cbf
+# %% ../../nbs/models/family.ipynb #c369457b
 as_llama = "language models built as Llama is, with embed_tokens, layers and norm"
 
 @patch(as_prop=True)
@@ -79,6 +79,7 @@ def elsewhere(self:Family, config:dict) -> str|None: # The end of a sentence
     "Say that a config.json is of this family, but in a layout that transformers does not read; None otherwise."
     return None
 
+# %% ../../nbs/models/family.ipynb #944f2abc
 @patch
 def empty(self:Family,
           where:str, # Folder of the checkpoint
@@ -108,6 +109,7 @@ def load(self:Family,
     "Read the weights."
     return self.kind.from_pretrained(where, output_loading_info=True, **options)
 
+# %% ../../nbs/models/family.ipynb #481ac969
 @patch
 def processor(self:Family,
               where:str, # Folder of the checkpoint
@@ -133,7 +135,7 @@ def tiny_processor(self:Family,
     "Return the processor of a tiny model for trials."
     return start
 
-# %% ../../nbs/models/family.ipynb #7d10bc36
+# %% ../../nbs/models/family.ipynb #a32f5aa9
 class _Enough(Exception):
     "End a forward in which all that is wanted has been seen."
 
@@ -164,6 +166,7 @@ def see(self:Family,
     finally:
         hook.remove()
 
+# %% ../../nbs/models/family.ipynb #c2117688
 @patch
 def project(self:Family,
             model:PreTrainedModel,
@@ -203,7 +206,7 @@ def embed(self:Family,
     places = (ids == self.image_id(model))[..., None]
     return embedded.masked_scatter(places, seen.to(embedded.dtype))
 
-# %% ../../nbs/models/family.ipynb #39b94e88
+# %% ../../nbs/models/family.ipynb #0361383d
 @patch
 def template(self:Family, processor:ProcessorMixin) -> str|None:
     "Find the template for conversations, where a checkpoint has several."
@@ -218,7 +221,7 @@ def positions(self:Family,
     "Say which positions tokens have and which of them may be seen."
     return dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
-# %% ../../nbs/models/family.ipynb #2cb99f05
+# %% ../../nbs/models/family.ipynb #1bb6594f
 @cache
 def all_families() -> dict: # {model type: family}
     "Find the families in the folder."
