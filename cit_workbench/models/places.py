@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .batch import Batch, Out
 
-# %% ../../nbs/models/places.ipynb #8f8809ca
+# %% ../../nbs/models/places.ipynb #bdb4e3e3
 def prompted(batch:Batch, # With a soft prompt
              embedded:torch.Tensor, # Its tokens [B, T, d]
             ) -> tuple: # (embeddings [B, P+T, d], mask, labels)
@@ -24,20 +24,24 @@ def prompted(batch:Batch, # With a soft prompt
     soft = first + 1 + torch.arange(extra, device=embedded.device)[None]
     widen = lambda values, fill: values.new_full((rows, whole), fill).scatter(1, to, values)
 
-    wide = embedded.new_zeros(rows, whole, size).scatter(1, to[..., None].expand_as(embedded), embedded)
-    wide = wide.scatter(1, soft[..., None].expand(rows, extra, size), batch.prefix.to(embedded.dtype))
+    tokens_to = to[..., None].expand_as(embedded)
+    prompt_to = soft[..., None].expand(rows, extra, size)
+    wide = embedded.new_zeros(rows, whole, size)
+    wide = wide.scatter(1, tokens_to, embedded)
+    wide = wide.scatter(1, prompt_to, batch.prefix.to(embedded.dtype))
     return wide, widen(batch.mask, 1), widen(batch.labels, -100)
 
-# %% ../../nbs/models/places.ipynb #1adddfc8
+# %% ../../nbs/models/places.ipynb #bda180db
 def answer_places(labels:torch.Tensor, # [B, T]
                  ) -> tuple: # (positions [B, m], which of them are real [B, m])
     "Find the positions that predict answer tokens, those of a shorter answer filled up with others."
     said = labels[:, 1:] != -100
     most = max(1, int(said.sum(1).max()))
-    keep = said.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    ordered = said.int().argsort(dim=1, descending=True, stable=True)
+    keep = ordered[:, :most]
     return keep, said.gather(1, keep)
 
-# %% ../../nbs/models/places.ipynb #0f70b2ab
+# %% ../../nbs/models/places.ipynb #fca9ae60
 def grouped_loss(batch:Batch,
                  logits:torch.Tensor, # At the real positions [n, V]
                  keep:torch.Tensor, # Positions [B, m]
@@ -49,6 +53,9 @@ def grouped_loss(batch:Batch,
     totals = batch.totals or batch.counts()
     row = real.nonzero()[:, 0]
     groups = batch.group[row]
-    parts = (batch.weights.get(group, 1.)/count*losses[groups == group].sum()
-             for group, count in totals.items() if count)
-    return Out(sum(parts), logits, target, row)
+
+    def part(group:int, count:int) -> torch.Tensor:
+        weight = batch.weights.get(group, 1.)/count
+        return weight*losses[groups == group].sum()
+    loss = sum(part(group, count) for group, count in totals.items() if count)
+    return Out(loss, logits, target, row)
