@@ -27,7 +27,7 @@ ROOMS = {
     "models": ["data/pictures", "models/loading", "models/backbone", "models/tune", "models/lora", "models/saved",
                "models/slots"],
     "contract": ["contract/method", "contract/registry", "contract/identity", "contract/clock", "contract/examples",
-                 "contract/vectors", "contract/gradients", "contract/trained", "contract/net", "contract/memory"],
+                 "contract/vectors", "contract/gradients", "contract/trained", "contract/penalty", "contract/net", "contract/memory"],
     "training": ["training/config", "training/rows", "training/gradients", "training/optimiser", "training/finite",
                  "training/about", "training/folder", "training/opening", "training/saving", "training/scoring",
                  "training/train", "protocol"],
