@@ -114,3 +114,14 @@ def test_pages_are_in_plain_words():
             plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
             found += [(page.name, match.group()) for match in RETIRED.finditer(plain)]
     assert found == []
+
+
+HEADINGS = ["Idea", "Configuration", "Diagnostics", "Cost", "Results on the frozen benchmark",
+            "Differences from the paper and released code"]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("nbs/methods/*.ipynb")), ids=lambda page: page.stem)
+def test_a_method_page_has_the_headings_of_all(page):
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    lines = ["".join(cell["source"]).split("\n")[0] for cell in cells if cell["cell_type"] == "markdown"]
+    assert [line[3:] for line in lines if line[3:] in HEADINGS and line.startswith("## ")] == HEADINGS

@@ -16,6 +16,7 @@ from ..models.batch import Batch, Out
 from ..core.fields import Count, NonNegative
 from ..contract.method import Method
 from ..contract.net import Net
+from ..contract.penalty import distance, penalty
 from ..data.task import Task
 
 # %% ../../nbs/methods/ewc.ipynb #3e26c0f3
@@ -34,11 +35,8 @@ class EWC(Method):
 # %% ../../nbs/methods/ewc.ipynb #b8719ae1
 @patch
 def loss(self:EWC, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
-    held = [name for name in self.mem.get("fisher", {}) if name in net.params]
-    if not held: return 0.
-    trees = (self.mem["fisher"], self.mem["anchor"], net.params)
-    F, old, now = (torch.cat([tree[name].flatten() for name in held]) for tree in trees)
-    return self.lam/2*(F*(now - old).square()).sum()
+    if not self.mem: return 0.
+    return self.lam/2*penalty(self.mem["fisher"], self.mem["anchor"], net.params)
 
 # %% ../../nbs/methods/ewc.ipynb #bcae279c
 @patch
@@ -62,7 +60,4 @@ def end(self:EWC, net:Net, task:Task):
 @torch.no_grad()
 def stats(self:EWC, net:Net) -> dict:
     if not self.mem: return {}
-    held = [(name, old) for name, old in self.mem["anchor"].items() if name in net.params]
-    far = sum((net.params[name] - old).square().sum() for name, old in held)
-    penalty = float(self.loss(net, None, None))
-    return {"penalty": penalty, "drift": float(far)**.5}
+    return {"penalty": float(self.loss(net, None, None)), "drift": distance(self.mem["anchor"], net.params)}

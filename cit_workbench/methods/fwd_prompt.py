@@ -258,6 +258,7 @@ def update(self:FwdPrompt, net:Net, step:Step):
     leak = leaked.norm()/moved.norm().clamp(min=1e-30)
     self.mem.update(kept=float(kept), leak=float(leak))
 
+# %% ../../nbs/methods/fwd_prompt.ipynb #9b12f47e
 @patch
 def stats(self:FwdPrompt, net:Net) -> dict:
     shown = ("kept", "leak", "residual", "conflict")

@@ -82,11 +82,6 @@ def wrap(self:Grouping, net:Net) -> Net:
     add_slots(net.model, net.tuning, len(self.mem.get("books", [])))
     return net
 
-@patch
-def stats(self:Grouping, net:Net) -> dict:
-    if "slot" not in self.mem: return {}
-    return {"group": self.mem["slot"], "groups": len(self.mem["books"])}
-
 # %% ../../nbs/methods/grouping.ipynb #553d2579
 @patch
 def route(self:Grouping, net:Net, batch:Batch) -> Batch:
@@ -105,3 +100,9 @@ def used(self:Grouping, net:Net, batch:Batch) -> dict: # {"slot": shares [B, 1, 
     place = batch.route["slot"] + 1 # 0: none yet
     places = len(self.mem.get("books", [])) + 1
     return {"slot": F.one_hot(place, places)[:, None]}
+
+# %% ../../nbs/methods/grouping.ipynb #479bc79e
+@patch
+def stats(self:Grouping, net:Net) -> dict:
+    if "slot" not in self.mem: return {}
+    return {"group": self.mem["slot"], "groups": len(self.mem["books"])}

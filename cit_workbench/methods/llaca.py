@@ -97,6 +97,7 @@ def end(self:LLaCA, net:Net, task:Task):
     known, now = self.mem.get("known", []), digest(*net.params)
     self.mem = {"known": known if now in known else [*known, now]}
 
+# %% ../../nbs/methods/llaca.ipynb #40574e28
 @patch
 @torch.no_grad()
 def stats(self:LLaCA, net:Net) -> dict:

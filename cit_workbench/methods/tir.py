@@ -6,10 +6,12 @@
 __all__ = ['TIR', 'embedding', 'relative', 'similarity', 'per_position']
 
 # %% ../../nbs/methods/tir.ipynb #e7a7499e
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.nn.functional import normalize
@@ -19,7 +21,8 @@ from ..core.fields import Count, NonNegative
 from ..contract.gradients import row_nll
 from ..contract.method import Method
 from ..contract.net import Net
-from .mas import answer_norm, away, springs
+from ..contract.penalty import distance, penalty
+from .mas import answer_norm
 from ..data.task import Task
 
 # %% ../../nbs/methods/tir.ipynb #97b6c681
@@ -82,7 +85,7 @@ def similarity(tasks:list, # `embedding` of every task
 @patch
 def kept(self:TIR,
          s:torch.Tensor, # Similarity of each old task [t]
-         rng, # NumPy's generator; draws for "shuffled"
+         rng:np.random.Generator, # Draws for "shuffled"
         ) -> torch.Tensor: # [t]
     "Return the share of each old task's stiffness that is left."
     places = int(rng.integers(1, len(s))) if len(s) > 1 else 0
@@ -102,8 +105,8 @@ def samples(self:TIR, task:Task) -> int:
     if self.variant != "released": return min(self.n, total)
     return len(range(0, total, max(1, total//self.n)))
 
-def per_position(fn, # Of `Out`, summed over a row's answer positions [B]
-                ): # Of `Out`, averaged over them [B]
+def per_position(fn:Callable, # Of `Out`, summed over a row's answer positions [B]
+                ) -> Callable: # Of `Out`, averaged over them [B]
     "Divide what a function gives for a row by the number of its answer positions."
     return lambda out: fn(out)/out.row.bincount()
 
@@ -166,7 +169,7 @@ def meet(self:TIR, net:Net, task:Task) -> list: # Of every task so far
 @patch
 def loss(self:TIR, net:Net, batch:Batch, out:Out) -> torch.Tensor|float:
     if not self.lam or "now" not in self.mem: return 0.
-    return self.lam/2*springs(self.mem["now"], self.mem["anchor"], net.params)
+    return self.lam/2*penalty(self.mem["now"], self.mem["anchor"], net.params)
 
 # %% ../../nbs/methods/tir.ipynb #d281296b
 @patch
@@ -177,5 +180,5 @@ def stats(self:TIR, net:Net) -> dict:
     now, omega = (sum(stiffness.sum() for stiffness in mem[key].values()) for key in ("now", "omega"))
     found = {"penalty": self.loss(net, None, None)}
     found |= {"similarity": mem["s"].mean(), "kept": now/omega}
-    drift = away(mem["anchor"], net.params)
+    drift = distance(mem["anchor"], net.params)
     return {"drift": drift} | {name: float(value) for name, value in found.items()}
