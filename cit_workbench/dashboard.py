@@ -16,12 +16,13 @@ import ipywidgets as W
 import numpy as np
 from fastcore.basics import patch
 
+from .live.live import LiveRun
 from .views.compare import Compare
 from .core.errors import CitError
 from .core.paths import cache_dir, expanded
 from .views.forgetting import Forgetting
 from .views.launcher import Form, method_classes, run_fields
-from .live.live import branch, places
+from .live.branch import branch, places
 from .live.measuring import Measuring, log_of, measured_by
 from .data.pictures import load_image, reading_of
 from .record.record import Record
@@ -205,7 +206,7 @@ def look(self:Workbench) -> bool:
         form.refresh()
     self._await()
 
-    was, live = self.live, self.rec.live() if self.rec else {}
+    was, live = self.live, self.rec.process_info() if self.rec else {}
     self.live = {key: live.get(key) for key in ("state", "task", "step", "position")}
     state = self.live["state"]
     if state != was.get("state"): self.since = time.monotonic()
@@ -229,7 +230,7 @@ def draw(self:Workbench):
     for name, button in self.buttons.items():
         button.disabled = state not in _can[name]
     if state != self.was and state in ("failed", "dead"):
-        self.say(f"{self.rec.name} is {state}: {self.rec.said()}", True)
+        self.say(f"{self.rec.name} is {state}: {self.rec.last_log_line()}", True)
     self.was = state
 
 # %% ../nbs/dashboard.ipynb #3b4897cb
@@ -238,7 +239,7 @@ def choose(self:Workbench):
     "Show another run."
     path = self.where/str(self.run.value)
     if self.listing or not self.run.value or (self.rec and self.rec.path == path): return
-    self.rec, self.was = Record(path if path.exists() else path.with_suffix(".jsonl")), ""
+    self.rec, self.was = LiveRun(path if path.exists() else path.with_suffix(".jsonl")), ""
     for name in [name for name in self.views if name != "Compare"]:
         self._drop(name)
     self.reveal()
@@ -366,7 +367,7 @@ def act(self:Workbench, what:str):
     self.say("")
 
 @patch
-def _launched(self:Workbench, run) -> Record:
+def _launched(self:Workbench, run) -> LiveRun:
     "Start a run in this folder and show it."
     rec = run.launch()
     self.safely(self.look)
@@ -378,7 +379,7 @@ def _launched(self:Workbench, run) -> Record:
 
 # %% ../nbs/dashboard.ipynb #af8a0017
 @patch
-def start(self:Workbench) -> Record:
+def start(self:Workbench) -> LiveRun:
     "Start what the form says."
     from cit_workbench.training.train import Run
     self.form.refresh()
@@ -404,7 +405,7 @@ def _offer_places(self:Workbench):
     if before: self.at.value = before[-1]
 
 @patch
-def split(self:Workbench) -> Record:
+def split(self:Workbench) -> LiveRun:
     "Branch off the chosen run, with the changed fields, and start it."
     if self.rec is None: raise CitError("no run is chosen: there is nothing to branch from")
     self.branch.refresh()

@@ -15,7 +15,7 @@ from twin import make_coin, make_twin
 
 from cit_workbench import CitError, Run, get_backbone
 from cit_workbench.cli import main
-from cit_workbench.live.live import _array
+from cit_workbench.live.asking import as_array
 from cit_workbench.data.pictures import load_image
 from cit_workbench.views.view import picture
 
@@ -324,7 +324,7 @@ def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
 
 
 def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkeypatch):
-    from cit_workbench.live import live
+    from cit_workbench.live import asking, live
     from cit_workbench.views.view import toy_run
     Image.fromarray(letters()).save(tmp_path/"a.png")
     asked = []
@@ -332,12 +332,12 @@ def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkey
         "What a process of its own would be asked."
         asked.append(np.load(at/"image.npy"))
         (at/"reply").write_text('{"text": "", "task": "", "step": 0}')
-    monkeypatch.setattr(live, "_from_checkpoint", lambda folder, image, text: asked.append(image))
+    monkeypatch.setattr(live, "answer_from_checkpoint", lambda folder, image, text: asked.append(image))
     for reading, most in ((None, 255), ("published", 0)):
-        rec = toy_run(tmp_path/str(reading))
+        rec = live.LiveRun(toy_run(tmp_path/str(reading)).path)
         rec._run = rec.run | {"config": {**rec.run["config"], "compute": {"image_reading": reading}}}
         rec.ask(str(tmp_path/"a.png"), "What?", here=True)
         assert asked[-1].max() == most
-        monkeypatch.setattr(live.subprocess, "run", lambda words, **kw: kept(Path(words[-1])))
+        monkeypatch.setattr(asking.subprocess, "run", lambda words, **kw: kept(Path(words[-1])))
         rec.ask_apart(str(tmp_path/"a.png"), "What?")
         assert asked[-1].max() == most

@@ -24,7 +24,7 @@ from ..core.digests import rng
 from ..measure.watch import Watch, Watcher
 from ..models.lora import whole
 from ..models.backbone import Backbone, at
-from ..record.record import RecordWriter
+from ..record.writer import RecordWriter
 from ..training.train import draw
 
 # %% ../../nbs/bench/comparisons.ipynb #8b614aaf

@@ -19,7 +19,7 @@ from scipy.linalg import eigh
 from ..core.digests import canonical, digest, rng
 from ..core.errors import CitError, one_of
 from ..core.files import write_atomic
-from ..record.record import npz_names, read_npz
+from ..record.files import npz_names, read_npz
 from .similarity import subspace_overlap
 
 # %% ../../nbs/measure/spectra.ipynb #29b1979e

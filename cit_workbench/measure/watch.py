@@ -23,7 +23,9 @@ from ..core.digests import rng
 from ..core.errors import CitError
 from .evaluate import column_scores, score_line
 from ..contract.method import Net
-from ..record.record import Lines, Record, RecordWriter
+from ..record.files import Lines
+from ..record.record import Record
+from ..record.writer import RecordWriter
 from .similarity import gradient_cosine
 from .spectra import angles
 from ..data.stream import Task

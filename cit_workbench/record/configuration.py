@@ -39,8 +39,8 @@ LOCAL_FIELDS = ("out", "argv", "cwd", "host", "pid", "user", "python", "platform
 
 # %% ../../nbs/record/configuration.ipynb #74521a35
 def as_today(run:dict, # run.json
-            path:Path, # Where the run is
-           ) -> dict:
+             path:Path, # Where the run is
+            ) -> dict:
     "Read what a record from before there were versions says in the words of today."
     fields = run.get("protocol_fields") or {}
     scorers = scorers_said(fields.get("scorers", ""))

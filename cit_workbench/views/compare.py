@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from ..figures.methods import front
 from ..core.errors import CitError
 from ..metrics import order_means, t_interval
-from ..record.record import labels_of, scale_of, find_runs, table
+from ..record.compare import table
+from ..record.packing import find_runs
+from ..record.settings import labels_of, scale_of
 from .view import (Panel, View, axes, choice, colour_bar, figure, framed, grid, heat_map, knobs, marks,
                                 noted, number, readable, room_for, slant, template)
 

@@ -17,7 +17,7 @@ from fastcore.basics import camel2snake, patch
 from IPython import get_ipython
 
 from ..core.errors import CitError
-from ..live.live import read_ahead
+from ..live.method_file import read_ahead
 from ..data.stream import all_streams
 
 # %% ../../nbs/views/launcher.ipynb #cfa38aed

@@ -18,7 +18,9 @@ from scipy.spatial.distance import squareform
 
 from ..core.errors import CitError, one_of
 from ..core.paths import expanded, placed
-from ..record.record import Record, find_runs, npz_names, read_npz
+from ..record.files import npz_names, read_npz
+from ..record.packing import find_runs
+from ..record.record import Record
 from ..measure.similarity import adjacent_forgetting, mantel, pair_matrices, read_pairs
 from ..measure.spectra import Collected, read_collected
 from ..data.stream import get_stream

@@ -24,12 +24,14 @@ import traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
 
+from ..live.live import LiveRun
 from ..figures.style import house_hues
-import cit_workbench.live.live # noqa: F401 (gives a record its state)
 from ..core.errors import CitError, leaves
 from ..core.paths import placed
 from ..data.pictures import load_image
-from ..record.record import Lines, Record, RecordWriter
+from ..record.files import Lines
+from ..record.record import Record
+from ..record.writer import RecordWriter
 from ..data.stream import Stream, get_stream
 
 # %% ../../nbs/views/view.ipynb #9cc6366f
@@ -330,8 +332,9 @@ def probed(rec:Record) -> dict: # Fields of `Watch`; {} without probes
 
 def doing(rec:Record) -> str: # "" once it trains, and when nobody trains it
     "Say what a run does before its first step."
-    if rec.packed or rec.state() not in ("queued", "loading"): return ""
-    if rec.state() == "queued": return "queued"
+    state = LiveRun(rec.path).state()
+    if state not in ("queued", "loading"): return ""
+    if state == "queued": return "queued"
     return "asking the start model" if (rec.path/"run.json").is_file() else "loading weights"
 
 # %% ../../nbs/views/view.ipynb #3410ef28
