@@ -1,8 +1,8 @@
 "A notebook-first research workbench for continual instruction tuning of large multimodal models."
 __version__ = "0.0.1"
 
-_home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.registry", all_methods="contract.registry", Record="live.live",
-             branch="live.live", get_stream="data.stream", all_streams="data.stream", get_backbone="models.backbone", all_backbones="models.backbone",
+_home = dict(Run="training.train", Method="contract.method", Phase="contract.method", get_method="contract.registry", all_methods="contract.registry", Record="live.live:LiveRun",
+             branch="live.branch", get_stream="data.stream", all_streams="data.stream", get_backbone="models.backbone", all_backbones="models.backbone",
              CitError="core.errors")
 __all__ = list(_home)
 
@@ -11,7 +11,8 @@ def __getattr__(name):
     "Import a public name from its module on first use: `import cit_workbench` itself loads nothing heavy (PEP 562)."
     if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
-    return getattr(import_module(f"{__name__}.{_home[name]}"), name)
+    module, _, own = _home[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), own or name)
 
 
 def __dir__(): return sorted({*globals(), *_home})

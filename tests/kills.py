@@ -35,13 +35,13 @@ from transformers.utils.logging import disable_progress_bar   # noqa: E402
 
 import cit_workbench.contract.gradients as gradients_module  # noqa: E402
 import cit_workbench.training.checkpoint as checkpoint_module  # noqa: E402
-import cit_workbench.record.record as record_module  # noqa: E402
+import cit_workbench.record.writer as record_module  # noqa: E402
 from cit_workbench.training.checkpoint import checkpoints, read_checkpoint   # noqa: E402
 from cit_workbench.core.digests import rng   # noqa: E402
 from cit_workbench.contract.method import parts  # noqa: E402
 from cit_workbench.contract.net import Net  # noqa: E402
 from cit_workbench.contract.registry import all_methods  # noqa: E402
-from cit_workbench.record.record import RecordWriter   # noqa: E402
+from cit_workbench.record.writer import RecordWriter  # noqa: E402
 from cit_workbench.training.about import git_state  # noqa: E402
 from cit_workbench.training.train import Run  # noqa: E402
 from cit_workbench.measure.watch import Watcher   # noqa: E402

@@ -10,7 +10,9 @@ from cit_workbench.contract.memory import split_tree
 from cit_workbench.contract.method import Method, overrides
 from cit_workbench.contract.net import Net
 from cit_workbench.contract.registry import all_methods, get_method
-from cit_workbench.record.record import pack, Record, table
+from cit_workbench.record.compare import table
+from cit_workbench.record.packing import pack
+from cit_workbench.record.record import Record
 
 SAYS = [m for m in all_methods() if overrides(get_method(m), "used")]
 CASES = [(m, {}) for m in [*SAYS, "er+smolora", "llaca+grouping"]] + [(m, a) for m, more in MORE.items() for a in more]

@@ -15,12 +15,18 @@ from tiny import TASKS, Held, final, same_tensors, tiny, train
 from cit_workbench.core.digests import canonical
 from cit_workbench.core.errors import CitError
 from cit_workbench.core.files import read_json, write_atomic
-from cit_workbench.live.live import Record, branch, method_source, note_asked, places, rebuilt, run_of, start
-from cit_workbench.training.control import Control, _room, command, hold, turn
+from cit_workbench.live.branch import branch, places
+from cit_workbench.live.live import LiveRun
+from cit_workbench.live.method_file import method_source, rebuilt
+from cit_workbench.live.process import start
+from cit_workbench.live.remake import note_asked, run_of
+from cit_workbench.training.control import Control, command
+from cit_workbench.training.locks import lock_folder
+from cit_workbench.training.queue import _room, device_queue
 from cit_workbench.contract.identity import code_of
 from cit_workbench.contract.method import Method
 from cit_workbench.contract.registry import get_method
-from cit_workbench.record.record import table
+from cit_workbench.record.compare import table
 from cit_workbench.training.train import resume
 
 TWO = {"stream_args": {"tasks": TASKS[:2]}, "optim": {"steps": 6}}
@@ -81,11 +87,11 @@ def acting(out, at, act, method="finetune", **fields):
     step, kind = Held.one_step, type("Acting", (Held,), {})
 
     def one_step(self, *args):
-        if self.done == at: act(Record(self.folder))
+        if self.done == at: act(LiveRun(self.folder))
         return step(self, *args)
     kind.one_step = one_step
     run.__class__ = kind
-    return run.train()
+    return LiveRun(run.train().path)
 
 
 def aside(f):
@@ -119,7 +125,7 @@ def test_a_pause_takes_effect_after_the_step_at_hand(tmp_path, calm, monkeypatch
 
     def watch(rec):
         soon(lambda: rec.state() == "paused")
-        where, events = rec.live(), rec.path/"events.jsonl"
+        where, events = rec.process_info(), rec.path/"events.jsonl"
         before = events.read_bytes()
         time.sleep(.3)
         assert events.read_bytes() == before and rec.state() == "paused"
@@ -141,15 +147,15 @@ def test_a_pause_takes_effect_after_the_step_at_hand(tmp_path, calm, monkeypatch
 
 @pytest.mark.parametrize("at, method", [(1, "er+ewc"), (5, "ewc"), (11, "finetune"), (2, Keys)], ids=["inside", "last of a task", "last of all", "phases"])
 def test_stopped_and_started_again(tmp_path, calm, at, method):
-    rec = acting(tmp_path/"run", at, Record.stop, method)
+    rec = acting(tmp_path/"run", at, LiveRun.stop, method)
     assert rec.state() == "stopped" and not rec.finished
-    place = rec.live()
+    place = rec.process_info()
     assert place["global"] == at + 1
     assert any(k[:2] == (place["task"], place["step"]) for k in places(rec) if isinstance(k, tuple))
     with pytest.raises(CitError, match="is stopped: there is no process to pause"): rec.pause()
     again = tiny(tmp_path/"run", method, **TWO).train()
     same(again, calm(method))
-    assert again.state() == "finished"
+    assert LiveRun(again.path).state() == "finished"
 
 
 @pytest.mark.parametrize("method", ["er+ewc", "smolora"])
@@ -194,10 +200,10 @@ def test_a_run_outlives_who_launched_it_and_its_own_death(tmp_path, fork, calm):
     "Paused, killed, resumed, asked, stopped, resumed: three processes, the bits of one that nobody touched."
     out = tmp_path/"run"
     parent = fork(launch, out)
-    rec = Record(out)
+    rec = LiveRun(out)
     assert rec.rows == ["start", *TASKS[:2]] and rec.config["method"] == "timid"
     assert rec.wait("paused", seconds=120) == "paused"
-    place = rec.live()
+    place = rec.process_info()
     assert place["step"] == 1 and place["pid"] != parent
     with pytest.raises(ProcessLookupError): os.kill(parent, 0)
     with pytest.raises(CitError, match="is being written by another process"): train(out, Timid, **TWO)
@@ -205,14 +211,14 @@ def test_a_run_outlives_who_launched_it_and_its_own_death(tmp_path, fork, calm):
     soon(lambda: rec.state() == "dead", 20)
     rec.resume().pause()
     rec.wait("paused", seconds=120)
-    assert rec.live()["step"] == 1 and rec.live()["pid"] != place["pid"]
+    assert rec.process_info()["step"] == 1 and rec.process_info()["pid"] != place["pid"]
     assert rec.ask(None, "What is it?")[1:] == (TASKS[0], 1)
     rec.stop()
     rec.wait("stopped", seconds=60)
     rec.resume()
     rec.wait("finished", seconds=120)
-    same(Record(out), calm(Timid))
-    assert rec.said() == "" or "Error" not in rec.said()
+    same(LiveRun(out), calm(Timid))
+    assert rec.last_log_line() == "" or "Error" not in rec.last_log_line()
 
 
 def test_a_class_goes_along_as_text(tmp_path):
@@ -281,9 +287,9 @@ def test_the_queue_follows_the_launch_and_forgets_the_dead(tmp_path):
     device, order, joins = f"fake-a{os.getpid()}", [], []
 
     def one(when):
-        with turn(device, when): order.append(when)
+        with device_queue(device, when): order.append(when)
     dead = _room(device)/f"{0:020d}-1.ticket"
-    with turn(device):
+    with device_queue(device):
         dead.touch()
         for n, when in enumerate((30, 10, 20), 1):
             joins.append(aside(lambda when=when: one(when)))
@@ -297,7 +303,7 @@ def test_a_launched_run_waits_says_so_and_fails_in_a_sentence(tmp_path):
     "Two processes that never get as far as torch: one is stopped in the queue, the other finds its configuration gone."
     device = f"fake-b{os.getpid()}"
     recs = []
-    with turn(device):
+    with device_queue(device):
         for name in ("first", "second"):
             run = tiny(tmp_path/name)
             run.folder.mkdir()
@@ -306,21 +312,21 @@ def test_a_launched_run_waits_says_so_and_fails_in_a_sentence(tmp_path):
             about["asked"]["compute"]["device"] = device
             write_atomic(run.folder/"asked.json", json.dumps(about))
             recs.append(start(run.folder))
-            soon(lambda: recs[-1].live().get("position") == len(recs))
+            soon(lambda: recs[-1].process_info().get("position") == len(recs))
             assert recs[-1].state() == "queued"
         recs[0].stop()
         assert recs[0].wait("stopped", seconds=20) == "stopped"
-        soon(lambda: recs[1].live()["position"] == 1)
+        soon(lambda: recs[1].process_info()["position"] == 1)
         (tmp_path/"second"/"asked.json").write_text("{")
     soon(lambda: recs[1].state() == "failed")
-    assert "is not valid JSON" in recs[1].said() and recs[1].live()["said"] == recs[1].said()
+    assert "is not valid JSON" in recs[1].last_log_line() and recs[1].process_info()["said"] == recs[1].last_log_line()
     with pytest.raises(CitError, match="is failed, not finished: .*is not valid JSON"): recs[1].wait("finished")
 
 
 def test_a_lock_that_only_a_glance_holds_is_waited_for(tmp_path):
-    fd = hold(tmp_path)
+    fd = lock_folder(tmp_path)
     threading.Timer(.2, os.close, [fd]).start()
-    os.close(hold(tmp_path, 5))
+    os.close(lock_folder(tmp_path, 5))
 
 
 # Branches

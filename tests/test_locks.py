@@ -13,7 +13,7 @@ import pytest
 
 from cit_workbench.core.errors import CitError
 from cit_workbench.core.files import shared
-from cit_workbench.training.control import _ahead, _lives, _room, turn
+from cit_workbench.training.queue import _ahead, _lives, _room, device_queue
 from cit_workbench.experiments.sweep import sweep
 from cit_workbench.experiments.cells import plan
 
@@ -71,13 +71,13 @@ class User:
     def does(self, word):
         try:
             if word == b"h":
-                self.held = turn("cuda:0", 1)
+                self.held = device_queue("cuda:0", 1)
                 self.held.__enter__()
                 return "holds it"
             if word == b"p":
                 def tired(place): raise TimeoutError(f"place {place}")
-                with turn("cuda:0", 2, tired): return "had its turn"
-            with turn("cuda:0", 3, patient=False): return "went on"
+                with device_queue("cuda:0", 2, tired): return "had its turn"
+            with device_queue("cuda:0", 3, patient=False): return "went on"
         except TimeoutError as e: return str(e)
         except BaseException as e: return f"{type(e).__name__}: {e}"
 
@@ -332,8 +332,8 @@ def test_the_project_has_no_collisions(tool): assert tool.collisions(ROOT)[0] ==
 
 
 def test_a_foreign_lock_is_a_sentence(tmp_path, monkeypatch):
-    import cit_workbench.training.control as control
+    import cit_workbench.training.queue as queue
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(control, "shared", lambda path: None)
-    with turn("cuda:0", 1, patient=False): pass
-    with pytest.raises(CitError, match="cannot be opened"), turn("cuda:0", 1): pass
+    monkeypatch.setattr(queue, "shared", lambda path: None)
+    with device_queue("cuda:0", 1, patient=False): pass
+    with pytest.raises(CitError, match="cannot be opened"), device_queue("cuda:0", 1): pass

@@ -12,8 +12,10 @@ from twin import make_coin, make_twin
 from cit_workbench.cli import main
 from cit_workbench.core.errors import CitError
 from cit_workbench.core.paths import cache_dir, expanded, placed
-from cit_workbench.live.live import branch, run_of
-from cit_workbench.record.record import Record, find_runs
+from cit_workbench.live.branch import branch
+from cit_workbench.live.remake import run_of
+from cit_workbench.record.packing import find_runs
+from cit_workbench.record.record import Record
 from cit_workbench.training.train import Run, resume
 from cit_workbench.views.story import stream_of
 
@@ -147,7 +149,7 @@ def test_names_of_the_embedded_stay(tmp_path, monkeypatch):
 
 
 def test_packed_records_hold_no_directory(tmp_path, finished):
-    from cit_workbench.record.record import pack
+    from cit_workbench.record.packing import pack
     run = finished()
     assert run.rec.run["cwd"]
     assert "cwd" not in Record(pack(run.folder, tmp_path/"a.jsonl")).run

@@ -15,7 +15,7 @@ from twin import make_coin, make_twin
 
 from cit_workbench import CitError, Run, get_backbone
 from cit_workbench.cli import main
-from cit_workbench.live.live import _array
+from cit_workbench.live.asking import as_array
 from cit_workbench.data.pictures import load_image
 from cit_workbench.views.pieces import picture
 from cit_workbench.measure.store import state_key
@@ -148,7 +148,7 @@ def test_view_upload_and_question_show_what_the_model_gets(tmp_path):
     assert want.shape == (40, 20, 3) and want.max() == 255
     with Image.open(tmp_path/"a.png") as opened: np.testing.assert_array_equal(np.asarray(load_image(opened)), want)
     np.testing.assert_array_equal(np.asarray(load_image((tmp_path/"a.png").read_bytes())), want)
-    np.testing.assert_array_equal(_array(str(tmp_path/"a.png")), want)
+    np.testing.assert_array_equal(as_array(str(tmp_path/"a.png")), want)
     Image.fromarray(want).save(tmp_path/"flat.png")
     assert picture(tmp_path/"a.png") == picture(str(tmp_path/"flat.png")) == picture(want)
     assert picture(tmp_path/"a.png", reading="published") != picture(want)
@@ -167,7 +167,7 @@ def test_arrays_of_the_embedded_streams_pass_unchanged():
     (np.zeros((4, 4, 3)), "float64 cannot be read.*; arrays .* of uint8 are allowed"),
     (b"<svg/>", "image cannot be read: its format is not known; PNG, JPEG"), (b"", "image cannot be read"), (7, "image is int; allowed: a path"), ([[1]], "image is list")])
 def test_what_is_no_picture_is_named(image, says):
-    for way in (load_image, picture, _array):
+    for way in (load_image, picture, as_array):
         with pytest.raises(CitError, match=says): way(image)
 
 
@@ -196,7 +196,7 @@ def png(w, h):
 def test_a_huge_picture_is_named_with_the_limit(tmp_path):
     huge = tmp_path/"huge.png"
     huge.write_bytes(png(14_000, 14_000))
-    for way in (load_image, picture, _array, lambda p: load_image(p, "published")):
+    for way in (load_image, picture, as_array, lambda p: load_image(p, "published")):
         with pytest.raises(CitError, match=r"huge\.png has more than 178,956,970 pixels"): way(str(huge))
     with pytest.raises(CitError, match="image own.png has more than"): load_image(huge.read_bytes(), name="own.png")
 
@@ -325,7 +325,7 @@ def test_a_table_of_answers_says_which_picture_is_broken(tmp_path):
 
 
 def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkeypatch):
-    from cit_workbench.live import live
+    from cit_workbench.live import asking, live
     from cit_workbench.views.toy import toy_run
     Image.fromarray(letters()).save(tmp_path/"a.png")
     asked = []
@@ -333,12 +333,12 @@ def test_a_run_of_published_reading_is_asked_and_shown_that_way(tmp_path, monkey
         "What a process of its own would be asked."
         asked.append(np.load(at/"image.npy"))
         (at/"reply").write_text('{"text": "", "task": "", "step": 0}')
-    monkeypatch.setattr(live, "_from_checkpoint", lambda folder, image, text: asked.append(image))
+    monkeypatch.setattr(live, "answer_from_checkpoint", lambda folder, image, text: asked.append(image))
     for reading, most in ((None, 255), ("published", 0)):
-        rec = toy_run(tmp_path/str(reading))
+        rec = live.LiveRun(toy_run(tmp_path/str(reading)).path)
         rec._run = rec.run | {"config": {**rec.run["config"], "compute": {"image_reading": reading}}}
         rec.ask(str(tmp_path/"a.png"), "What?", here=True)
         assert asked[-1].max() == most
-        monkeypatch.setattr(live.subprocess, "run", lambda words, **kw: kept(Path(words[-1])))
+        monkeypatch.setattr(asking.subprocess, "run", lambda words, **kw: kept(Path(words[-1])))
         rec.ask_apart(str(tmp_path/"a.png"), "What?")
         assert asked[-1].max() == most

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny import TASKS, same_files
 
+from cit_workbench.live.live import LiveRun
 from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core.signals import Ended, end, heeding
 from cit_workbench.record.record import Record
@@ -75,7 +76,7 @@ def test_the_step_at_hand_is_saved(tmp_path, whole, number, seen):
     last = checkpoints(out/"checkpoints")[-1]
     state = json.loads((last/"state.json").read_text())
     assert state["stage"] == "steps" and f"step {state['step']} of" in line
-    assert Record(out).state() == "stopped" and not Record(out).finished
+    assert LiveRun(out).state() == "stopped" and not Record(out).finished
     p = cit("run", *SMALL, "--out", str(out))
     assert p.wait(600) == 0, p.stderr.read()
     same_files(out, whole)
@@ -86,13 +87,13 @@ def test_a_launched_run_too(tmp_path):
                 optim={"steps": 3000, "batch": 8}, compute={"threads": 1})
     rec = Run("finetune", **args, out=str(tmp_path/"run")).launch()
     rec.wait("running")
-    os.kill(rec.live()["pid"], signal.SIGTERM)
+    os.kill(rec.process_info()["pid"], signal.SIGTERM)
     assert rec.wait("stopped", "dead", "failed") == "stopped"
-    assert checkpoints(tmp_path/"run"/"checkpoints") and "is saved, and the same command goes on" in rec.said()
-    at = rec.live()["global"]
+    assert checkpoints(tmp_path/"run"/"checkpoints") and "is saved, and the same command goes on" in rec.last_log_line()
+    at = rec.process_info()["global"]
     rec.resume()
     rec.wait("running")
-    soon(lambda: rec.live().get("global", 0) > at)
+    soon(lambda: rec.process_info().get("global", 0) > at)
     rec.stop()
     assert rec.wait("stopped") == "stopped"
 

@@ -18,7 +18,10 @@ from cit_workbench.core.errors import CitError
 from cit_workbench.metrics import holm, tost
 from cit_workbench.metrics import order_means, paired, t_interval
 from cit_workbench.metrics import ap_norm
-from cit_workbench.record.record import Record, RecordWriter, pack, table
+from cit_workbench.record.compare import table
+from cit_workbench.record.packing import pack
+from cit_workbench.record.record import Record
+from cit_workbench.record.writer import RecordWriter
 
 TASKS = ("a", "b", "c")
 ORDERS = [list(o) for o in itertools.permutations(TASKS)]
@@ -149,16 +152,16 @@ def test_bold_only_if_the_paired_interval_excludes_the_runner_up(tmp_path):
 
 
 def best(t):
-    from cit_workbench.record.record import _best
-    return _best(t.rows)
+    from cit_workbench.record.orders import find_leaders
+    return find_leaders(t.rows)
 
 
 def test_forgetting_leads_when_it_is_least():
-    from cit_workbench.record.record import _best, _table
-    rows = [{**dict.fromkeys(_table, np.nan), "ranked": True, "forgetting": f, "units": {"forgetting": dict(zip("abc", (f, f + 1, f - 1)))}}
+    from cit_workbench.record.orders import find_leaders, SHOWN
+    rows = [{**dict.fromkeys(SHOWN, np.nan), "ranked": True, "forgetting": f, "units": {"forgetting": dict(zip("abc", (f, f + 1, f - 1)))}}
             for f in (20., 5.)]
     rows[1]["units"]["forgetting"]["a"] += .1
-    assert _best(rows) == {(1, "forgetting")}
+    assert find_leaders(rows) == {(1, "forgetting")}
 
 
 def test_orders_that_only_one_has_do_not_count(tmp_path):

@@ -12,7 +12,7 @@ from twin import make_twin
 from cit_workbench import Run, get_backbone, get_stream
 from cit_workbench.models.batch import at
 from cit_workbench.core.errors import CitError
-from cit_workbench.training.control import answer_asks, reply_of
+from cit_workbench.training.replies import answer_asks, reply_of
 from cit_workbench.contract.net import Net
 from cit_workbench.contract.registry import get_method
 from cit_workbench.data.stream import all_streams

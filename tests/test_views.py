@@ -7,7 +7,8 @@ import pytest
 
 from cit_workbench.core.errors import CitError
 from cit_workbench.measure.collected import Collected, write_collected
-from cit_workbench.record.record import Record, RecordWriter
+from cit_workbench.record.record import Record
+from cit_workbench.record.writer import RecordWriter
 from cit_workbench.views.found import all_views, checked, needs_known, views_in
 from cit_workbench.views.toy import toy_run
 from cit_workbench.views.view import View

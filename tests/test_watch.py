@@ -14,10 +14,11 @@ from cit_workbench import cli
 from cit_workbench.models.batch import at
 from cit_workbench.training.checkpoint import checkpoints
 from cit_workbench.core.errors import CitError
-from cit_workbench.live.live import branch
-from cit_workbench.training.control import watch_of
+from cit_workbench.live.branch import branch
+from cit_workbench.training.asked import watch_of
 from cit_workbench.contract.method import Method
-from cit_workbench.record.record import Record, pack
+from cit_workbench.record.packing import pack
+from cit_workbench.record.record import Record
 from cit_workbench.training.train import Run, resume
 from cit_workbench.measure.watch import Watcher
 from cit_workbench.measure.answers import ask
@@ -133,7 +134,7 @@ def test_a_run_without_a_word_goes_on_as_its_folder_says(tmp_path):
 
 def test_watched_where_a_run_is_started_to_be_watched(tmp_path, monkeypatch):
     "`launch` and `cit run` probe, unless they are asked not to; `train` does not."
-    monkeypatch.setattr("cit_workbench.live.live.start", lambda folder, prepare: prepare() or Record(folder))
+    monkeypatch.setattr("cit_workbench.live.launch.start", lambda folder, prepare: prepare())
     how = lambda name, **fields: (tiny(tmp_path/name, **fields).launch(), watch_of(tmp_path/name))[1]
     assert how("a") == {"every": 10, "full": 200, "rows": 4, "share": .03}
     assert how("b", watch={"every": 0}) == {} and how("c", watch={"rows": 5})["rows"] == 5 and how("d", **ON) == ON["watch"]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cit_workbench.figures.analysis import figures
 from cit_workbench.measure.collect import collect
-from cit_workbench.record.record import Record, pack
+from cit_workbench.record.packing import pack
+from cit_workbench.record.record import Record
 from cit_workbench.measure.collected import only, write_collected
 from cit_workbench.experiments.sweep import sweep
 

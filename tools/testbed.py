@@ -20,7 +20,7 @@ def one(name):
     import time
 
     from cit_workbench import Run
-    from cit_workbench.record.record import pack
+    from cit_workbench.record.packing import pack
     from cit_workbench.experiments.gates import gate_runs, start_runs
     began, gates = time.time(), gate_runs()
     os.chdir(root)

@@ -29,7 +29,7 @@ from ..measure.watch import Watcher
 from ..models.lora import whole
 from ..models.backbone import Backbone
 from ..models.batch import at
-from ..record.record import RecordWriter
+from ..record.writer import RecordWriter
 from ..training.rows import draw
 from ..measure.answers import ask as ask_net
 

@@ -34,7 +34,7 @@ def table(dir:str="runs", # Folder with runs
          ) -> None:
     "Print one line per method, in blocks of runs that can be compared."
     one_of("format", format, ["text", "markdown", "latex", "csv"])
-    from cit_workbench.record.record import table
+    from cit_workbench.record.compare import table
     shown = table(dir)
     if against:
         shown = shown.against(against)
@@ -71,7 +71,7 @@ def demo(out:str="runs/demo", # Where pictures go
     "Draw recorded results, train the same four methods here, draw those."
     from cit_workbench.figures.analysis import figures
     from cit_workbench.figures.runs import report
-    from cit_workbench.record.record import find_runs
+    from cit_workbench.record.packing import find_runs
     from cit_workbench.experiments.sweep import sweep
     from cit_workbench.experiments.pages import pages_dir
     root = pages_dir().parents[1]

@@ -207,8 +207,8 @@ def _still(fd:int, path:Path) -> bool:
 
 def is_written(cell:Cell) -> bool:
     "Tell whether a process writes the run folder of a cell."
-    from cit_workbench.training.control import alive
-    return cell.out.is_dir() and alive(cell.out)
+    from cit_workbench.training.locks import is_locked
+    return cell.out.is_dir() and is_locked(cell.out)
 
 @contextmanager
 def held(cell:Cell): # Yields whether this process may execute it now

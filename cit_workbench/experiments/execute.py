@@ -44,7 +44,7 @@ def execute(cell:Cell) -> Cell: # The same, with `error` set if the page failed
 # %% ../../nbs/experiments/execute.ipynb #83d4136d
 def keep(cell:Cell) -> None:
     "Pack a finished cell into the folder of records that the sweep names, in place of older results."
-    from cit_workbench.record.record import pack
+    from cit_workbench.record.packing import pack
     old = cell.older
     pack(cell.out, cell.packed, steps=40)
     for path in old: path.unlink()

@@ -16,7 +16,10 @@ from ..core.files import read_json
 from .gates import interval_said
 from .orders import usual
 from .verdict import judges, plain_line
-from ..record.record import Record, amount, markdown_table, table, tuned_where
+from ..record.compare import table
+from ..record.record import Record
+from ..record.settings import tuned_where
+from ..record.text import amount, markdown_table
 
 # %% ../../nbs/experiments/overview.ipynb #a4866c3f
 def about(name:str, # A method

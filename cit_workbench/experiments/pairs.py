@@ -15,11 +15,11 @@ from ..models.backbone import get_backbone
 from ..training.checkpoint import checkpoints
 from ..core.errors import CitError
 from ..core.paths import expanded, progress
-from ..live.live import take_over
+from ..live.take_over import take_over
 from ..measure.forgetting import pair_matrices, write_pairs
 from ..data.stream import get_stream
 from ..training.config import fill_recipe
-from ..training.folder import alone
+from ..training.folder import exclusive
 from ..training.train import Run
 
 # %% ../../nbs/experiments/pairs.ipynb #4b7e9a88
@@ -56,7 +56,7 @@ def _branch(run, trunk):
     "Take over the first stage that another run trained, unless the run has checkpoints already."
     if checkpoints(run.folder/"checkpoints"):
         return
-    with alone(run.folder):
+    with exclusive(run.folder):
         run.open()
         take_over(trunk.folder/"checkpoints"/"001-z-end", run.folder)
 

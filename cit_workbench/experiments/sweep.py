@@ -77,7 +77,7 @@ class Sweep:
 
     def __str__(self) -> str:
         if not self.runs: return f"no finished runs in {_near(self.folder)}"
-        from cit_workbench.record.record import table
+        from cit_workbench.record.compare import table
         return str(table(self.runs))
 
 def _short(text:str) -> str: return " ".join(text.split())[:200]

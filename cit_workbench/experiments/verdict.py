@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..core.files import read_json
 from .gates import interval_said
-from ..record.record import Record, table
+from ..record.compare import table
+from ..record.record import Record
 
 # %% ../../nbs/experiments/verdict.ipynb #9e0ed1c7
 def judges(records:str|Path, # Folder with `testbed` and `zoo`

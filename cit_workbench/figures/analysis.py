@@ -20,7 +20,8 @@ from .methods import compare
 from .relations import likeness, lost_by_pair, spectra
 from .runs import costs, report
 from .study import has_row_per_task, matrices, one_task
-from ..record.record import Record, find_runs
+from ..record.packing import find_runs
+from ..record.record import Record
 
 # %% ../../nbs/figures/analysis.ipynb #3a8e95be
 def _safe(name:str) -> str:

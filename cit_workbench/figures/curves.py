@@ -16,7 +16,9 @@ from matplotlib.axes import Axes
 from ..core.errors import CitError
 from .matrix import slanted_labels
 from .style import Picture, house_hues, house_marks, house_style, lines_needed, on_axes
-from ..record.record import Record, find_runs, labels_of
+from ..record.packing import find_runs
+from ..record.record import Record
+from ..record.settings import labels_of
 
 # %% ../../nbs/figures/curves.ipynb #0d238d29
 def spread_apart(ys, gap:float, low:float=0, high:float=100) -> np.ndarray:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.digests import rng
-from ..record.record import Record, RecordWriter
+from ..record.record import Record
+from ..record.writer import RecordWriter
 
 # %% ../../nbs/figures/invented.ipynb #aa3992af
 TASKS = ["col-mcq", "read", "cap-day", "col-word"]

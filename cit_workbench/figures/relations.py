@@ -13,7 +13,8 @@ import numpy as np
 from ..core.errors import CitError, one_of
 from .study import draw_squares, has_row_per_task
 from .style import Picture, house_hues, house_style, lines_needed
-from ..record.record import Record, find_runs
+from ..record.packing import find_runs
+from ..record.record import Record
 
 # %% ../../nbs/figures/relations.ipynb #f6eb2c22
 _kinds_of = {"images": "tower/visual/cosine", "instructions": "features/instruction/cosine",

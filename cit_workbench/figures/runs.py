@@ -16,7 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from .curves import by_method, curves
 from .matrix import heat
 from .style import Picture, house_hues, house_marks, house_style, lines_needed, on_axes
-from ..record.record import Record, amount, find_runs, last_measured
+from ..record.packing import find_runs
+from ..record.record import Record
+from ..record.summary import last_measured
+from ..record.text import amount
 
 # %% ../../nbs/figures/runs.ipynb #f6f12209
 _kinds = {"formatted": (0, "as formatted"), "valid": (4, "format-valid"), "content": (2, "content, forced choice")}

@@ -17,7 +17,9 @@ from ..core.errors import CitError, one_of
 from ..experiments.orders import usual
 from .curves import axes_of_rows, course_of, name_end, spread_apart
 from .style import Picture, house_hues, house_marks, house_style, lines_needed, on_axes
-from ..record.record import Record, find_runs, labels_of
+from ..record.packing import find_runs
+from ..record.record import Record
+from ..record.settings import labels_of
 
 # %% ../../nbs/figures/study.ipynb #f37d4359
 def has_row_per_task(record) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.digests import canonical, digest
 from ..core.errors import CitError
 from ..core.paths import cache_dir, placed
-from .live import child_env
+from .process import child_env
 from ..record.record import Record
 
 # %% ../../nbs/live/measuring.ipynb #db0a825b

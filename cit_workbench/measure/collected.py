@@ -17,7 +17,7 @@ import numpy as np
 from ..core.digests import canonical, digest
 from ..core.errors import CitError, one_of
 from ..core.files import write_atomic
-from ..record.record import npz_names, read_npz
+from ..record.files import npz_names, read_npz
 
 # %% ../../nbs/measure/collected.ipynb #dd34946b
 @dataclass

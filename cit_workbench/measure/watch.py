@@ -26,7 +26,9 @@ from .schedule import short
 from .overlap import pull
 from ..models.batch import at, Batch
 from ..models.lora import whole
-from ..record.record import Lines, Record, RecordWriter
+from ..record.files import Lines
+from ..record.record import Record
+from ..record.writer import RecordWriter
 
 # %% ../../nbs/measure/watch.ipynb #bbd30cea
 class Watcher:

@@ -28,7 +28,7 @@ from ..measure.schedule import Watch
 from ..models.backbone import Backbone
 from ..models.tune import block_linears, every_linear, Tune
 from ..protocol import recipe as toy
-from .control import watch_of
+from .asked import watch_of
 
 # %% ../../nbs/training/config.ipynb #37e2e2ab
 @dataclass

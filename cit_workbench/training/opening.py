@@ -21,7 +21,8 @@ from ..core.errors import CitError
 from ..core.files import read_json
 from ..models.backbone import get_backbone
 from ..models.tune import left_out, Tune
-from ..record.record import differences, RecordWriter
+from ..record.configuration import differences
+from ..record.writer import RecordWriter
 from .about import describe
 from .checkpoint import sweep
 from .config import fill_recipe, RunConfig

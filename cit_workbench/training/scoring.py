@@ -13,7 +13,8 @@ from ..contract.net import Net
 from ..data.task import Task
 from ..measure.scores import column_scores
 from ..measure.store import forget, store_of
-from ..record.record import Record, RecordWriter
+from ..record.record import Record
+from ..record.writer import RecordWriter
 from .config import RunConfig
 from ..measure.answers import ask, evaluate
 from ..measure.routes import found, home

@@ -24,12 +24,13 @@ from ..core.paths import progress
 from ..data.task import Task
 from ..measure.watch import Watcher
 from ..models.batch import at, Out
-from ..record.record import Record, RecordWriter
+from ..record.record import Record
+from ..record.writer import RecordWriter
 from .checkpoint import prune, write_checkpoint
 from .config import RunConfig
-from .control import attended, gentle, obey
+from .control import controlled, gentle, follow_commands
 from .finite import check_step, move, overflown
-from .folder import alone, finished, note_broken
+from .folder import exclusive, finished, note_broken
 from .gradients import reduce_grads, split_backward, take_task_grad, token_totals
 from .opening import as_before, insert_modules, join_processes, load_start, open_record
 from .optimiser import load_optim, parameter_groups, set_rate, set_trainable
@@ -49,7 +50,7 @@ class Run(RunConfig):
         if done: return done
         self.settle_watch()
         try:
-            with alone(self.folder), attended(self): return self.train_tasks()
+            with exclusive(self.folder), controlled(self): return self.train_tasks()
         except CitError as error:
             note_broken(self, error)
             raise
@@ -57,10 +58,8 @@ class Run(RunConfig):
 
     def verify(self):
         "Look at the numbers of the last step; raise `CitError` when one of them is not finite."
-        if self.unread is None: return
-        task, step, numbers = self.unread
-        self.unread = None
-        check_step(self, task, step, numbers)
+        unread, self.unread = self.unread, None
+        if unread: check_step(self, *unread)
 
 # %% ../../nbs/training/train.ipynb #001a1b34
 @patch
@@ -164,7 +163,7 @@ def train_phase(self:Run,
             place = {"phase": number, "step": step + 1, "optim": opt, "free": free}
             due = self.comp.save_every and (step + 1) % self.comp.save_every == 0
             if due and not last: self.save(net, writer, stage="steps", **place)
-            obey(self, net, writer, **place)
+            follow_commands(self, net, writer, **place)
 
     set_trainable(net, free)
 
@@ -322,11 +321,11 @@ def insert(self:Run, net:Net):
 def resume(folder:str|Path, # A run folder
           ) -> Record:
     "Go on with the run in a folder; a method from outside the package must lie there as method.py."
-    from cit_workbench.live.live import run_of
+    from cit_workbench.live.remake import run_of
     return run_of(folder).train()
 
 @patch
 def launch(self:Run) -> Record: # Follows the run
     "Train in a process that outlives this one, watched unless `watch` says otherwise; returns at once."
-    from cit_workbench.live.live import launch
+    from cit_workbench.live.launch import launch
     return launch(self)

@@ -119,7 +119,7 @@ def columns_of(self:Samples) -> list: # (record number, row, answers)
     for number, record in enumerate(self.recs):
         done = {event["row"] for event in record.events("row")}
         own = record.rows.index(task) if task in record.rows else 0
-        rows = [row for row in sorted(done) if row >= own and record._answers_file(row, task).is_file()]
+        rows = [row for row in sorted(done) if row >= own and record.answers_file(row, task).is_file()]
         columns += [(number, row, record.answers(row, task)) for row in rows]
     return columns
 

@@ -9,7 +9,7 @@ __all__ = ['runs_in', 'progress_in', 'place_of', 'places_in']
 import json
 from pathlib import Path
 
-from ..live.live import places
+from ..live.branch import places
 from ..record.record import Record
 
 # %% ../../nbs/views/folder.ipynb #7af10ff5

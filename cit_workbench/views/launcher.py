@@ -14,7 +14,7 @@ from IPython import get_ipython
 from fastcore.basics import camel2snake, patch
 
 from ..data.stream import all_streams
-from ..live.live import read_ahead
+from ..live.method_file import read_ahead
 from .fields import fields_of, hint, label_look, line, typed, widget
 
 # %% ../../nbs/views/launcher.ipynb #af3ccd98

@@ -16,7 +16,8 @@ from scipy.spatial.distance import squareform
 
 from ..core.paths import cache_dir, expanded, placed
 from ..live.measuring import Measuring, log_of, measured_by
-from ..record.record import npz_names, read_npz, Record
+from ..record.files import npz_names, read_npz
+from ..record.record import Record
 
 # %% ../../nbs/views/measured.ipynb #aad17c5b
 def clustered(S:np.ndarray, # Similarity [T, T]

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import order_means, t_interval
-from ..record.record import find_runs, labels_of, scale_of, table
+from ..record.compare import table
+from ..record.packing import find_runs
+from ..record.settings import labels_of, scale_of
 from .pieces import grid
 from .story import number
 

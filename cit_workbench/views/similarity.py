@@ -19,7 +19,8 @@ from ..data.stream import get_stream
 from ..measure.forgetting import adjacent_forgetting, pair_matrices, read_pairs
 from ..measure.prediction import mantel
 from ..measure.collected import Collected, read_collected
-from ..record.record import find_runs, Record
+from ..record.packing import find_runs
+from ..record.record import Record
 from .measured import clustered
 from .panels import colour_bar, noted, Panel, readable, room_for, slant, wrapped
 from .parts import axes, heat_map, remark

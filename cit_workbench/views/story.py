@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-import cit_workbench.live.live # noqa: F401 (gives a record its state)
+from ..live.live import LiveRun
 from ..core.paths import placed
 from ..data.stream import get_stream
 from ..data.task import Stream
-from ..record.record import Lines, Record
+from ..record.files import Lines
+from ..record.record import Record
 
 # %% ../../nbs/views/story.ipynb #517abf67
 class Follow(Lines):
@@ -167,6 +168,7 @@ def probed(rec:Record) -> dict: # Fields of `Watch`; {} without probes
 
 def doing(rec:Record) -> str: # "" once it trains, and when nobody trains it
     "Say what a run does before its first step."
-    if rec.packed or rec.state() not in ("queued", "loading"): return ""
-    if rec.state() == "queued": return "queued"
+    state = LiveRun(rec.path).state()
+    if state not in ("queued", "loading"): return ""
+    if state == "queued": return "queued"
     return "asking the start model" if (rec.path/"run.json").is_file() else "loading weights"

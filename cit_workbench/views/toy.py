@@ -8,7 +8,8 @@ __all__ = ['toy_run']
 # %% ../../nbs/views/toy.ipynb #b9ac635a
 from pathlib import Path
 
-from ..record.record import Record, RecordWriter
+from ..record.record import Record
+from ..record.writer import RecordWriter
 
 # %% ../../nbs/views/toy.ipynb #70282d35
 def toy_run(folder:str|Path, # Where to

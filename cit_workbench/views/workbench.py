@@ -18,8 +18,8 @@ from fastcore.basics import patch
 
 from ..core.errors import CitError
 from ..core.paths import expanded
-from ..live.live import branch
-from ..record.record import Record
+from ..live.branch import branch
+from ..live.live import LiveRun
 from .ask import Ask
 from .folder import place_of, places_in, progress_in, runs_in
 from .found import all_views
@@ -127,7 +127,7 @@ def look(self:Workbench) -> bool:
         form.refresh()
     self._await()
 
-    was, live = self.live, self.rec.live() if self.rec else {}
+    was, live = self.live, self.rec.process_info() if self.rec else {}
     self.live = {key: live.get(key) for key in ("state", "task", "step", "position")}
     state = self.live["state"]
     if state != was.get("state"): self.since = time.monotonic()
@@ -152,7 +152,7 @@ def draw(self:Workbench):
     for name, button in self.buttons.items():
         button.disabled = state not in _can[name]
     if state != self.was and state in ("failed", "dead"):
-        self.say(f"{self.rec.name} is {state}: {self.rec.said()}", True)
+        self.say(f"{self.rec.name} is {state}: {self.rec.last_log_line()}", True)
     self.was = state
 
 # %% ../../nbs/views/workbench.ipynb #3b4897cb
@@ -161,7 +161,7 @@ def choose(self:Workbench):
     "Show another run."
     path = self.where/str(self.run.value)
     if self.listing or not self.run.value or (self.rec and self.rec.path == path): return
-    self.rec, self.was = Record(path if path.exists() else path.with_suffix(".jsonl")), ""
+    self.rec, self.was = LiveRun(path if path.exists() else path.with_suffix(".jsonl")), ""
     for name in [name for name in self.views if "folder" not in self.kinds[name].needs]:
         self._drop(name)
     self.reveal()
@@ -253,7 +253,7 @@ def act(self:Workbench, what:str):
     self.say("")
 
 @patch
-def _launched(self:Workbench, run) -> Record:
+def _launched(self:Workbench, run) -> LiveRun:
     "Start a run in this folder and show it."
     rec = run.launch()
     self.safely(self.look)
@@ -265,7 +265,7 @@ def _launched(self:Workbench, run) -> Record:
 
 # %% ../../nbs/views/workbench.ipynb #af8a0017
 @patch
-def start(self:Workbench) -> Record:
+def start(self:Workbench) -> LiveRun:
     "Start what the form says."
     from cit_workbench.training.train import Run
     self.form.refresh()
@@ -289,7 +289,7 @@ def _offer_places(self:Workbench):
     if before: self.at.value = before[-1]
 
 @patch
-def split(self:Workbench) -> Record:
+def split(self:Workbench) -> LiveRun:
     "Branch off the chosen run, with the changed fields, and start it."
     if self.rec is None: raise CitError("no run is chosen: there is nothing to branch from")
     self.branch.refresh()
