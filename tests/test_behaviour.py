@@ -216,11 +216,11 @@ def test_tables_name_scores_of_an_older_scorer(finished, monkeypatch):
 
 
 def test_tables_name_a_column_of_an_older_version(finished, monkeypatch):
-    from cit_workbench.record import record
+    from cit_workbench.record import notes
     runs = [finished("finetune").rec, finished("er").rec]
     assert not [note for note in table(runs).notes if "version" in note]
-    now = record.COLUMNS["content"]
-    monkeypatch.setitem(record.COLUMNS, "content", now + 1)
+    now = notes.COLUMNS["content"]
+    monkeypatch.setitem(notes.COLUMNS, "content", now + 1)
     assert f"content: version {now} in all runs, today's is {now + 1}." in table(runs).notes
 
 

@@ -22,8 +22,8 @@ LATE = {
     "experiments": "plans and tables of sweeps and of the testbed load no torch",
     "figures": "most pictures need no measures",
 }
-# These two lead to a later room: a run starts the process in which it trains.
-DOWN = {("training/train", "live/launch"), ("training/train", "live/remake")}
+# These lead to a later room: a run starts the process in which it trains, and gives a record that can be steered.
+DOWN = {("training/train", "live/launch"), ("training/train", "live/remake"), ("training/folder", "live/live")}
 # Classes that have methods on other pages.
 SCATTERED = set()
 # Modules that are longer than 300 lines, or have more than 12 public names.

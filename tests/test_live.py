@@ -180,12 +180,12 @@ def test_the_last_checkpoint_answers_like_the_last_row(calm):
     task = run_of(rec.path).data.task(TASKS[1])
     for i in range(2):
         e = task.example("test", i)
-        said.append(rec.ask(e.image, e.question, here=True).text)
+        said.append(LiveRun(rec.path).ask(e.image, e.question, here=True).text)
     assert said == [a["text"] for a in rec.answers(2, TASKS[1])] and torch.get_num_threads() == 1
 
 
 def test_what_is_asked_must_be_an_image(calm):
-    with pytest.raises(CitError, match="image nothing.png does not exist"): calm().ask("nothing.png", "What?", here=True)
+    with pytest.raises(CitError, match="image nothing.png does not exist"): LiveRun(calm().path).ask("nothing.png", "What?", here=True)
 
 
 # In a process of its own
@@ -311,7 +311,8 @@ def test_a_launched_run_waits_says_so_and_fails_in_a_sentence(tmp_path):
             about = read_json(run.folder/"asked.json")
             about["asked"]["compute"]["device"] = device
             write_atomic(run.folder/"asked.json", json.dumps(about))
-            recs.append(start(run.folder))
+            start(run.folder)
+            recs.append(LiveRun(run.folder))
             soon(lambda: recs[-1].process_info().get("position") == len(recs))
             assert recs[-1].state() == "queued"
         recs[0].stop()

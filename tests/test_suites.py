@@ -1,9 +1,11 @@
 "Laws of suites: they hold for every module of `cit_workbench/suites/`, which no list names."
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,22 @@ def named(request, tmp_path_factory):
 def test_it_says_in_a_line_what_it_is(named):
     about = suite(named[0]).about
     assert isinstance(about, str) and about.strip() == about and "\n" not in about and len(about) > 20
+
+
+@pytest.mark.parametrize("name", all_suites())
+def test_what_it_says_is_a_literal(name):
+    tree = ast.parse(Path(suite(name).__file__).read_text(encoding="utf-8"))
+    said = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "about"]
+    assert [ast.literal_eval(value) for value in said] == [suite(name).about]
+
+
+def test_a_module_without_load_is_no_suite(tmp_path, monkeypatch):
+    (tmp_path/"helper.py").write_text("about = 'what suites share'\n", encoding="utf-8")
+    (tmp_path/"added.py").write_text("about = 'a suite'\ndef load(folder): return folder\n", encoding="utf-8")
+    package = import_module("cit_workbench.suites")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    assert "added" in all_suites() and "helper" not in all_suites()
+    with pytest.raises(CitError, match="unknown suite 'helper'.*added:FOLDER"): get_stream(f"helper:{tmp_path}")
 
 
 def test_its_sample_is_a_stream(named):

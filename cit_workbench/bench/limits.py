@@ -76,7 +76,7 @@ def share(**kw) -> Iterator[tuple]: # Gives the seconds that a step takes, and t
 _spectra = """
 import json, resource, sys, time
 import numpy as np, scipy.linalg
-from cit_workbench.measure.spectra import Moments, eigen, singular
+from cit_workbench.measure.moments import Moments, eigen, singular
 
 who, N, d, directions = sys.argv[1], *map(int, sys.argv[2:]) # 0 directions: values alone
 blocks = N//1000

@@ -30,7 +30,7 @@ from .checkpoint import prune, write_checkpoint
 from .config import RunConfig
 from .control import controlled, gentle, follow_commands
 from .finite import check_step, move, overflown
-from .folder import exclusive, finished, note_broken
+from .folder import exclusive, finished, followed, note_broken
 from .gradients import reduce_grads, split_backward, take_task_grad, token_totals
 from .opening import as_before, insert_modules, join_processes, load_start, open_record
 from .optimiser import load_optim, parameter_groups, set_rate, set_trainable
@@ -54,7 +54,7 @@ class Run(RunConfig):
         except CitError as error:
             note_broken(self, error)
             raise
-        return Record(self.folder) if self.control.first else None
+        return followed(self.folder) if self.control.first else None
 
     def verify(self):
         "Look at the numbers of the last step; raise `CitError` when one of them is not finite."
@@ -84,7 +84,7 @@ def train_tasks(self:Run) -> Record:
             if due and overrides(net.method, "end"): self.probe(writer, net, task, self.opt.steps)
             self.row(net, writer, self.t, task.name)
     writer.finish()
-    return Record(self.folder) if net.rank == 0 else None
+    return followed(self.folder) if net.rank == 0 else None
 
 # %% ../../nbs/training/train.ipynb #854a2a4a
 @patch

@@ -97,7 +97,7 @@ def begin(self:Workbench,
 def _load(self:Workbench):
     "Import what the forms and a launch need, library by library, and fill the forms."
     digits = "sklearn.datasets.data", "sklearn.datasets.descr" # Where sklearn keeps its handwritten digits
-    for library in ("pandas", *digits, "torch", "peft", "cit_workbench.training.train"):
+    for library in ("pandas", *digits, "torch", "peft", "cit_workbench.training.train", "cit_workbench.live.launch"):
         import_module(library)
         yield
     package, known = self.classes(), run_fields()
