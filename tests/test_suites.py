@@ -38,13 +38,13 @@ def test_what_it_says_is_a_literal(name):
     assert [ast.literal_eval(value) for value in said] == [suite(name).about]
 
 
-def test_a_module_without_load_is_no_suite(tmp_path, monkeypatch):
-    (tmp_path/"helper.py").write_text("about = 'what suites share'\n", encoding="utf-8")
+def test_a_module_whose_name_begins_with_an_underscore_is_no_suite(tmp_path, monkeypatch):
+    (tmp_path/"_helper.py").write_text("about = 'what suites share'\n", encoding="utf-8")
     (tmp_path/"added.py").write_text("about = 'a suite'\ndef load(folder): return folder\n", encoding="utf-8")
     package = import_module("cit_workbench.suites")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    assert "added" in all_suites() and "helper" not in all_suites()
-    with pytest.raises(CitError, match="unknown suite 'helper'.*added:FOLDER"): get_stream(f"helper:{tmp_path}")
+    assert "added" in all_suites() and "_helper" not in all_suites()
+    with pytest.raises(CitError, match="unknown suite '_helper'.*added:FOLDER"): get_stream(f"_helper:{tmp_path}")
 
 
 def test_its_sample_is_a_stream(named):

@@ -6,9 +6,8 @@
 __all__ = ['all_streams', 'get_stream', 'all_suites', 'scorers_of', 'all_scorers']
 
 # %% ../../nbs/data/stream.ipynb #2340723c
-import ast
 from importlib import import_module
-from pkgutil import ModuleInfo, iter_modules
+from pkgutil import iter_modules
 
 from ..core.errors import CitError, one_of
 from .registry import streams
@@ -44,15 +43,9 @@ def _folders() -> list: # Such as "coin:FOLDER"
     return [f"{suite}:FOLDER" for suite in all_suites()]
 
 def all_suites() -> list: # Names
-    "List the suites in the package folder: modules with `about` and `load(folder, **fields)`."
+    "List the suites in the package folder; a module whose name begins with _ is none."
     package = import_module("cit_workbench.suites")
-    return sorted(module.name for module in iter_modules(package.__path__) if _defines_load(module))
-
-def _defines_load(module:ModuleInfo) -> bool:
-    "Tell by its source whether a module defines `load`, as every suite does; others are helpers."
-    loader = module.module_finder.find_spec(module.name).loader
-    tree = ast.parse(loader.get_source(module.name))
-    return any(isinstance(node, ast.FunctionDef) and node.name == "load" for node in tree.body)
+    return sorted(module.name for module in iter_modules(package.__path__) if not module.name.startswith("_"))
 
 # %% ../../nbs/data/stream.ipynb #66394b78
 def scorers_of(stream:"Stream") -> dict: # {name in `scorers`: version}
